@@ -1,14 +1,18 @@
-"""What it costs to import a public mixture and to write with it, on this machine.
+"""What it costs to import a public mixture and to write with it, on this machine, and beside llama.cpp.
 
     uv run python benchmarks/public_shapes.py olmoe models/olmoe
-    uv run python benchmarks/microscope.py models/olmoe int4
+    uv run --group interop --extra gguf python benchmarks/microscope.py models/olmoe int4
 
 Three rates in turn: reading the folder's tensors and nothing else, rounding parts that are in memory, and the import,
-which does both and writes. Then the run: seconds to read a prompt of 64 and of 512 tokens, and for a token. Of each the
-median. Memory is the peak of the whole process.
+which does both and writes. Then the run: seconds to read a prompt of 64 and of 512 tokens, and for a token, beside the
+bytes that the token reads at the memory's rate. Of each the median. Memory is the peak of the whole process.
+
+Then llama.cpp with the same weights, if its packages are installed: the bfloat16 import, exported, and rounded to q4_0
+or q8_0 by llama.cpp's own tool. Both programs compute in turn. The files take three times the source's size on the
+disk, for a while.
 """
 
-import json
+import importlib
 import resource
 import shutil
 import statistics
@@ -17,18 +21,23 @@ import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
+import weights
 import xxhash
 
+from moe_jax.benchmarks import decoding
 from moe_jax.inference.decode import Decoder, cast_once
 from moe_jax.inference.sampling import Sampling
+from moe_jax.interop.export import export
 from moe_jax.interop.imported_run import Form, import_run, rounded_part
 from moe_jax.interop.pretrained import Pretrained
-from moe_jax.runs.load import open_run
-from moe_jax.system.machine import processor
+from moe_jax.interop.source import open_source
+from moe_jax.runs.load import LoadedRun, open_run
+from moe_jax.system.files import json_text
+from moe_jax.system.machine import alternate, memory_read_benchmark, processor
 
 PARTS = 400
 
@@ -68,8 +77,7 @@ def importing(folder: Path, form: Form, out: Path) -> dict[str, float]:
     return {name: rate / 1e6 if rate > 1e3 else rate for name, rate in rates.items()} | {"import, peak GB": peak()}
 
 
-def writing(out: Path) -> dict[str, float]:
-    run = open_run(out)
+def writing(run: LoadedRun) -> dict[str, float]:
     params = cast_once(run.writer, run.params)
     decoder = Decoder(run.writer, run.config.model.seq_len, run.tokenizer.vocab_size, short_prompts=True)
     tokens = np.random.default_rng(0).integers(0, run.tokenizer.vocab_size, 512).tolist()
@@ -79,17 +87,62 @@ def writing(out: Path) -> dict[str, float]:
         text[0], drawn, _ = decoder.write(params, text[0], np.int32(8), np.int32(-1))
         return drawn
 
-    result = {"token, s": seconds(write, 9) / 8, "prompt of 64, s": seconds(lambda: decoder.read(params, tokens[:64]))}
+    read, size = memory_read_benchmark()
+    result = {"token, s": seconds(write, 9) / 8, "memory, GB/s": size / seconds(read, 9) / 1e9}
+    result["bytes of a token, s"] = weights.bytes_per_token(run.config.model, params) / result["memory, GB/s"] / 1e9
+    result["prompt of 64, s"] = seconds(lambda: decoder.read(params, tokens[:64]))
     result["writing, peak GB"] = peak()
     prompts = Decoder(run.writer, 512, run.tokenizer.vocab_size)
     return result | {"prompt of 512, s": seconds(lambda: prompts.read(params, tokens)), "prompts, peak GB": peak()}
 
 
+def gguf(source: Path, form: Form) -> Path:
+    """The source as llama.cpp rounds it, in a folder beside it."""
+    bindings: Any = importlib.import_module("llama_cpp_py_sync._cffi_bindings")
+    ffi, library = bindings.get_ffi(), bindings.get_lib()
+    whole, out = (source.with_name(f"{source.name}-{name}") for name in ("bfloat16-measured", "gguf-measured"))
+    for folder in (whole, out):
+        shutil.rmtree(folder, ignore_errors=True)
+    import_run(Pretrained.open(source, "SOURCE"), "bfloat16", 1024, whole)
+    export(open_source(whole), "gguf", "bfloat16", out, "")
+    shutil.rmtree(whole)
+    settings = ffi.new("struct llama_model_quantize_params *", library.llama_model_quantize_default_params())
+    settings.nthread, settings.ftype = weights.THREADS, 2 if form == "int4" else 7
+    made = out / "rounded.gguf"
+    assert library.llama_model_quantize(bytes(out / "model.gguf"), bytes(made), settings) == 0
+    (out / "model.gguf").unlink()
+    return made
+
+
+def beside_llama_cpp(run: LoadedRun, source: Path, form: Form) -> dict[str, float]:
+    """Rates of this program over those of llama.cpp, and the largest spread of a time."""
+    made, model = gguf(source, form), run.config.model
+    params = cast_once(run.writer, run.params)
+    one, other = (weights.LlamaCpp(made, model.seq_len) for _ in range(2))
+    calls: dict[str, Callable[[], Any]] = {
+        "token": decoding.token_call(model, params),
+        "prompt of 512": decoding.prefill_call(model, params, 512),
+        "llama.cpp, token": one.token(model.seq_len // 2),
+        "llama.cpp, prompt of 512": other.prompt([1] * 512),
+    }
+    times = alternate(calls, 7, rest=weights.REST_SECONDS, turn=weights.TURN_SECONDS)
+    shutil.rmtree(made.parent)
+    found = {f"{name}, s": time.median for name, time in times.items()}
+    for name in ("token", "prompt of 512"):
+        found[f"{name}: rate over llama.cpp's"] = times[f"llama.cpp, {name}"].median / times[name].median
+    return found | {"largest spread": max(time.spread for time in times.values())}
+
+
 if __name__ == "__main__":
-    source, form = Path(sys.argv[1]), sys.argv[2]
+    source, form = Path(sys.argv[1]), cast(Form, sys.argv[2])
     out = source.with_name(f"{source.name}-{form}-measured")
     shutil.rmtree(out, ignore_errors=True)
-    found = importing(source, form, out)  # pyright: ignore[reportArgumentType]
-    found |= writing(out)
+    found = importing(source, form, out)
+    run = open_run(out)
+    found |= writing(run)
+    print(json_text({"processor": processor(), "form": form} | {name: round(v, 3) for name, v in found.items()}))
+    if reason := weights.why_not(run.config):
+        print(f"llama.cpp: skipped, {reason}")
+    else:
+        print(json_text({name: round(v, 3) for name, v in beside_llama_cpp(run, source, form).items()}))
     shutil.rmtree(out)
-    print(json.dumps({"processor": processor(), "form": form} | {name: round(v, 3) for name, v in found.items()}))

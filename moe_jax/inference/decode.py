@@ -222,7 +222,8 @@ class Decoder:
     def look(self, params: Params, tokens: Sequence[int]) -> TokenDetails:
         """The log-probabilities and the experts of a prompt of 1 to T tokens, as NumPy arrays. Rows behind its last
         token mean nothing."""
-        padded: Any = _padded(tokens, self.seq_len + 1)
+        length = next(length for length in self.prompt_lengths if len(tokens) <= length)
+        padded: Any = _padded(tokens, length + 1)
         decisions, predicted = jax.tree.map(np.asarray, self._look(params, padded))
         loss, likeliest, logprob = (np.roll(rows[0], 1, axis=0) for rows in predicted)  # token t is predicted by t - 1
         loss[0] = 0
@@ -253,9 +254,7 @@ class Decoder:
 
 
 def _padded(tokens: Sequence[int], length: int) -> np.ndarray:
-    padded = np.zeros((1, length), np.int32)
-    padded[0, : len(tokens)] = tokens
-    return padded
+    return np.pad(np.asarray(tokens, np.int32), (0, length - len(tokens)))[None]
 
 
 def _mask(read: PromptState, seen: Sequence[int]) -> np.ndarray:

@@ -207,13 +207,19 @@ def open_run(path: str | Path, step: int | None = None) -> LoadedRun:
     `find_checkpoint`."""
     path = Path(path)
     config, tokenizer, checkpoint = find_checkpoint(path, step)
-    dtype = config.execution.compute_dtype
-    policy = choose_policy(dtype)
-    stored = config.train.param_dtype, config.execution.remat
-    graphdef, shapes = abstract_model(config.model, policy.compute, *stored)
-    writer, _ = abstract_model(config.model, writing_policy(dtype).compute, *stored)
+    policy, graphdef, writer, shapes = _definitions(config)
     params = restore_weights(checkpoint, config, shapes)
     return LoadedRun(config, tokenizer, checkpoint, policy, graphdef, writer, params)
+
+
+def _definitions(config: RunConfig) -> tuple[Policy, nnx.GraphDef, nnx.GraphDef, Params]:
+    """The precision, the model that reads, the model that writes, and the shapes of their parameters."""
+    dtype = config.execution.compute_dtype
+    stored = config.train.param_dtype, config.execution.remat
+    policy = choose_policy(dtype)
+    graphdef, shapes = abstract_model(config.model, policy.compute, *stored)
+    writer, _ = abstract_model(config.model, writing_policy(dtype).compute, *stored)
+    return policy, graphdef, writer, shapes
 
 
 def with_fewer_experts(run: LoadedRun, top_k: int) -> LoadedRun:
@@ -226,11 +232,6 @@ def with_fewer_experts(run: LoadedRun, top_k: int) -> LoadedRun:
     if run.config.model.dense != "none" or not 1 <= top_k <= trained:
         most = "a dense model has no experts" if run.config.model.dense != "none" else f"must be from 1 to {trained}"
         raise ConfigError(f"--active {top_k}: {most}")
-    model = run.config.model.with_routing(top_k=top_k)
-    stored = run.config.train.param_dtype, run.config.execution.remat
-    definitions = [
-        abstract_model(model, policy.compute, *stored)[0]
-        for policy in (run.policy, writing_policy(run.config.execution.compute_dtype))
-    ]
-    config = dataclasses.replace(run.config, model=model)
-    return dataclasses.replace(run, config=config, graphdef=definitions[0], writer=definitions[1])
+    config = dataclasses.replace(run.config, model=run.config.model.with_routing(top_k=top_k))
+    _, graphdef, writer, _ = _definitions(config)
+    return dataclasses.replace(run, config=config, graphdef=graphdef, writer=writer)

@@ -91,6 +91,7 @@ class Engine:
         self._admit(_Waiting(TextRequest([0], Sampling(), 0, 0, 2, echo=True, routing=True), lambda event: None))
         self._step()
         for length in self._decoder.prompt_lengths:
+            self._decoder.look(self._params, [0] * length)
             self._state = self._decoder.refill(self._state, 0, self._read([0] * length))
         self._rows = [None for _ in self._rows]
         self._news = []
