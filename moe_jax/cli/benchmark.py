@@ -59,6 +59,8 @@ class Benchmark(Command):
 
         console = terminal.rich_console()
         config = with_vocabulary(preset(self.preset))
+        if config.train.optimizer == "adamw-8bit":  # a step is measured with the AdamW that other libraries have
+            config = config.override({("train", "optimizer"): "adamw"})
         about = machine.describe()
         where = f"{about['processor']}, {about['cores']} cores, {about['device'].removeprefix('cpu: ')}"
         console.print(f"[bold]{self.preset}[/bold] on {where}\n{model_line(config.model)}\n")

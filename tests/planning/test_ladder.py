@@ -272,7 +272,7 @@ def test_the_command_is_what_was_typed_because_the_run_chooses_the_same(
 def test_a_leaner_optimizer_or_another_memory_is_asked_for(
     words: list[str], pretended: list[RunConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(run_command, ["plan", *words]) == 0
+    assert main(run_command, ["plan", "--optimizer", "adamw", *words]) == 0
     *_, command, last = capsys.readouterr().out.splitlines()
     assert command.endswith("".join(f" {flag}={value}" for flag, value in [words]))
     result = json.loads(last)
@@ -298,7 +298,7 @@ def test_adapters_are_planned_beside_frozen_weights_in_bfloat16(
 
 
 def test_the_command_fails_where_nothing_fits(pretended: list[RunConfig], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(run_command, ["plan", "--memory", "100MB", "--fit", "any"]) == 1
+    assert main(run_command, ["plan", "--optimizer", "adamw", "--memory", "100MB", "--fit", "any"]) == 1
     assert len(pretended) == 4 * 2 * 6, "four optimizers with and without remat, of 32, 16, 8, 4, 2 and 1 sequences"
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (result["fits"], result["command"], result["total_mib"]) == (False, None, 500)
@@ -342,23 +342,29 @@ def test_bad_input_is_one_line_and_status_2(
 # Compiled for described cards
 
 FITTING = [
-    ("seed-158m", "rtx3050-4gb", (True, 32, 1), "bfloat16"),
-    ("seed-158m", "quadro-t1000-4gb", (True, 32, 1), "float32"),
+    ("seed-158m", "rtx3050-4gb", "bfloat16", False),
+    ("seed-158m", "quadro-t1000-4gb", "float32", True),
+    ("seed-158m", "rtx2060-6gb", "float16", False),
+    ("seed-158m", "rtx3060-12gb", "bfloat16", False),
+    ("seed-158m", "h100-80gb", "bfloat16", False),
+    ("story-4gb", "rtx3050-4gb", "bfloat16", True),
+    ("max-4gb", "rtx3050-4gb", "bfloat16", True),
 ]
+"""Preset, card, the precision and the remat that are chosen. Two presets ask for remat themselves."""
 
 
-@pytest.mark.parametrize(("name", "gpu", "chosen", "precision"), short_form(FITTING, FITTING[:1]))
+@pytest.mark.parametrize(("name", "gpu", "precision", "remat"), short_form(FITTING, FITTING[:1]))
 @compiled_for_gpu
-def test_a_preset_as_it_is_shipped_fits_the_card(
-    name: str, gpu: str, chosen: tuple[bool, int, int], precision: str
-) -> None:
-    """What `train.py --preset NAME` chooses, without another flag. Its sequences and its optimizer stay."""
+def test_a_preset_as_it_is_shipped_fits_the_card(name: str, gpu: str, precision: str, remat: bool) -> None:
+    """What `train.py --preset NAME` chooses there, without another flag: all sequences of a step at once, and the
+    optimizer of the preset. At most four programs are compiled on the way."""
     config, target = with_vocabulary(preset(name)), load_target(gpu)
-    *_, best = ladder.walk(config, Room.on(target))
+    plans = list(ladder.walk(config, Room.on(target)))
+    best = plans[-1]
     assert best.fits(target.budget)
-    assert (setting(best.config)[1:], best.precision) == (chosen, precision)
-    assert best.config.train.optimizer == config.train.optimizer
-    assert best.config.tokens_per_step == config.tokens_per_step
+    sequences = config.train.batch_size * config.train.grad_accum
+    assert (best.precision, *setting(best.config)) == (precision, config.train.optimizer, remat, sequences, 1)
+    assert sum(len(plan.programs) for plan in plans) <= 4
 
 
 @compiled_for_gpu
