@@ -1,8 +1,8 @@
 """A training step on many GPUs or TPUs that need not be there: memory, what devices send, and the predicted time.
 
-    uv run --extra gpu-plan python benchmarks/plan_pods.py --mesh expert=4 --gpu rtx3060-12gb
+    uv run --isolated --extra gpu-plan python benchmarks/plan_pods.py --mesh expert=4 --gpu rtx3060-12gb
     uv run --group tpu-plan python benchmarks/plan_pods.py --mesh expert=16,data=16 --tpu v5e-256
-    uv run --extra gpu-plan python benchmarks/plan_pods.py --scaling --gpu h100-80gb
+    uv run --isolated --extra gpu-plan python benchmarks/plan_pods.py --scaling --gpu h100-80gb
     uv run --group tpu-plan python benchmarks/plan_pods.py --scaling --tpu v5e-256 --preset pod-1b
 
 Memory, operations and bytes are read from the compiled program. The times rest on stated rates (`predicted/`), and

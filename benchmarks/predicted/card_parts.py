@@ -1,8 +1,5 @@
-"""The parts that `predict_card.py` compares with a card.
-
-First small programs that test the assumptions of the roofline, then the parts of a layer, then the programs of a run.
-Each program can be compiled without the card, and timed on the card.
-"""
+"""The parts of a step that `predict_card.py` compares with a card: small programs that test the assumptions of the
+roofline, the parts of a layer, and what runs between the steps."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -14,7 +11,6 @@ import numpy as np
 from flax import nnx
 
 from moe_jax.config import Dispatch, ModelConfig, RunConfig
-from moe_jax.config.presets import dense_baseline
 from moe_jax.inference.decode import PromptState, advance
 from moe_jax.model.attention import Attention
 from moe_jax.model.kernels.causal_attention import Implementation
@@ -23,17 +19,16 @@ from moe_jax.model.kernels.library_attention import choose_attention
 from moe_jax.model.moe.layer import layer_shapes, with_gradients
 from moe_jax.model.precision import Card
 from moe_jax.model.transformer import Params
+from moe_jax.system.machine import LARGE_SIZE, SIZE
 from moe_jax.training.programs import Programs
 
 CHAIN = 8
 """Products one after another, so that a launch is a small share of their time."""
-SIZES = (1024, 2048, 4096)
-"""Rows and columns of their matrices."""
 COPIED = 64 * 2**20
 """Numbers of float32 that are read and written once."""
 LAUNCHES = 200
 
-type Group = Literal["the card", "one layer, forward and backward", "programs of a run"]
+type Group = Literal["the card", "one layer, forward and backward", "between the steps"]
 
 
 class Part(NamedTuple):
@@ -64,16 +59,13 @@ class Part(NamedTuple):
 
 
 def parts(config: RunConfig, device: Any) -> Iterator[Part]:
-    """All parts for a `jax.Device` or a `planning.target.Target`. The batch of a step is that of the configuration."""
+    """All parts for a device. A layer has the tokens of a micro-batch."""
     programs = Programs.of(config, device)
-    rows = config.train.batch_size * config.train.grad_accum
     yield from _constants(Card.of(device))
     undropped = dataclasses.replace(config.model, attention_dropout=0.0)  # without keys there is no dropout anyway
-    here = isinstance(device, jax.Device)
-    library = choose_attention(undropped, config.execution, programs.policy.compute, Card.of(device), here)
-    yield from _layer(config.model, rows, programs.policy.compute, library.implementation)
-    baseline = Programs.of(dense_baseline(config, "active"), device) if config.model.dense == "none" else None
-    yield from _programs(programs, baseline, rows)
+    library = choose_attention(undropped, config.execution, programs.policy.compute, Card.of(device), True)
+    yield from _layer(config.model, config.train.batch_size, programs.policy.compute, library.implementation)
+    yield from _between(programs)
 
 
 def _filled(shape: Any) -> Any:
@@ -102,9 +94,9 @@ def _constants(card: Card) -> Iterator[Part]:
                 x = jnp.matmul(x, w, precision=precision)
             return x
 
-        for size in SIZES:
-            matrix = _shape(size, size, dtype=dtype)
-            yield Part("the card", f"{CHAIN} products of {size:,}, {name}", jax.jit(chained), (matrix, matrix))
+        size = SIZE if card.platform == "cpu" else LARGE_SIZE
+        matrix = _shape(size, size, dtype=dtype)
+        yield Part("the card", f"{CHAIN} products of {size:,}, {name}", jax.jit(chained), (matrix, matrix))
     copied = f"read and write {COPIED * 4 // 2**20} MiB"
     yield Part("the card", copied, jax.jit(lambda x: x + 1), (_shape(COPIED),))
 
@@ -117,7 +109,7 @@ def _constants(card: Card) -> Iterator[Part]:
 
 
 def _layer(config: ModelConfig, rows: int, compute: str, library: Implementation | None) -> Iterator[Part]:
-    """Head and loss, attention in both forms, and the experts in both dispatches, on the tokens of a step."""
+    """Head and loss, attention in both forms, and the experts in both dispatches, on the tokens of a micro-batch."""
     group: Group = "one layer, forward and backward"
     dtype = jnp.dtype(compute)
     hidden = _shape(rows, config.seq_len, config.width, dtype=dtype)
@@ -144,13 +136,9 @@ def _layer(config: ModelConfig, rows: int, compute: str, library: Implementation
         yield Part(group, f"experts, {how}", jax.jit(with_gradients(layer)), (params, hidden, hidden))
 
 
-def _programs(programs: Programs, baseline: Programs | None, rows: int) -> Iterator[Part]:
-    """The step at once and in micro-batches, its dense baseline's, a prompt, and a token."""
-    group: Group = "programs of a run"
-    for batch, micro in [(rows, 1)] + [(4, rows // 4)] * (rows % 4 == 0 and rows > 4):
-        yield _step(programs, f"training step, {batch} x {micro} sequences", batch, micro)
-    if baseline is not None:
-        yield _step(baseline, f"its dense baseline's, {rows} x 1", rows, 1)
+def _between(programs: Programs) -> Iterator[Part]:
+    """A prompt, and a token."""
+    group: Group = "between the steps"
     decoder, params = programs.decoder(), programs.param_shapes
     read = (params, _shape(1, decoder.seq_len, dtype=jnp.int32), _shape(dtype=jnp.int32))
     yield Part(group, f"a prompt of {decoder.seq_len} tokens", decoder.prefill, read)
@@ -165,9 +153,3 @@ def _programs(programs: Programs, baseline: Programs | None, rows: int) -> Itera
 
     shapes = (jax.eval_shape(decoder.prefill, *read), params, _shape(1, dtype=jnp.int32))
     yield Part(group, "a token, batch 1", jax.jit(one_token, donate_argnums=0), shapes, begin)
-
-
-def _step(programs: Programs, name: str, batch: int, micro: int) -> Part:
-    """A training step. It starts from the run's initial state: random moments would make it skip its updates."""
-    shapes = (programs.state_shapes, programs.batch_shapes(batch, micro))
-    return Part("programs of a run", name, programs.step, shapes, lambda: programs.state(programs.initial_params()))

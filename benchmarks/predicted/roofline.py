@@ -4,8 +4,7 @@ Each kernel takes as long as its memory traffic or its matrix products, whicheve
 launch (Williams et al. 2009, "Roofline", with a launch added). Other arithmetic is free. Kernels follow one another.
 Nothing is measured: expect an error of 30 % either way.
 
-The rates come from the description of the card (`targets/`): the bandwidth as it stands there, float32 products from
-cores x clock, and narrower ones from the table below.
+The rates are shares of what the card's description states (`planning.card.Peaks`).
 """
 
 import contextlib
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_jax.model.precision import Card
+from moe_jax.planning.card import Peaks
 from moe_jax.planning.device_memory import back_ends, compile_for_gpu, lower_for
 from moe_jax.planning.target import Target
 from moe_jax.system.hlo import Dot
@@ -26,12 +26,6 @@ MATMUL_SHARE = 0.7
 """Share of the stated peak that a matrix product reaches. Assumed."""
 LAUNCH_SECONDS = 2.5e-6
 """Time of a kernel beside its work. Assumed."""
-TENSOR_FMA = {7.0: 512, 7.5: 256, 8.0: 1024, 8.6: 256, 9.0: 2048, 12.0: 256}
-"""Dense multiply-adds of bfloat16 or float16, with sums in float32, for each clock and multiprocessor, by compute
-capability. From the peaks that the maker states, in TFLOP/s: V100 125 at 1.53 GHz on 80 multiprocessors, RTX 2080 Ti
-53.8 at 1.545 GHz on 68, A100 312 at 1.41 GHz on 108, RTX 3080 59.5 at 1.71 GHz on 68, RTX 4090 165 at 2.52 GHz on 128,
-H100 SXM 989 at 1.83 GHz on 132, RTX 5090 210 at 2.41 GHz on 170. Cards for workstations with the same capability as a
-GeForce card may have twice its rate."""
 
 PARTS = {
     "head and loss": {"head"},
@@ -61,15 +55,11 @@ class Rates:
     @classmethod
     def of(cls, target: Target) -> "Rates":
         """The rates of a described card."""
-        clock = target.number("core_count") * target.number("clock_rate_ghz") * 1e9
-        float32 = tf32 = narrow = 2 * target.number("fpus_per_core") * clock
-        card = Card.of(target)
-        if card.tensor_cores:
-            narrow = 2 * clock * _tensor_fma(card.capability or 0.0)
-        if card.bfloat16_units:  # Ampere brought bfloat16 and TF32
-            tf32 = max(float32, narrow / 2)
-        reached = (MATMUL_SHARE * rate for rate in (float32, tf32, narrow))
-        return cls(BANDWIDTH_SHARE * target.number("memory_bandwidth"), *reached)
+        peaks = Peaks.of(target)
+        tf32 = peaks.float32
+        if Card.of(target).bfloat16_units:  # Ampere brought bfloat16 and TF32
+            tf32 = max(tf32, peaks.narrow / 2)
+        return cls(BANDWIDTH_SHARE * peaks.bytes, *(MATMUL_SHARE * r for r in (peaks.float32, tf32, peaks.narrow)))
 
     def of_product(self, dot: Dot) -> float:
         """Operations a second of one product."""
@@ -82,11 +72,6 @@ class Rates:
         memory = (kernel.bytes_read + kernel.bytes_written) / self.bytes
         products = sum(dot.flops / self.of_product(dot) for dot in kernel.dots)
         return kernel.runs * (max(memory, products) + self.launch)
-
-
-def _tensor_fma(capability: float) -> int:
-    """The row of `TENSOR_FMA` for a capability: its own, or that of the newest older one."""
-    return [fma for first, fma in TENSOR_FMA.items() if first <= capability][-1]
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,14 @@
 import collections
 import contextlib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from moe_jax.cli.command import Command, ModelCommand, check_out_file, check_out_folder, check_run_folder
-from moe_jax.config import ConfigError
+from moe_jax.config import ConfigError, PresetName
+from moe_jax.planning import card
+from moe_jax.planning.card import Finding
 from moe_jax.runs.catalog import is_shipped, run_folder
 from moe_jax.system import environment
 from moe_jax.system.files import Folder, json_text, write_output
@@ -129,15 +132,27 @@ class Plot(Command):
 
 @dataclass(frozen=True)
 class Doctor(Command):
-    """Verify every checkpoint of a run, each array included."""
+    """Verify every checkpoint of a run, each array included; or look at this machine's NVIDIA card.
 
-    run: str
+    With --gpu, what JAX needs of the machine is checked step by step. If nothing is missing, the card's products and
+    bandwidth are measured, and the command that trains on it is printed.
+    """
+
+    run: str = ""
     """Folder of a run."""
     repair: bool = False
     """Repair what can be repaired. Damaged checkpoints are renamed, never removed."""
+    gpu: bool = False
+    """Look at the card, and not at a run."""
+    preset: PresetName = "seed-158m"
+    """With --gpu: the preset that is to be trained on the card."""
 
     def execute(self) -> int:
-        """0 if nothing is damaged, or if all damage was repaired."""
+        """0 if nothing is damaged or missing, or if all damage was repaired."""
+        if self.gpu == bool(self.run):
+            raise ConfigError(f"--run {self.run}: give the folder of a run, or --gpu, and not both")
+        if self.gpu:
+            return self._examine_card()
         folder = run_folder(self.run)
         if not Folder(folder).exists("checkpoints"):
             raise ConfigError(f"--run {self.run}: is not the folder of a run; it has no folder `checkpoints`")
@@ -157,3 +172,24 @@ class Doctor(Command):
             counts = ", ".join(f"{count} {state}" for state, count in ill.items())
             say(counts + ("" if self.repair else "; --repair repairs what can be repaired"))
         return 1 if ill else 0
+
+    def _examine_card(self) -> int:
+        if not _said_all_good(card.needs()):
+            say("put the first missing thing right, and try again")
+            return 1
+        for note in environment.prepare_environment():
+            say(note)
+        with working("starting JAX"):
+            import jax
+
+            device = jax.devices()[0]
+        return 0 if _said_all_good(card.reached(device, self.preset)) else 1
+
+
+def _said_all_good(findings: Iterable[Finding]) -> bool:
+    """Print a line for each finding, as soon as it is made."""
+    all_good = True
+    for what, detail, good in findings:
+        say(f"{what:<13}  {'good' if good else 'missing'}  {detail}")
+        all_good &= good
+    return all_good

@@ -2,7 +2,7 @@
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,18 +13,22 @@ from moe_jax.cli.settings import COMMON, PRESET, SOURCE, RunCommand, Settings, r
 from moe_jax.config import ConfigError, MeshShape, PresetName, RunConfig, holds_run
 from moe_jax.config.presets import with_vocabulary
 from moe_jax.config.section import word
+from moe_jax.planning import plans
 from moe_jax.planning.target import CARDS_PER_HOST, DEFAULT_GPU, load_target
 from moe_jax.system import environment
 from moe_jax.system.environment import MIB
 from moe_jax.system.terminal import say, working
 
 if TYPE_CHECKING:
-    from moe_jax.planning.ladder import Plan as Setting
     from moe_jax.planning.target import Target
 
 ON_A_CARD = "uv run --extra cuda12"
 """How a program is started on an NVIDIA card. CUDA 12 knows all cards that JAX knows, CUDA 13 those from compute
 capability 7.5."""
+COMPILING = (
+    "compiling the training step of each setting, a minute or more each; of one that fits, evaluation and decoding "
+    "too. What an earlier plan has compiled is looked up."
+)
 MESH, RANK = ("execution", "mesh"), ("train", "lora_rank")
 NOT_PLANNED = {MESH, RANK, SOURCE}
 """Settings without a flag here. `plan` has its own flags for the first two, and a text changes no memory."""
@@ -99,25 +103,25 @@ class Plan(RunCommand):
             raise ConfigError(f"--mesh {self.mesh}: has {count} places; give at most {CARDS_PER_HOST}, or a multiple")
 
     def _plan_card(self, config: RunConfig, target: "Target", budget: float) -> int:
-        from moe_jax.planning import ladder
-
-        say(
-            "compiling the training step of each setting, a minute or more each; of one that fits, evaluation and "
-            "decoding too. What an earlier plan has compiled is looked up."
-        )
+        found, compiler = ([], "") if self.lora else plans.recorded(config, target)
+        say(f"recorded with jaxlib {compiler}" if found else COMPILING)
         print("(micro: sequences of a micro-batch)")
         print(_COLUMNS.format(*_HEADINGS))
-        plans = []
-        for plan in ladder.walk(
-            ladder.with_adapters(config, self.lora) if self.lora else config, ladder.Room.on(target, budget)
-        ):
-            plans.append(plan)
+        tried = []
+        for plan in found or self._walk(config, target, budget):
+            tried.append(plan)
             _print_row(plan, budget)
-        plan = ladder.chosen(plans, budget)
+        plan = plans.chosen(tried, budget)
         programs = ", ".join(f"{name} {mib:,.0f} MiB" for name, mib in plan.programs.items())
         say(f"\n{programs}, with all that is in memory beside it" if programs else "")
         say(f"attention in training: {plan.attention}")
         return self._result(plan.summary(target.name, budget), self._print_command(plan.fits(budget)))
+
+    def _walk(self, config: RunConfig, target: "Target", budget: float) -> Iterator[plans.Plan]:
+        from moe_jax.planning import ladder
+
+        asked = ladder.with_adapters(config, self.lora) if self.lora else config
+        return ladder.walk(asked, ladder.Room.on(target, budget))
 
     def _plan_mesh(self, config: RunConfig, target: "Target") -> int:
         from moe_jax.planning import ladder
@@ -170,7 +174,7 @@ _COLUMNS = "{:<10} {:>8} {:>6} {:>6} {:>6} {:>9} {:>14}  {}"
 _HEADINGS = ("optimizer", "weights", "micro", "accum", "remat", "precision", "step MiB", "fits")
 
 
-def _print_row(plan: "Setting", budget: float) -> None:
+def _print_row(plan: plans.Plan, budget: float) -> None:
     """One line for a setting."""
     train, step = plan.config.train, plan.programs.get("step")
     memory = f"{step:,.0f}" if step is not None else f">= {plan.least:,.0f}"

@@ -27,7 +27,7 @@ CODE_NOT_RUN = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive
 not be fast. The optimised HLO and the memory are decided before, and stay the same."""
 MISSING_PTXAS = ("No PTX compilation provider", "libdevice not found")
 """What XLA's error says if ptxas is missing."""
-HOW = "run it with `uv run --extra gpu-plan python -m moe_jax plan`"
+HOW = "run it with `uv run --isolated --extra gpu-plan python -m moe_jax plan`"
 CUDNN = 91000
 """The version of cuDNN that a described card has: 9.10."""
 

@@ -12,7 +12,8 @@ import jax
 
 from moe_jax.config import ConfigError, RunConfig, UserError
 from moe_jax.planning.device_memory import Memory
-from moe_jax.planning.ladder import Plan, Room, chosen, fitting_preset, named, walk
+from moe_jax.planning.ladder import Room, fitting_preset, walk
+from moe_jax.planning.plans import Plan, chosen, named
 from moe_jax.planning.target import MARGIN
 from moe_jax.system.environment import MIB
 from moe_jax.training.session import Fitted

@@ -10,7 +10,7 @@ differently. Those rungs stand below all others, and are there only with `--fit 
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +26,7 @@ from moe_jax.model.precision import choose_policy
 from moe_jax.model.transformer import Params
 from moe_jax.parallel.layout import mesh_of
 from moe_jax.planning.device_memory import Memory, bound, gpu_devices, lower_for, measured
+from moe_jax.planning.plans import Plan, named
 from moe_jax.planning.target import CARDS_PER_HOST, Target
 from moe_jax.system.environment import MIB
 from moe_jax.system.terminal import working
@@ -81,14 +82,6 @@ def below(config: RunConfig, failed: RunConfig) -> list[RunConfig]:
     return [rung for rung in rungs(config) if depth(rung) > depth(failed)]
 
 
-def named(config: RunConfig) -> str:
-    """A setting in a few words."""
-    train = config.train
-    batch = f"{train.batch_size} x {train.grad_accum}" if train.grad_accum > 1 else f"{train.batch_size}"
-    kind = train.optimizer if train.param_dtype == "float32" else f"{train.optimizer}, {train.param_dtype} weights"
-    return f"{batch} sequences{' with remat' * config.execution.remat}, {kind}"
-
-
 def _optimizer(config: RunConfig) -> tuple[str, str]:
     return config.train.optimizer, config.train.param_dtype
 
@@ -114,45 +107,6 @@ class Room(NamedTuple):
         return cls(target, target.budget if budget is None else budget, lambda *program: bound(target, *program).total)
 
 
-class Plan(NamedTuple):
-    """One rung, and the memory of its programs."""
-
-    config: RunConfig
-    precision: str
-    least: float
-    """MiB that a training step needs whatever the compiler does."""
-    programs: dict[str, float]
-    """MiB of the compiled programs, with what is in memory beside them. The step comes first. The others are there only
-    if it fits; nothing is there if `least` does not fit."""
-    attention: str = ""
-    """The form of attention in training, and the reason for it."""
-
-    @property
-    def total(self) -> float:
-        """MiB of the largest program. At least that if the step was not compiled."""
-        return max(self.programs.values(), default=self.least)
-
-    def fits(self, budget: float) -> bool:
-        return len(self.programs) > 1 and self.total <= budget
-
-    def summary(self, gpu: str, budget: float) -> dict[str, Any]:
-        """For JSON output."""
-        train = self.config.train
-        kept = ("grad_accum", "optimizer", "lora_rank", "param_dtype")
-        return {
-            "preset": self.config.preset,
-            "gpu": gpu,
-            "precision": self.precision,
-            "compute_dtype": self.precision,
-            "total_mib": round(self.total, 1),
-            "budget_mib": round(budget, 1),
-            "fits": self.fits(budget),
-            "micro_batch": train.batch_size,
-            "remat": self.config.execution.remat,
-            **{name: getattr(train, name) for name in kept},
-        }
-
-
 def walk(config: RunConfig, room: Room, failed: RunConfig | None = None) -> Iterator[Plan]:
     """The plans of the rungs in order, to the first that fits. With `failed`, of the rungs below that setting."""
     tried = rungs(config) if failed is None else below(config, failed)
@@ -168,11 +122,6 @@ def walk(config: RunConfig, room: Room, failed: RunConfig | None = None) -> Iter
         yield plan
         if plan.fits(room.budget):
             return
-
-
-def chosen(plans: Sequence[Plan], budget: float) -> Plan:
-    """The plan to use, of those that `walk` gives: the one that fits, or else the smallest."""
-    return next((plan for plan in plans if plan.fits(budget)), min(plans, key=lambda plan: plan.total))
 
 
 def plan_step(config: RunConfig, room: Room, which: str = "") -> Plan:

@@ -79,6 +79,11 @@ class Target:
         return MARGIN * PREALLOCATED * self.memory / MIB
 
 
+def described_gpus() -> list[str]:
+    """The names of the targets that come with the package."""
+    return sorted(path.stem for path in GPU_TARGETS.glob("*.txtpb"))
+
+
 def load_target(name: str) -> Target:
     """The target of this name that comes with the package, or else the target in the file of this path.
 
@@ -87,8 +92,7 @@ def load_target(name: str) -> Target:
     ours = GPU_TARGETS / f"{name}.txtpb"
     path = ours if ours.is_file() else Path(name)
     if not path.is_file():
-        names = ", ".join(sorted(path.stem for path in GPU_TARGETS.glob("*.txtpb")))
-        raise ConfigError(f"--gpu {name}: must be one of {names}, or a file that describes a GPU")
+        raise ConfigError(f"--gpu {name}: must be one of {', '.join(described_gpus())}, or a file that describes a GPU")
     with path.open("rb") as file:
         start = file.read(_LONGEST_DESCRIPTION + 1)
     target = Target(path.stem, start.decode(errors="replace"))

@@ -51,6 +51,16 @@ def has_nvidia_card() -> bool:
     return any(Path(p).exists() for p in ("/dev/nvidia0", "/dev/dxg", "/proc/driver/nvidia/version"))
 
 
+def ask_nvidia_smi(*fields: str) -> list[str] | None:
+    """What the driver's program says of the first card, without units. None if it does not answer."""
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    with suppress(OSError, subprocess.SubprocessError, IndexError):
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+        values = [value.strip() for value in answer.splitlines()[0].split(",")]
+        return values if len(values) == len(fields) else None  # it may say that it found no card
+    return None
+
+
 def has_cuda_plugin() -> bool:
     return any(importlib.util.find_spec(f"jax_cuda{v}_plugin") for v in (12, 13))
 
@@ -113,11 +123,9 @@ def _set_memory_fraction() -> list[str]:
     """
     if "XLA_PYTHON_CLIENT_MEM_FRACTION" in os.environ or os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE") == "false":
         return []
-    query = ["nvidia-smi", "--query-gpu=memory.total,memory.free", "--format=csv,noheader,nounits"]
     try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
-        total, free = (float(mib) for mib in answer.splitlines()[0].split(","))
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        total, free = map(float, ask_nvidia_smi("memory.total", "memory.free") or [])
+    except ValueError:
         return []
     if total > SMALL_CARD_MIB:
         return []

@@ -63,7 +63,7 @@ def print_dry_run(config: RunConfig) -> None:
     memory = f"at least {least_step_bytes(sized) / MIB:,.0f} MiB in a training step"
     costs = {
         "groups": ", ".join(f"{name} {n.total:,}" for name, n in count_parameters(sized.model).items()),
-        "memory": f"{memory}; `uv run --extra gpu-plan python -m moe_jax plan` computes it for a card",
+        "memory": f"{memory}; `uv run --isolated --extra gpu-plan python -m moe_jax plan` computes it for a card",
         "plan": plan_line(sized.train, sized.tokens_per_step),
         "arithmetic": f"{training_flops(sized, sized.train.steps):.2e} floating-point operations",
         "time": f"{expected_time(sized, rate)}, if training reaches {LOWEST:.0%} to {HIGHEST:.0%} of "

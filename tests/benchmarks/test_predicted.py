@@ -185,7 +185,7 @@ def check_compiled(asked: Devices, expert: int) -> DevicePlan:
 
 @pytest.mark.slow
 @pytest.mark.plan
-@pytest.mark.skipif(not HAS_LIBTPU, reason="needs libtpu: uv run --group tpu-plan --extra gpu-plan pytest -m plan")
+@pytest.mark.skipif(not HAS_LIBTPU, reason="needs libtpu: uv run --isolated --group tpu-plan pytest -m plan")
 @pytest.mark.timeout(1800)
 def test_a_slice_of_four_chips(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path))

@@ -70,7 +70,7 @@ COMMAND_LINES = {line: block.needs for page in PAGES for block in blocks(page) f
 
 def words_of(line: str) -> list[str]:
     """The words of a command line, after `uv run` and its extras."""
-    words = shlex.split(line)[2:]
+    words = shlex.split(line.removeprefix("uv run ").removeprefix("--isolated "))
     while words[0] in ("--extra", "--group"):
         words = words[2:]
     return ["python", "-m", "moe_jax", *words[1:]] if words[0] == "moe-jax" else words

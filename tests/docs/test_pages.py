@@ -40,6 +40,12 @@ def test_code_fits_80_columns(page: Path) -> None:
     assert [line for block in blocks(page) for line in block.code.splitlines() if len(line) > 80] == []
 
 
+def test_the_compilers_of_plans_stay_out_of_the_users_environment() -> None:
+    """What the extra `gpu-plan` leaves there: tests/test_package.py."""
+    lines = [line for page in [*PAGES, *OTHERS] for line in page.read_text().splitlines() if "--extra gpu-plan" in line]
+    assert [line for line in lines if "--isolated" not in line] == []
+
+
 BUDGETS = {"README.md": 900, "CHANGELOG.md": 600, "docs/gpu.md": 900, "docs/scaling.md": 1200, "docs/quality.md": 800}
 BUDGETS |= {"docs/small-weights.md": 600, "docs/large-texts.md": 500, "docs/performance.md": 500}
 BUDGETS |= {"docs/reliability.md": 250, "docs/microscope.md": 600, "foundation/README.md": 1000}

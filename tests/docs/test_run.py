@@ -28,7 +28,8 @@ NOT_RUN = {
     "--run runs/book": "opens the run that the line above it trains; the same command is run on runs/nano",
     "moe-jax import": "downloads 13.8 GB; tests/interop/test_hub.py imports a tiny model from a server of its own",
     "--run olmoe": "opens the model that `import` makes; tests/interop/test_imported_run.py opens tiny ones",
-    "predict_card.py": "needs an NVIDIA card",
+    "predict_card.py": "takes minutes; tests/benchmarks/test_predict_card.py measures a tiny model",
+    "doctor --gpu": "fails without an NVIDIA card; tests/planning/test_card.py invents one",
     "--resume": "resumes the real run; tests/reliability/test_kills.py resumes tiny ones",
     "--upcycle": "trains for minutes; tests/training/test_upcycle.py does it on a tiny model",
 }

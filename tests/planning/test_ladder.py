@@ -22,7 +22,8 @@ from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.config.train import Fit
 from moe_jax.model.costs import adapter_parameters, count_parameters, totals
 from moe_jax.planning import ladder
-from moe_jax.planning.ladder import Plan, Room
+from moe_jax.planning.ladder import Room
+from moe_jax.planning.plans import Plan, chosen
 from moe_jax.planning.target import load_target
 from moe_jax.system import environment
 from moe_jax.system.environment import MIB
@@ -118,7 +119,7 @@ def test_the_fastest_setting_that_fits_is_chosen(data: Any, batch: int, accum: i
     assert [setting(p.config) for p in plans if p.fits(4)] == ([best] if best else [])
     assert len(set(compiled)) == len(compiled) == len(plans)
     assert all(p.config.tokens_per_step == config.tokens_per_step for p in plans)
-    assert ladder.chosen(plans, 4).total == (mib[best] if best else min(mib.values()))
+    assert chosen(plans, 4).total == (mib[best] if best else min(mib.values()))
 
 
 def test_what_runs_between_the_steps_must_fit_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ QUICK_COMPILER = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensiv
 may change the last bits of a float."""
 
 _HAS_COMPILER = environment.has_cuda_plugin() and importlib.util.find_spec("nvidia") is not None
-_NEEDED = "needs JAX's CUDA plugin and ptxas: uv run --extra gpu-plan pytest -m plan"
+_NEEDED = "needs JAX's CUDA plugin and ptxas: uv run --isolated --extra gpu-plan pytest -m plan"
 
 
 def compiled_for_gpu(test: Callable) -> Callable:
