@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import math
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -74,8 +75,13 @@ class TrainingCommand(RunCommand):
         say(*skipped_files(config.data))
         check_memory(config)
         with training_process(config, start, self.group, self.resume_command) as process:
-            report(trained(config, start, process))
+            report(trained(config, start, process, self.seconds))
         return process.status
+
+    @property
+    def seconds(self) -> float:
+        """The time in which a new run should end."""
+        return math.inf
 
     @property
     def resume_command(self) -> str:
@@ -113,8 +119,9 @@ class Train(TrainingCommand):
     takes_auto: ClassVar[bool] = True
 
     minutes: float = 0.0
-    """With --preset auto, chooses the number of steps for about that time. It does not stop the run; on a busy machine
-    it takes longer. The speed is measured, so the number may differ from call to call. 0: as long as it takes."""
+    """With --preset auto, chooses the number of steps for about that time. The speed is measured, so the number may
+    differ from call to call. If the first steps take too long, the run starts again with fewer. 0: as long as it
+    takes."""
     auto: Values | None = None
     """What the user has typed with --preset auto, until the preset is chosen."""
 
@@ -135,7 +142,12 @@ class Train(TrainingCommand):
         settings, reasons = choose_preset(self.auto, self.minutes)
         config = settings.config
         say(f"--preset auto: {config.preset}, {config.train.steps:,} steps", *reasons, "")
-        return dataclasses.replace(self, settings=settings, auto=None).execute()
+        minutes = 0.0 if ("train", "steps") in self.auto else self.minutes
+        return dataclasses.replace(self, settings=settings, auto=None, minutes=minutes).execute()
+
+    @property
+    def seconds(self) -> float:
+        return 60 * self.minutes or math.inf
 
 
 @dataclass(frozen=True)
@@ -226,12 +238,13 @@ def training_process(config: RunConfig, start: Start, group: ProcessGroup | None
                 process.status = stop.status
 
 
-def trained(config: RunConfig, start: Start, process: Process) -> Any:
+def trained(config: RunConfig, start: Start, process: Process, seconds: float = math.inf) -> Any:
     """The session, after its training. The settings are made to fit the device (`planning/fitting.py`). If the first
-    step runs out of memory all the same, the next ones that may fit are taken."""
+    step runs out of memory all the same, the next ones that may fit are taken. If the first steps show that a new run
+    will not end in its `seconds`, it starts again with fewer, once."""
     from moe_jax.planning.fitting import fit
     from moe_jax.training.header import print_run_header
-    from moe_jax.training.loop import FirstStepOutOfMemory, train
+    from moe_jax.training.loop import FirstStepOutOfMemory, TooSlow, train
     from moe_jax.training.session import Session
 
     failed = None
@@ -239,15 +252,20 @@ def trained(config: RunConfig, start: Start, process: Process) -> Any:
         session = Session.open(config, start, partial(fit, failed=failed))
         print_run_header(session, process.notes)
         try:
-            train(session, process.signals)
+            train(session, process.signals, seconds)
             return session
+        except TooSlow as slow:
+            again = f"so the run starts again, with {slow.steps:,} steps instead of {config.train.steps:,}"
+            config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=slow.steps))
+            seconds, message = math.inf, f"{slow}, {again}"
         except FirstStepOutOfMemory:
             failed = session.config
             if not failed.execution.fitted:
                 raise
+            message = "the first step ran out of memory; trying the next setting"
         del session  # its arrays, before new ones are made
         gc.collect()
-        say("the first step ran out of memory; trying the next setting")
+        say(message)
 
 
 def report(session: Any) -> None:

@@ -4,6 +4,7 @@
 summary.json. After a signal (Ctrl-C), `evaluate_and_save_if_due` saves a checkpoint and raises `Stopped`.
 """
 
+import math
 from contextlib import ExitStack, suppress
 from typing import Any
 
@@ -22,17 +23,33 @@ SHOWN_CHARACTERS, SHOWN_LINES = 400, 12
 """What is shown of a sample at an evaluation, at most. All of it is in samples.txt."""
 
 
+PACE_STEPS = 20
+"""Steps after which the pace of a run is known. It is that of the later half."""
+IN_TIME = 0.85
+"""Share of the time that is left for steps. The rest is for evaluations and checkpoints."""
+
+
 class FirstStepOutOfMemory(RuntimeError):
     """The first step of this process ran out of memory. It was not logged, and nothing of it was saved."""
 
 
-def train(session: Session, signals: Signals | None = None) -> None:
-    """Take the remaining steps. Evaluate, sample and save when due.
+class TooSlow(RuntimeError):
+    """A new run would not end in its time. Nothing of it was saved."""
 
-    Raises Stopped after everything is saved, if a signal asked to stop, and FirstStepOutOfMemory.
+    def __init__(self, seconds: float, steps: int) -> None:
+        super().__init__(f"a step takes {seconds:.2f} s")
+        self.steps = steps
+        """The steps with which it would, if it started again now."""
+
+
+def train(session: Session, signals: Signals | None = None, seconds: float = math.inf) -> None:
+    """Take the remaining steps. Evaluate, sample and save when due. A new run should end in so many `seconds`.
+
+    Raises Stopped after everything is saved, if a signal asked to stop, FirstStepOutOfMemory, and TooSlow.
     """
     config, signals = session.config.train, signals or Signals()
     step = begin = session.saved_step
+    half = 0.0
     with ExitStack() as opened:
         log = MetricsLog(session.folder.files)
         opened.callback(log.close)
@@ -47,6 +64,19 @@ def train(session: Session, signals: Signals | None = None) -> None:
             step += 1
             signals.unsaved = True
             logger.add(step, report)
+            if seconds < math.inf and session.saved_step == 0 and step in (PACE_STEPS // 2, PACE_STEPS):
+                jax.block_until_ready(report)
+                if step == PACE_STEPS:
+                    check_pace(config.steps, half, session.elapsed, seconds)
+                half = session.elapsed
+
+
+def check_pace(steps: int, half: float, now: float, seconds: float) -> None:
+    """Raise TooSlow if a run of so many steps, after PACE_STEPS // 2 of them at `half` and PACE_STEPS of them `now`
+    (seconds of the run), does not end in `seconds`. Another start takes as long to its first steps as this one did."""
+    pace = (now - half) / (PACE_STEPS - PACE_STEPS // 2)
+    if now + (steps - PACE_STEPS) * pace / IN_TIME > seconds:
+        raise TooSlow(pace, max(PACE_STEPS, int(IN_TIME * (seconds - now - half) / pace)))
 
 
 def _take_step(session: Session, step: int, first: bool) -> StepReport:

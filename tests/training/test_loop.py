@@ -1,5 +1,6 @@
 """When a run evaluates, saves, stops and ends. Nothing is trained: the session is a stand-in."""
 
+import json
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,11 +8,13 @@ from typing import Any
 
 import pytest
 
-from moe_jax.cli.train import Train
-from moe_jax.config import TrainConfig
+from moe_jax.cli.train import Process, Train, trained
+from moe_jax.config import DataConfig, RunConfig, TrainConfig, load_config
 from moe_jax.system.signals import Signals, Stopped
 from moe_jax.training import loop
+from moe_jax.training.start import Start
 from moe_jax.training.state import RunCounters
+from tests.support import saved_run, tiny
 
 
 class Pause:
@@ -105,6 +108,25 @@ def test_patience(patience: int, bad: int, ends: bool, monkeypatch: pytest.Monke
     assert ("stopped early at step 4: 3 evaluations without improvement" in run.events) == ends
 
 
+@pytest.mark.parametrize(
+    ("seconds", "left"),
+    [
+        (1000, None),  # 40 s and 980 steps of 0.5 s, which are 577 s with evaluations
+        (617, None),
+        (616, 919),  # 0.85 of (616 - 40 - 35) s
+        (60, loop.PACE_STEPS),
+    ],
+)
+def test_a_run_that_is_too_slow_for_its_time_gets_fewer_steps(seconds: float, left: int | None) -> None:
+    """Ten steps took 5 s, after 35 s until then: compiling, and ten steps."""
+    if left is None:
+        loop.check_pace(1000, 35.0, 40.0, seconds)
+    else:
+        with pytest.raises(loop.TooSlow, match=r"a step takes 0\.50 s") as slow:
+            loop.check_pace(1000, 35.0, 40.0, seconds)
+        assert slow.value.steps == left
+
+
 def test_a_signal_saves_and_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(monkeypatch)
     run.signals.stop_signal = signal.SIGINT
@@ -144,3 +166,24 @@ def test_a_sample_of_verse_keeps_its_lines() -> None:
     assert loop._shown(verse) == "  ROMEO:\n  But soft!\n  What light"
     assert loop._shown("one line, " * 100) == "  " + ("one line, " * 100)[:400].rstrip()
     assert loop._shown("a\n" * 50).count("\n") == loop.SHOWN_LINES - 1
+
+
+def test_a_run_without_time_starts_again_with_the_fewest_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing of the first start is left: neither its steps in config.json, nor its lines in metrics.jsonl."""
+    (tmp_path / "text.txt").write_text("<|endoftext|>".join(f"a cat sat on mat {i}" for i in range(90)))
+    config = RunConfig(
+        out=str(tmp_path / "run"),
+        model=tiny.config(layers=1, vocab_size=257),
+        data=DataConfig(source=str(tmp_path / "text.txt"), tokenizer="byte", eval_tokens=64),
+        train=TrainConfig(steps=40, batch_size=2, log_every=1, eval_every=40, save_every=40),
+    )
+    with saved_run.quick_training(tmp_path / "cache", samples=False):
+        session = trained(config, Start(config), Process(Signals(), []), seconds=1e-3)
+    assert "with 20 steps instead of 40" in capsys.readouterr().out
+    saved = load_config(tmp_path / "run")
+    assert saved is not None
+    assert saved.train.steps == session.config.train.steps == 20
+    records = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert [record["step"] for record in records if record["split"] == "train"] == list(range(1, 21))
