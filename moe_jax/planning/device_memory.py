@@ -9,6 +9,7 @@ What a plan has compiled is kept for later plans: one small JSON file for each p
 
 import contextlib
 import importlib.metadata
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -68,13 +69,18 @@ class Bound:
         return self.total <= target.budget
 
 
-def bound(target: Target, program: Any, *arguments: Any) -> Bound:
-    """The device memory of a jitted program, compiled for the target. Only the arguments' shapes and dtypes matter.
+def bound(target: Target, program: Any, *arguments: Any, most: float = math.inf) -> Bound:
+    """The device memory of a jitted program, compiled for the target. Only the arguments' shapes and dtypes matter. The
+    first back end with more than `most` MiB is the last: it decides.
 
     Raises UserError if JAX's CUDA plugin or ptxas is not installed.
     """
-    lowered = lower_for(target, program, *arguments)
-    return Bound({name: measured(target, lowered, options) for name, options in back_ends(target).items()})
+    lowered, found = lower_for(target, program, *arguments), dict[str, Memory]()
+    for name, options in back_ends(target).items():
+        found[name] = measured(target, lowered, options)
+        if found[name].total > most:
+            break
+    return Bound(found)
 
 
 def back_ends(target: Target) -> dict[str, dict[str, bool]]:

@@ -10,6 +10,7 @@ differently. Those rungs stand below all others, and are there only with `--fit 
 """
 
 import dataclasses
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -103,19 +104,25 @@ class Room(NamedTuple):
 
     @classmethod
     def on(cls, target: Target, budget: float | None = None) -> "Room":
-        """On a described GPU. Each program is compiled with every matmul back end, and the largest counts."""
-        return cls(target, target.budget if budget is None else budget, lambda *program: bound(target, *program).total)
+        """On a described GPU. Each program is compiled with every matmul back end, until one does not fit, and the
+        largest counts."""
+        most = target.budget if budget is None else budget
+        return cls(target, most, lambda *program: bound(target, *program, most=most).total)
 
 
 def walk(config: RunConfig, room: Room, failed: RunConfig | None = None) -> Iterator[Plan]:
     """The plans of the rungs in order, to the first that fits. With `failed`, of the rungs below that setting."""
     tried = rungs(config) if failed is None else below(config, failed)
     between: dict[tuple[str, str], dict[str, float]] = {}
+    estimate = ", a minute or more"
     for number, rung in enumerate(tried, 1):
         known = between.get(_optimizer(rung), {})
         if max(known.values(), default=0.0) > room.budget:
             continue  # what runs between the steps depends on the optimizer only, and does not fit
-        plan = plan_step(rung, room, f": setting {number} of at most {len(tried)}")
+        begin = time.monotonic()
+        plan = plan_step(rung, room, f": setting {number} of at most {len(tried)}{estimate}")
+        if (seconds := time.monotonic() - begin) > 1:  # compiled, and not looked up
+            estimate = f", about {seconds:,.0f} s as the last one"
         if plan.programs and plan.total <= room.budget:
             known = between[_optimizer(rung)] = known or plan_between(rung, room)
             plan = plan._replace(programs=plan.programs | known)
@@ -163,7 +170,7 @@ def plan_between(config: RunConfig, room: Room) -> dict[str, float]:
     }
     memory: dict[str, float] = {}
     for number, (name, job) in enumerate(jobs.items(), 1):
-        with working(f"compiling {name}, {number} of {len(jobs)} programs that run between the steps"):
+        with working(f"compiling {name}, {number} of {len(jobs)} programs between the steps, faster than a step"):
             memory[name] = room.measure(*job) + waiting
     return memory
 

@@ -89,7 +89,7 @@ def test_a_card_is_measured_beside_its_description(device: Any, monkeypatch: pyt
             "bfloat16",
             2000,
             True,
-            "fits, by the plan for NVIDIA GeForce RTX 3050 Laptop GPU: 32 sequences, adamw, 2,000",
+            "fits, by the plan for NVIDIA GeForce RTX 3050 Laptop GPU: 32 sequences, adamw-8bit, 2,000 of 2,550",
         ),
         ("bfloat16", 2600, False, "no recorded plan in bfloat16 fits 2,550 MiB"),
         ("float32", 2000, False, "no recorded plan in bfloat16 fits"),

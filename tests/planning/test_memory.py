@@ -97,6 +97,8 @@ def test_older_cards_have_one_back_end(capability: str, back_ends: list[str], mo
     assert list(device_memory.bound(target(capability), None).back_ends) == back_ends
     options = {"triton": {}, "cublas": {"xla_gpu_enable_triton_gemm": False}}
     assert asked == [("lowered", options[name]) for name in back_ends]
+    decided = device_memory.bound(target(capability), None, most=0.5)
+    assert list(decided.back_ends) == back_ends[:1], "the first one is too large already"
 
 
 def compiled(text: str) -> Any:
