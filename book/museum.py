@@ -49,7 +49,7 @@ SIGHTINGS = {
         "Two layers are unbalanced in opposite ways, and the balance loss calls the model balanced.",
         "The routers of all layers were pooled first. The product of shares and probabilities came after it.",
     ),
-    "router: gate gradient dropped": Sighting(
+    "router: the gates' gradient is forgotten": Sighting(
         "labmlai/annotated_deep_learning_paper_implementations#95",
         "The gate on the wrong side of the expert",
         "The model trains, and its gates mean something else than in the paper.",
@@ -79,7 +79,7 @@ SIGHTINGS = {
         "Weights with large gradients are decayed less than those with small ones.",
         "AdamW inherited Adam's path for decay: the decay became a part of the gradient, which Adam rescales.",
     ),
-    "layernorm: mean term missing": Sighting(
+    "layernorm: what subtracting the mean takes away is not taken out of d_n": Sighting(
         "tenstorrent/tt-metal#53204",
         "The loss still fell",
         "The gradient is wrong in every step, and the loss still falls.",

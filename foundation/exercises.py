@@ -2,11 +2,11 @@
 
 In a notebook:
 
-    ask("1.1")                 prints the question
-    check("1.1", answer)       says right, or what is wrong; None means "not tried yet"
+    check("1.1", None)         prints the question
+    check("1.1", answer)       says right, or what is wrong
     solution("1.1")            a right answer, for when you have tried: a number, or the source of a function
 
-The first wrong answer gets a hint where to look. From the second on the formula is told.
+The first wrong answer gets a hint where to look. From the second on, if it is another one, the formula is told.
 An answer may be anything: a wrong shape, a wrong type, a function that raises. It gets no traceback.
 The questions are in `lessons/questions.py`.
 """
@@ -14,14 +14,18 @@ The questions are in `lessons/questions.py`.
 import difflib
 import inspect
 import math
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import FunctionType
+from functools import partial
+from itertools import chain
+from types import CodeType, FunctionType
 from typing import Any
 
 import jax
 import numpy as np
+
+from foundation.challenges import diagnosis
+from foundation.challenges.mistakes import made_on_purpose
 
 TOLERANCE = 1e-4
 """Of a function's answer, relative to the largest entry: float32 will do."""
@@ -44,31 +48,40 @@ class Exercise:
     first_hint: str
 
 
-_WRONG: Counter[str] = Counter()
-"""Wrong attempts at each exercise since Python started."""
-
-
-def ask(number: str) -> None:
-    """Prints the question."""
-    if exercise := _find(number):
-        print(f"Exercise {number}. {exercise.question}")
+_WRONG: dict[str, set[str]] = {}
+"""The different wrong answers to each exercise since Python started."""
 
 
 def check(number: str, answer: Any) -> bool | None:
-    """Says whether the answer is right; None, the state before a try, is neither right nor wrong."""
+    """Says whether the answer is right; without an answer, prints the question, and returns None."""
     exercise = _find(number)
     if exercise is None or answer is None:
         if exercise is not None:
-            print(f"{number}: not tried yet.")
+            print(f"Exercise {number}. {exercise.question}")
         return None
     wrong = exercise.judge(answer)
     if not wrong:
         print(f"{number}: right.")
         return True
-    _WRONG[str(number)] += 1
-    hint = exercise.hint if _WRONG[str(number)] > 1 else exercise.first_hint
+    tried = _WRONG.setdefault(str(number), set())
+    tried.add(_text_of(answer))  # a cell that runs once more is no other try
+    hint = exercise.hint if len(tried) > 1 else exercise.first_hint
     print(f"{number}: not yet. {wrong} Hint: {hint}")
     return False
+
+
+def _text_of(answer: Any) -> str:
+    """What tells an answer from another one: of a function its code."""
+    code = getattr(answer, "__code__", None)
+    try:
+        return _text_of_code(code) if isinstance(code, CodeType) else repr(answer)
+    except Exception:  # the learner's own class
+        return type(answer).__name__
+
+
+def _text_of_code(code: CodeType) -> str:
+    inner = [_text_of_code(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
+    return f"{code.co_code!r} {code.co_names} {inner}"
 
 
 def solution(number: str) -> Any:
@@ -112,42 +125,67 @@ def _find(number: object) -> Exercise | None:
     return EXERCISES.get(str(number))
 
 
-def number(expected: float, tolerance: float = FOUR_DIGITS) -> Judge:
+def number(question: str, expected: float, hint: str, first_hint: str, tolerance: float = FOUR_DIGITS) -> Exercise:
     """Right where the answer is this number, to a relative tolerance. An answer within 5 % is asked for more digits."""
 
     def judge(answer: Any) -> str:
         try:
             value = float(answer)
         except Exception:
-            return f"A number is asked for, and this is {_kind(answer)}."
+            return f"A number is asked for, and this is {diagnosis.kind_of(answer)}."
         if math.isclose(value, expected, rel_tol=tolerance, abs_tol=1e-12):
             return ""
-        rounded = tolerance == FOUR_DIGITS and math.isclose(value, expected, rel_tol=0.05)
-        return f"{value:.6g} is not the number." + (" Give four digits, or an expression." if rounded else "")
+        if tolerance == FOUR_DIGITS and math.isclose(value, expected, rel_tol=0.05):
+            return f"{value:.6g} is not the number. Give four digits, or an expression."
+        near = (text for text, wrong in _like(expected) if math.isclose(value, wrong, rel_tol=FOUR_DIGITS))
+        return f"{value:.6g} is not the number{next(near, '')}."
 
-    return judge
+    return Exercise(question, judge, hint, expected, first_hint)
 
 
-def function(expected: Callable[..., Any], *shapes: tuple[int, ...]) -> Judge:
-    """Right where the answer is a function that equals `expected` on random arrays of these shapes."""
+def _like(expected: float) -> list[tuple[str, float]]:
+    """Numbers that are written down for another one, and why."""
+    return [
+        (", its negative is: look at the signs", -expected),
+        (", one divided by it is", 1.0 / expected),
+        (", half of it is", 2.0 * expected),
+        (", twice it is", expected / 2.0),
+        (": it is what is left, and the other part is asked for", 1.0 - expected),
+        (": give a share, not per cent", 100.0 * expected),
+        (", its square root is", expected**2),
+        (", its square is", math.sqrt(abs(expected))),
+        (", one more is", expected - 1.0),
+        (", one less is", expected + 1.0),
+    ]
+
+
+def function(
+    question: str,
+    expected: Callable[..., Any],
+    shapes: Sequence[tuple[int, ...]],
+    hint: str,
+    first_hint: str,
+    likely: Mapping[str, Callable[..., Any]] | None = None,
+) -> Exercise:
+    """Right where the answer is a function that equals `expected` on random arrays of these shapes. `likely` are
+    mistakes by what they are called, beside those that are small changes of `expected`."""
 
     def judge(answer: Any) -> str:
         if not callable(answer):
-            return f"A function is asked for, and this is {_kind(answer)}."
+            return f"A function is asked for, and this is {diagnosis.kind_of(answer)}."
         arrays = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
-        right = np.asarray(expected(*arrays))
+        names = inspect.signature(expected).parameters
+        known = [diagnosis.Named(name, np.asarray(array)) for name, array in zip(names, arrays, strict=True)]
+        named = ((name, wrong(*arrays)) for name, wrong in (likely or {}).items())
+        mistakes = partial(chain, named, made_on_purpose(expected, tuple(arrays)))
         try:
-            ours = np.asarray(answer(*arrays))
+            ours = answer(*arrays)
+            found = diagnosis.judge(["result"], (ours,), (expected(*arrays),), known, mistakes, TOLERANCE)
         except Exception as error:
             return f"Your function stops with {type(error).__name__}: {first_line(error)}."
-        if ours.dtype.kind not in "fiub":
-            return f"Your function gives {_kind(ours)}, and an array of numbers is asked for."
-        if ours.shape != right.shape:
-            return f"Your function gives shape {list(ours.shape)}, and {list(right.shape)} is asked for."
-        error = np.max(np.abs(ours - right)) / np.max(np.abs(right))
-        return "" if error < TOLERANCE else f"The largest entry that is off is off by {100 * error:.3g} %."
+        return f"{found.wrong}; {found.meaning}." if found.wrong else ""
 
-    return judge
+    return Exercise(question, judge, hint, expected, first_hint)
 
 
 def first_line(error: BaseException, width: int = 140) -> str:
@@ -155,11 +193,3 @@ def first_line(error: BaseException, width: int = 140) -> str:
     text = str(error).strip()
     line = text.splitlines()[0].rstrip(".") if text else "no message"
     return line if len(line) <= width else line[: width - 3] + "..."
-
-
-def _kind(answer: Any) -> str:
-    """What an answer is, in words."""
-    if isinstance(answer, np.ndarray | jax.Array):
-        return f"an array of {answer.dtype} with shape {list(answer.shape)}"
-    name = type(answer).__name__
-    return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

@@ -8,8 +8,8 @@ Write out one entry, y_ro = sum_i x_ri W_io + b_o, for row r. Then
 
 The shapes leave no other choice, which is a good way to remember them. Note what is *not* there: no
 division by the number of rows. Where a loss is a mean, its own backward pass has already put 1/rows into
-d_y; dividing again is the commonest bug of hand-written back-propagation (`backprop_from_scratch.py` shows
-how the check catches it).
+d_y; dividing again is the commonest bug of hand-written back-propagation (chapter 2 shows how the check
+catches it).
 
 Source: Rumelhart, Hinton and Williams 1986, equations 4 to 6.
 """

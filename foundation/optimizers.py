@@ -1,11 +1,11 @@
-"""What turns a gradient into a step: SGD, momentum, Adam, AdamW, Muon.
+"""What turns a gradient into a step: SGD, Adam, AdamW, Muon.
 
 Each is `NAME_init(params) -> state` and `NAME_update(grads, state, params, ...) -> (params, state)`, on any
 tree of arrays. SGD has no state: `sgd_update(grads, params, lr) -> params`. Each is equal to its optax counterpart
 step by step (`tests/foundation/test_foundation_optimizers.py`).
 Chapter 10 asks where these steps come from: `steepest.py`. Adafactor is in `adafactor.py`.
 
-Sources: momentum: Sutskever et al. 2013, equations 1 and 2. Adam: Kingma and Ba 2015, algorithm 1. AdamW:
+Sources: Adam: Kingma and Ba 2015, algorithm 1. AdamW:
 Loshchilov and Hutter 2019, algorithm 2. Muon: Jordan et al. 2024 ("Muon: an optimizer for hidden layers in
 neural networks").
 """
@@ -27,19 +27,6 @@ NEWTON_SCHULZ_STEPS = 5
 def sgd_update(grads: Params, params: Params, lr: float) -> Params:
     """w <- w - lr g. No state."""
     return jax.tree.map(lambda w, g: w - lr * g, params, grads)
-
-
-def momentum_init(params: Params) -> Params:
-    """A velocity of zero for each parameter."""
-    return jax.tree.map(jnp.zeros_like, params)
-
-
-def momentum_update(
-    grads: Params, velocity: Params, params: Params, lr: float, beta: float = 0.9
-) -> tuple[Params, Params]:
-    """v <- beta v + g;  w <- w - lr v."""
-    velocity = jax.tree.map(lambda v, g: beta * v + g, velocity, grads)
-    return sgd_update(velocity, params, lr), velocity
 
 
 class AdamState(NamedTuple):

@@ -1,5 +1,4 @@
-"""`python -m foundation.train_by_hand [--steps N] [--picture FILE]`: the MoE language model, by hand,
-beside autodiff.
+"""`python -m foundation.train_by_hand [--steps N]`: the MoE language model, by hand, beside autodiff.
 
 A model of 4 layers of width 128 with 8 experts, 2 per token, learns the text below in float64. (The preset `nano`
 has 3 such layers.) A token is a character. Two copies start alike. One is trained by the hand-derived gradient of
@@ -11,7 +10,6 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -106,31 +104,10 @@ def largest_difference(a: Curve, b: Curve) -> float:
     return max(abs(x - y) for x, y in zip(a.losses, b.losses, strict=True))
 
 
-def draw(by_hand: Curve, automatic: Curve, path: Path) -> None:
-    """Both curves, and below them their difference."""
-    import matplotlib.pyplot as plt
-
-    figure, (top, bottom) = plt.subplots(
-        2, 1, figsize=(7.5, 5.6), sharex=True, height_ratios=[2.2, 1], layout="constrained"
-    )
-    top.plot(by_hand.losses, lw=6, color="#9cc3ee", label="gradient by hand")
-    top.plot(automatic.losses, lw=1.5, color="#12355b", label="gradient by autodiff")
-    top.set(ylabel="training loss (nats per character)", title="One curve, drawn twice")
-    top.legend(frameon=False)
-    difference = [abs(x - y) for x, y in zip(by_hand.losses, automatic.losses, strict=True)]
-    bottom.semilogy([max(d, 1e-17) for d in difference], color="#c8553d")
-    bottom.axhline(TOLERANCE, color="grey", ls="--", lw=1)
-    bottom.text(0, TOLERANCE * 1.6, "allowed", color="grey", fontsize=9)
-    bottom.set(xlabel="step", ylabel="difference", ylim=(1e-17, 1e-7))
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Trains both ways; exit status 1 where the curves differ or the loss does not fall."""
     parser = argparse.ArgumentParser(prog="python -m foundation.train_by_hand", description=__doc__)
     parser.add_argument("--steps", type=int, default=STEPS, help=f"optimizer steps (default {STEPS})")
-    parser.add_argument("--picture", type=Path, help="write both loss curves to this file")
     arguments = parser.parse_args(argv)
     if arguments.steps < 2:  # the loss before the first step and after it
         parser.error(f"--steps {arguments.steps}: must be at least 2")
@@ -153,8 +130,6 @@ def main(argv: list[str] | None = None) -> int:
     difference = largest_difference(by_hand, automatic)
     print(f"\nlargest difference {difference:.1e} (allowed {TOLERANCE:.0e})")
     print(f"balance loss {output.balance:.3f} (1 is even), {100 * output.dropped:.1f} % of choices dropped")
-    if arguments.picture:
-        draw(by_hand, automatic, arguments.picture)
     return 0 if difference < TOLERANCE and by_hand.losses[-1] < by_hand.losses[0] else 1
 
 

@@ -79,7 +79,15 @@ def test_a_chapter_has_prose_exercises_and_cells_of_mathematics(source: Path, ch
     own = [number for number in EXERCISES if number.startswith(f"{chapter.number}.")]
     assert len(own) >= 3
     for number in EXERCISES:
-        assert (f'check("{number}", None)' in text) == (number in own), number
+        alone = f'# %%\ncheck("{number}", None)\n'
+        assert (alone in text) == (f'check("{number}"' in text) == (number in own), number
+
+
+@pytest.mark.parametrize("source", SOURCES[2:], ids=lambda path: path.stem)
+def test_a_chapter_begins_with_few_imports_and_shows_the_code_that_it_derives(source: Path) -> None:
+    first, *_ = re.findall(r"# %%\n(.*?)(?=# %%)", source.read_text(), flags=re.DOTALL)
+    assert len(re.findall(r"^(?:from|import) ", first, flags=re.MULTILINE)) <= 7
+    assert re.search(r"^shown\(", source.read_text(), flags=re.MULTILINE)
 
 
 NOT_IN_PRODUCTION = {"21"}

@@ -3,6 +3,10 @@
 from dataclasses import dataclass
 
 
+class Unusable(Exception):
+    """A learner's file, function or answer that cannot be used. The message says why."""
+
+
 @dataclass(frozen=True)
 class Challenge:
     """One backward pass to derive, or one function."""

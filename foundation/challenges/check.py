@@ -12,14 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from foundation.challenges.catalogue import CHALLENGES
-from foundation.challenges.challenge import Challenge
+from foundation.challenges.challenge import Challenge, Unusable
 from foundation.challenges.derive import find, parser_of
 from foundation.challenges.folder import read_score, write_score
 from foundation.chapters import CHAPTERS
-
-
-class Unusable(Exception):
-    """The learner's file or function cannot be used. The message says why."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -129,93 +125,24 @@ def _judge(operation: str, challenge: Challenge, answer_of: Callable[..., Any]) 
     import jax
 
     jax.config.update("jax_enable_x64", True)
-    from foundation.challenges.reference import Reference
-    from foundation.checks import checks_of
+    from foundation.challenges.reference import cases_of
 
-    inputs = Reference.of(challenge).inputs(operation)
-    names = list(challenge.results) or [f"d_{name}" for name in inputs]
-    asked_for = type(next(checks_of(operation)))  # an operation may have checks of its forward pass, too
-    for check in (check for check in checks_of(operation) if isinstance(check, asked_for)):
-        arguments, right, known = _case(check, challenge, inputs)
+    for case in cases_of(operation, challenge):
+        named = f'{operation}, case "{case.name}"'
         try:
-            wrong = _first_wrong(names, answer_of(*arguments), right, known, challenge.backward)
+            answer = answer_of(*case.arguments)
+            if answer is None:
+                raise Unusable(f"not tried yet: {challenge.backward} returns None")
+            wrong = case.judge(answer)
         except BaseException as error:  # of the function, or of an object that it returns
             path = Path(answer_of.__code__.co_filename) if hasattr(answer_of, "__code__") else Path()
             said = str(error) if isinstance(error, Unusable) else f"{path}{_line(error, path)}: {what(error)}"
-            raise Unusable(f"{_named(check)}\n  {said}") from error
-        if wrong:
-            print(f"{_named(check)}\n  {wrong.wrong}\n  {wrong.meaning}")
+            raise Unusable(f"{named}\n  {said}") from error
+        if wrong.wrong:
+            print(f"{named}\n  {wrong.wrong}\n  {wrong.meaning}")
             return False
-        print(f"{_named(check):<50} ok", flush=True)
+        print(f"{named:<50} ok", flush=True)
     return True
-
-
-def _first_wrong(names: list[str], answer: Any, right: tuple, known: list[Any], function: str) -> Any:
-    """The finding about the first wrong result, or None. Raises Unusable where the results cannot be compared."""
-    from foundation.challenges.diagnosis import Named, examine
-
-    if answer is None:
-        raise Unusable(f"not tried yet: {function} returns None")
-    several = isinstance(answer, tuple) or (isinstance(answer, list) and len(names) > 1)
-    answers = answer if several else (answer,)
-    if len(answers) != len(names):
-        raise Unusable(f"{len(answers)} results, and {len(names)} are asked for: {', '.join(names)}")
-    parts = [part for named in zip(names, answers, right, strict=True) for part in _parts(*named)]
-    results = [Named(name, _array(wanted)) for name, _, wanted in parts if wanted is not None]
-    for name, ours, wanted in parts:
-        others = [result for result in results if result.name != name]
-        finding = examine(name, ours, wanted, known, others)
-        if finding.wrong:
-            return finding
-    return None
-
-
-def _named(check: Any) -> str:
-    return f'{check.operation}, case "{check.case}"'
-
-
-def _parts(name: str, ours: Any, wanted: Any) -> list[tuple[str, Any, Any]]:
-    """A result as arrays: one, or those of a dict by their names. Raises Unusable where a dict is asked for and it is
-    something else."""
-    if not isinstance(wanted, dict):
-        return [(name, ours, wanted)]
-    if not isinstance(ours, dict) or ours.keys() != wanted.keys():
-        given = f"a dict of {', '.join(map(str, ours))}" if isinstance(ours, dict) else f"of type {type(ours).__name__}"
-        raise Unusable(f"{name} is {given}, and a dict of {', '.join(wanted)} is asked for")
-    return [(f"{name}[{key!r}]", ours[key], wanted[key]) for key in wanted]
-
-
-def _case(check: Any, challenge: Challenge, names: list[str]) -> tuple[tuple, tuple, list[Any]]:
-    """(arguments of the learner's function, right results, arrays that may explain a mistake) of one check."""
-
-    from foundation import parity
-
-    if isinstance(check, parity.OracleCheck):
-        arguments = (*check.inputs, *check.constants)
-        _, right = parity.both_answers(check)
-        return arguments, right if isinstance(right, tuple) else (right,), _known(names, check.inputs, (), ())
-    out, cache = check.forward(*check.inputs)
-    d_out = parity.random_like(0, out)
-    arguments = (*d_out, cache) if challenge.spread else (d_out, cache)
-    return arguments, parity.gradient_by_autodiff(check, d_out), _known(names, check.inputs, d_out, cache)
-
-
-def _array(value: Any) -> Any:
-    import numpy as np
-
-    return np.asarray(value)
-
-
-def _known(names: list[str], inputs: tuple, d_out: Any, cache: Any) -> list[Any]:
-    """The arrays that may explain a mistake: inputs, cotangents, and what the cache holds."""
-    import jax
-
-    from foundation.challenges.diagnosis import Named
-
-    found = [Named(name, _array(value)) for name, value in zip(names, inputs, strict=True) if value is not None]
-    found += [Named("the cotangent", _array(leaf)) for leaf in jax.tree.leaves(d_out)]
-    leaves = [leaf for leaf in jax.tree.leaves(cache) if hasattr(leaf, "dtype") and leaf.dtype.kind == "f"]
-    return found + [Named(f"an array of the cache of shape {list(leaf.shape)}", _array(leaf)) for leaf in leaves]
 
 
 if __name__ == "__main__":

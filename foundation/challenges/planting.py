@@ -1,55 +1,86 @@
 """Plants a bug in `foundation`, and takes it out again.
 
 A bug is a replacement in the source of one function. Most break a gradient, and must fail a parity check of
-the operation named. Those that change the forward pass along with the backward one agree with autodiff, so
-they must fail a test of the forward pass instead: it is named with `test:`.
+the function's operation, or of another one that is named. Those that change the forward pass along with the
+backward one agree with autodiff, so they must fail a test of the forward pass instead: it is named with `test:`.
 
 The tests plant each of them. `python -m foundation hunt` plants one that the table shows. The bugs are in `bugs.py`.
 """
 
+import ast
 import importlib
 import inspect
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FunctionType
 from typing import NamedTuple
 
 
 class Bug(NamedTuple):
-    """`old`, which occurs once in the source of module.function, becomes `new`; `caught_by` must then
-    fail."""
+    """`old`, which occurs once in the source of module.function, becomes `new`."""
 
     name: str
     place: str
     old: str
     new: str
-    caught_by: str
+    seen_in: str = ""
+    """What fails, where it is not the function's own operation."""
+
+    @property
+    def caught_by(self) -> str:
+        """An operation, or a test."""
+        return self.seen_in or self.place.partition(".")[2].removesuffix("_forward").removesuffix("_backward")
 
     @property
     def seen_in_the_table(self) -> bool:
         """Whether a row of the table fails, and not only a test of the forward pass."""
         return not self.caught_by.startswith("test:")
 
+    @property
+    def function(self) -> FunctionType:
+        """The function that has the bug, without the wrappers of jaxtyping."""
+        module, _, name = self.place.partition(".")
+        return inspect.unwrap(getattr(importlib.import_module(f"foundation.{module}"), name))
+
+
+def tree_of(function: FunctionType, old: str = "", new: str = "") -> ast.FunctionDef:
+    """A function's source, without decorators, and with one change.
+
+    The old text must occur exactly once, so that a bug can't go stale when the source changes.
+    """
+    source = textwrap.dedent(inspect.getsource(function))
+    if old and source.count(old) != 1:
+        raise ValueError(f"{old!r} occurs {source.count(old)} times in {function.__name__}")
+    tree = ast.parse(source.replace(old, new) if old else source).body[0]
+    assert isinstance(tree, ast.FunctionDef)
+    tree.decorator_list = []
+    return tree
+
+
+def define(tree: ast.FunctionDef, scope: dict) -> None:
+    """Runs a function's definition in a scope."""
+    exec(compile(ast.fix_missing_locations(ast.Module([tree], [])), "<changed>", "exec"), scope)
+
 
 @contextmanager
-def planted(bug: Bug) -> Iterator[None]:
-    """The bug's function with its source replaced.
+def exchanged(function: FunctionType, tree: ast.FunctionDef) -> Iterator[None]:
+    """The function with another body.
 
-    Its code object is exchanged, so every module that has imported the function runs the bug. The old text
-    must occur exactly once, so that a bug can't go stale when the source changes.
+    Its code object is exchanged, so every module that has imported the function runs the other one.
     """
-    module_name, function_name = bug.place.split(".")
-    module = importlib.import_module(f"foundation.{module_name}")
-    function = inspect.unwrap(getattr(module, function_name))  # within the wrappers of jaxtyping
-    source = textwrap.dedent(inspect.getsource(function))
-    if source.count(bug.old) != 1:
-        raise ValueError(f"{bug.old!r} occurs {source.count(bug.old)} times in {bug.place}")
-    changed = source.replace(bug.old, bug.new)
-    scope: dict = dict(vars(module))
-    exec(compile(changed[changed.index("def ") :], bug.place, "exec"), scope)  # without decorators
+    scope = dict(function.__globals__)
+    define(tree, scope)
     original = function.__code__
-    function.__code__ = scope[function_name].__code__
+    function.__code__ = scope[function.__name__].__code__
     try:
         yield
     finally:
         function.__code__ = original
+
+
+@contextmanager
+def planted(bug: Bug) -> Iterator[None]:
+    """The bug's function with its source replaced."""
+    with exchanged(bug.function, tree_of(bug.function, bug.old, bug.new)):
+        yield

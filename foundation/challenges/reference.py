@@ -1,15 +1,21 @@
-"""The functions of foundation that a challenge is about."""
+"""The functions of foundation that a challenge is about, and the cases in which an answer is judged."""
 
 import importlib
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any
 
+import jax
+import numpy as np
+
 from foundation.challenges.challenge import Challenge
+from foundation.challenges.diagnosis import Finding, Named, judge
+from foundation.challenges.mistakes import made_on_purpose
 from foundation.checks import checks_of
-from foundation.parity import OracleCheck
+from foundation.parity import AnyCheck, OracleCheck, both_answers, gradient_by_autodiff, random_like
 
 GIVES_AWAY = {"_rotate"}
 """Helpers whose name in the stub would be the answer."""
@@ -60,3 +66,54 @@ class Reference:
         if by_module:
             lines.append("")
         return lines + [f"from {source} import {', '.join(found)}" for source, found in sorted(by_module.items())]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One check of an operation, as the learner's function meets it."""
+
+    name: str
+    arguments: tuple
+    judge: Callable[[Any], Finding]
+    """Looks at the function's answer."""
+
+
+def cases_of(operation: str, challenge: Challenge) -> Iterator[Case]:
+    """The cases of an operation, made one at a time."""
+    reference = Reference.of(challenge)
+    inputs = reference.inputs(operation)
+    names = list(challenge.results) or [f"d_{name}" for name in inputs]
+    asked_for = type(next(checks_of(operation)))  # an operation may have checks of its forward pass, too
+    for check in (check for check in checks_of(operation) if isinstance(check, asked_for)):
+        arguments, right = _arguments_and_right(check, challenge)
+        known = [Named(name, np.asarray(value)) for name, value in zip(inputs, check.inputs, strict=True)
+                 if value is not None]  # fmt: skip
+        known += _given(reference, operation, arguments)
+        mistakes = cache(partial(_mistakes, reference.backward, arguments))
+        yield Case(check.case, arguments, partial(judge, names, right=right, known=known, mistakes=mistakes))
+
+
+def _mistakes(function: Callable[..., Any], arguments: tuple) -> list[tuple[str, Any]]:
+    return list(made_on_purpose(function, arguments))
+
+
+def _arguments_and_right(check: AnyCheck, challenge: Challenge) -> tuple[tuple, tuple]:
+    if isinstance(check, OracleCheck):
+        _, right = both_answers(check)
+        return (*check.inputs, *check.constants), right if isinstance(right, tuple) else (right,)
+    out, cache = check.forward(*check.inputs)
+    d_out = random_like(0, out)
+    return (*d_out, cache) if challenge.spread else (d_out, cache), gradient_by_autodiff(check, d_out)
+
+
+def _given(reference: Reference, operation: str, arguments: tuple) -> list[Named]:
+    """The arrays that the function is given, by the names that its stub has for them."""
+    names = list(inspect.signature(reference.backward).parameters)
+    given = dict(zip(names, arguments, strict=False))
+    cache = given.pop("cache", ())
+    if hasattr(cache, "_asdict"):
+        given |= cache._asdict()
+    elif lines := reference.unpacking(operation):
+        given |= zip((name.strip(" (),") for name in lines[0].removesuffix("= cache").split(",")), cache, strict=False)
+    leaves = ((name, leaf) for name, value in given.items() for leaf in jax.tree.leaves(value))
+    return [Named(name, np.asarray(leaf)) for name, leaf in leaves if getattr(leaf, "dtype", None) == np.float64]

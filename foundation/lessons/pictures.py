@@ -8,8 +8,6 @@ import numpy as np
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
-from foundation.scalar_autograd import Value, draw
-
 COLOURS = ("#1f5fa8", "#c8553d", "#3f7d4e", "#8a5aa8", "#b07d2b", "#51607a")
 Curve = ArrayLike | tuple[ArrayLike, ArrayLike]
 
@@ -89,11 +87,52 @@ def curves(
     plt.show()
 
 
-def graph(result: Value, width: float = 11.0, height: float = 5.0) -> None:
-    """The graph of a `Value`, with the numbers of both passes."""
+def graph(order: Sequence[Any], width: float = 11.0, height: float = 5.0) -> None:
+    """The graph of chapter 1, operands first, with the numbers of both passes: a box holds name or operation, value and
+    gradient, an arrow its local derivative."""
+    places = _places(order)
+    xs, ys = zip(*places.values(), strict=True)
     _, ax = plt.subplots(figsize=(width, height))
-    draw(result, ax)
+    ax.set(xlim=(min(xs) - 0.6, max(xs) + 0.6), ylim=(min(ys) - 0.9, max(ys) + 0.7))
+    ax.axis("off")
+    for value in order:
+        for parent, local in value.edges:
+            _arrow(ax, places[parent], places[value], f"{local:.3g}")
+    for value in order:
+        label = value.name or value.operation or f"{value.data:g}"
+        box = {"boxstyle": "round,pad=0.45", "edgecolor": "#51607a"}
+        box["facecolor"] = "#fff4e0" if value.edges else "#e8f0fe"
+        text = f"{label}\nvalue {value.data:.3g}\ngrad {value.grad:.3g}"
+        ax.text(*places[value], text, fontsize=8.5, ha="center", va="center", bbox=box)
     plt.show()
+
+
+def _places(order: Sequence[Any]) -> dict[Any, tuple[float, float]]:
+    """(column, row) of each value. Its column is its longest distance from an input; a column is ordered by the mean
+    row of the operands, so that few arrows cross."""
+    columns: dict[Any, int] = {}
+    for value in order:
+        columns[value] = 1 + max((columns[parent] for parent, _ in value.edges), default=-1)
+    places: dict[Any, tuple[float, float]] = {}
+    for column in range(max(columns.values()) + 1):
+        values = [value for value in order if columns[value] == column]
+        if column > 0:
+            values.sort(key=lambda v: sum(places[p][1] for p, _ in v.edges) / len(v.edges))
+        places |= {value: (float(column), row - (len(values) - 1) / 2) for row, value in enumerate(values)}
+    return places
+
+
+def _arrow(ax: Any, start: tuple[float, float], end: tuple[float, float], label: str) -> None:
+    """An arrow with a label at its middle; one that passes columns bends away from the boxes there."""
+    bend = (0.35 if start[1] <= end[1] else -0.35) if end[0] - start[0] > 1.0 else 0.0
+    style = {"arrowstyle": "-|>", "color": "#7a869a", "lw": 1.3, "shrinkA": 30, "shrinkB": 36}
+    ax.annotate("", xy=end, xytext=start, arrowprops={**style, "connectionstyle": f"arc3,rad={bend}"})
+    # matplotlib bends on the screen, so the middle of the arc is found there.
+    (x0, y0), (x1, y1) = ax.transData.transform([start, end])
+    middle = ((x0 + x1 + bend * (y1 - y0)) / 2, (y0 + y1 - bend * (x1 - x0)) / 2)
+    behind = {"facecolor": "white", "edgecolor": "none", "pad": 1.0}
+    x, y = ax.transData.inverted().transform(middle)
+    ax.text(x, y, label, fontsize=8, color="#4a5568", ha="center", va="center", bbox=behind)
 
 
 def slopes(x: ArrayLike, functions: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike]]) -> None:

@@ -24,14 +24,7 @@
 # [3, 5] too: one number for each number of `W`.
 
 # %%
-import jax
-import jax.numpy as jnp
-
-from foundation.exercises import ask, check
-from foundation.lessons import pictures
-from foundation.parity import max_relative_error
-
-jax.config.update("jax_enable_x64", True)  # 16 digits: a check needs them
+from foundation.lessons.notebook import check, jax, jnp, max_relative_error, pictures
 
 x = jnp.array([1.0, 2.0, -1.0])  # [3]
 W = jnp.array([[1.0, 0.5], [0.0, 2.0], [-1.0, 1.0]])  # [3, 2]
@@ -224,11 +217,13 @@ assert max_relative_error(x.T @ d_y, by_autodiff) < 1e-14
 # foundation derive linear`.
 
 # %%
-ask("0.1")
 check("0.1", None)
-ask("0.2")
+
+# %%
 check("0.2", None)
-ask("0.3")
+
+# %%
 check("0.3", None)
-ask("0.4")
+
+# %%
 check("0.4", None)

@@ -7,7 +7,7 @@
 # derive the gradients of the affine layer, the most used operation of all, train the
 # net, and then plant the commonest bug of hand-written back-propagation.
 #
-# The code is `foundation/linear.py` and `foundation/backprop_from_scratch.py`.
+# The code is `foundation/linear.py`.
 #
 # ## The affine layer, entry by entry
 # An **affine layer** computes $y = xW + b$. $x$ is [B, I]: B examples, the **batch**,
@@ -45,32 +45,38 @@
 # about this below.
 
 # %%
-import jax
-import jax.numpy as jnp
-
-from foundation import backprop_from_scratch as lesson
-from foundation.exercises import ask, check
-from foundation.lessons import pictures
+from foundation.lessons.notebook import Check, check, jax, jnp, pictures, run, shown
 from foundation.linear import linear_backward, linear_forward
-from foundation.parity import Check, run
 
-jax.config.update("jax_enable_x64", True)
+shown(linear_forward, linear_backward)
 
 # %% [markdown]
-# The three lines of code are the three formulas. `linear_forward` also returns a cache:
-# $x$ and $W$, which the backward pass needs. The check compares with `jax.grad` and
-# with finite differences, for a random cotangent (chapter 0).
+# The letters are those of the derivation, with `kernel` for $W$. The **cache** is what
+# the forward pass keeps for the backward pass: $x$ and $W$.
+#
+# **More axes in front.** In a language model $x$ is [B, T, I]: a row is a position of a
+# sequence, and there are B T of them. Nothing in the derivation asks what a row is. So
+# `@` takes $d_y W^\top$ for any number of axes in front, and the sums over $r$ run over
+# *all* of them. The code makes one axis of them, [B T, I] and [B T, O], and then the
+# two formulas are those from above. With $x^\top d_y$ sequence by sequence, the result
+# would be [B, I, O], which is not the shape of $W$: the sum over B would be missing.
+#
+# The check compares with `jax.grad` and with finite differences, for a random cotangent
+# (chapter 0).
 
 # %%
 x, W = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(4, 3), (3, 5)]))
-y, cache = linear_forward(x, W, jnp.zeros(5))
-d_y = jax.random.normal(jax.random.key(2), y.shape)
-d_x, d_W, d_b = linear_backward(d_y, cache)
-assert (d_b == d_y.sum(axis=0)).all()
-print("shapes:", d_x.shape, d_W.shape)
-outcome = run(Check("linear", "", linear_forward, linear_backward, (x, W, jnp.ones(5))))
-print(f"{outcome.autodiff:.1e} from autodiff")
-assert outcome.passed
+for shape in ((4, 3), (2, 4, 3)):
+    x = jax.random.normal(jax.random.key(0), shape)
+    y, cache = linear_forward(x, W, jnp.zeros(5))
+    d_y = jax.random.normal(jax.random.key(2), y.shape)
+    d_x, d_W, d_b = linear_backward(d_y, cache)
+    layer = Check("linear", "", linear_forward, linear_backward, (x, W, jnp.ones(5)))
+    outcome = run(layer)
+    print(f"x {shape}: d_W {d_W.shape}, {outcome.autodiff:.1e} from autodiff")
+    assert outcome.passed
+by_hand = jnp.einsum("bti,bto->io", x, d_y)  # the same sum, written by its letters
+assert jnp.allclose(d_W, by_hand, atol=1e-14)
 
 # %% [markdown]
 # ## The net, forward and backward
@@ -90,19 +96,48 @@ assert outcome.passed
 # 4. $d_a = d_h \odot (1 - h^2)$, the slope of the tanh.
 # 5. $d_{W_1} = x^\top d_a$, and $d_{b_1} = \sum_r d_a$.
 #
-# In the code these are four calls (`net_backward`).
+# In the code these are the five lines of `loss_backward`.
 
 # %%
-params = lesson.init_params(jax.random.key(0))
-loss, cache = lesson.loss_forward(params)
-grads = lesson.loss_backward(jnp.ones_like(loss), cache)
-by_jax = jax.grad(lambda p: lesson.loss_forward(p)[0])(params)
-print(f"loss {loss:.4f}")
-for name in grads:
-    error = jnp.max(jnp.abs(grads[name] - by_jax[name]))
-    print(f"d_{name} {grads[name].shape!s:>7}: {error:.1e} from jax.grad")
-xor = Check("xor", "two layers", lesson.loss_forward, lesson.loss_backward, (params,))
-assert run(xor).passed
+X = jnp.array([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [1.0, 1.0]])
+t = jnp.array([[0.0], [1.0], [1.0], [0.0]])
+
+
+def net(params, x):
+    h = jnp.tanh(x @ params["W1"] + params["b1"])
+    y = jax.nn.sigmoid(h @ params["W2"] + params["b2"])
+    return h, y
+
+
+def loss_forward(params):
+    h, y = net(params, X)
+    return jnp.mean((y - t) ** 2), (params["W2"], h, y)
+
+
+def loss_backward(d_loss, cache):
+    W2, h, y = cache
+    d_y = d_loss * 2 / 4 * (y - t)
+    d_c = d_y * y * (1 - y)
+    d_h, d_W2, d_b2 = d_c @ W2.T, h.T @ d_c, d_c.sum(axis=0)
+    d_a = d_h * (1 - h**2)
+    d_W1, d_b1 = X.T @ d_a, d_a.sum(axis=0)
+    return {"W1": d_W1, "b1": d_b1, "W2": d_W2, "b2": d_b2}
+
+
+bound = 1.0  # Xavier: the root of 6 / (fan_in + fan_out), chapter 3
+params = {
+    "W1": jax.random.uniform(jax.random.key(0), (2, 4), minval=-bound, maxval=bound),
+    "b1": jnp.zeros(4),
+    "W2": jax.random.uniform(jax.random.key(1), (4, 1), minval=-bound, maxval=bound),
+    "b2": jnp.zeros(1),
+}
+outcome = run(Check("xor", "as derived", loss_forward, loss_backward, (params,)))
+print(
+    f"{outcome.autodiff:.1e} from autodiff, {outcome.finite_difference:.1e} from",
+    end="",
+)
+print(" finite differences")
+assert outcome.passed
 
 # %% [markdown]
 # ## Learning, and a bug that learns too
@@ -120,17 +155,37 @@ assert run(xor).passed
 #
 # The check is not deceived. The relative error is $|g - g/4| / |g| = 0.75$.
 
+
 # %%
-right, wrong = lesson.train(), lesson.train(lesson.loss_backward_dividing_twice)
-planted = Check(
-    "xor", "twice", lesson.loss_forward, lesson.loss_backward_dividing_twice, (params,)
-)
-outcome = run(planted)
-print(f"{lesson.correct(right.params)} of 4 points right;", end=" ")
+def divided_twice(d_loss, cache):
+    right = loss_backward(d_loss, cache)
+    return {n: g / 4 if n.startswith("W") else g for n, g in right.items()}
+
+
+def trained(backward):
+    @jax.jit
+    def step(params, velocity):
+        loss, cache = loss_forward(params)
+        gradient = backward(1.0, cache)
+        velocity = jax.tree.map(lambda v, g: 0.9 * v + g, velocity, gradient)
+        return jax.tree.map(lambda p, v: p - 0.5 * v, params, velocity), velocity, loss
+
+    now, velocity, losses = params, jax.tree.map(jnp.zeros_like, params), []
+    for _ in range(400):
+        now, velocity, loss = step(now, velocity)
+        losses.append(float(loss))
+    return now, losses
+
+
+(right, losses), (_, slower) = trained(loss_backward), trained(divided_twice)
+outcome = run(Check("xor", "divided twice", loss_forward, divided_twice, (params,)))
+print(f"{jnp.sum((net(right, X)[1] > 0.5) == t)} of 4 points right;", end=" ")
 print(f"relative error of the bug's gradient: {outcome.autodiff:.2f}")
+assert ((net(right, X)[1] > 0.5) == t).all()
+assert slower[-1] < 0.5 * slower[0]
 assert not outcome.passed
 pictures.curves(
-    {"both fall": {"as derived": right.losses, "divided twice": wrong.losses}},
+    {"both fall": {"as derived": losses, "divided twice": slower}},
     xlabel="step",
     ylabel="mean squared error",
     log=True,
@@ -143,11 +198,12 @@ pictures.curves(
 # valley runs between two red hills.
 
 # %%
+line = jnp.linspace(-0.5, 1.5, 161)
+square = jnp.stack(jnp.meshgrid(line, line[::-1]), axis=-1)
 corners = [
-    (*point, target)
-    for point, (target,) in zip(lesson.INPUTS, lesson.TARGETS, strict=True)
+    (*point, target) for point, (target,) in zip(X.tolist(), t.tolist(), strict=True)
 ]
-pictures.plane(lesson.boundary(right.params, 161), corners, "red: the net says 1")
+pictures.plane(net(right, square)[1][..., 0], corners, "red: the net says 1")
 
 # %% [markdown]
 # How does it do that? The last layer *is* only a line (then a sigmoid). So the first
@@ -158,14 +214,13 @@ pictures.plane(lesson.boundary(right.params, 161), corners, "red: the net says 1
 # a simple rule is enough.
 
 # %%
-inputs = jnp.asarray(lesson.INPUTS)
-hidden = jnp.tanh(inputs @ right.params["w1"] + right.params["b1"])
+hidden, _ = net(right, X)
 centred = hidden - hidden.mean(axis=0)
 _, _, main_axes = jnp.linalg.svd(centred, full_matrices=False)
 pictures.points(
     centred @ main_axes[:2].T,
-    [f"({a:.0f}, {b:.0f})" for a, b in lesson.INPUTS],
-    [bool(target) for (target,) in lesson.TARGETS],
+    [f"({a:.0f}, {b:.0f})" for a, b in X],
+    [bool(target) for (target,) in t],
     "first main axis of the hidden units",
     "second",
     "red: XOR = 1",
@@ -177,9 +232,10 @@ pictures.points(
 # `uv run python -m foundation derive linear`.
 
 # %%
-ask("2.1")
 check("2.1", None)
-ask("2.2")
+
+# %%
 check("2.2", None)
-ask("2.3")
+
+# %%
 check("2.3", None)

@@ -45,26 +45,23 @@
 # once.
 
 # %%
-import jax
-import jax.numpy as jnp
-
-from foundation.activations import ACTIVATIONS
-from foundation.exercises import ask, check
+from foundation.activations import ACTIVATIONS, gelu_backward, gelu_forward
 from foundation.initializers import INITIALIZERS, predicted_variance
-from foundation.lessons import pictures
+from foundation.lessons.notebook import check, jax, jnp, pictures, shown
 from foundation.linear import linear_backward, linear_forward
 
-jax.config.update("jax_enable_x64", True)
+shown(gelu_forward, gelu_backward)
 
+# %%
 x = jnp.linspace(-4.0, 4.0, 400)
-shown = {}
+drawn = {}
 for name, (forward, backward) in ACTIVATIONS.items():
     y, cache = forward(x)
     slope = backward(jnp.ones_like(x), cache)
     by_jax = jax.vmap(jax.grad(lambda v, f=forward: f(v)[0]))(x)
     assert jnp.max(jnp.abs(slope - by_jax)) < 1e-14
-    shown[name] = (y, slope, by_jax)
-pictures.slopes(x, shown)
+    drawn[name] = (y, slope, by_jax)
+pictures.slopes(x, drawn)
 
 # %% [markdown]
 # Look at the red lines. tanh and sigmoid are flat on both sides: far from 0 their
@@ -179,9 +176,10 @@ assert both["lecun, relu"][0][-1] < 1e-4
 # In the terminal: `uv run python -m foundation derive gelu`.
 
 # %%
-ask("3.1")
 check("3.1", None)
-ask("3.2")
+
+# %%
 check("3.2", None)
-ask("3.3")
+
+# %%
 check("3.3", None)

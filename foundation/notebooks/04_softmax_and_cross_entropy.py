@@ -33,16 +33,11 @@
 # all others, in proportion to what they have.
 
 # %%
-import jax
-import jax.numpy as jnp
-
-from foundation.exercises import ask, check
-from foundation.lessons import pictures
+from foundation.lessons.notebook import check, jax, jnp, pictures, shown
 from foundation.losses import cross_entropy_backward, cross_entropy_forward
-from foundation.softmax import softmax_backward, softmax_forward
+from foundation.softmax import logsumexp_backward, softmax_backward, softmax_forward
 
-jax.config.update("jax_enable_x64", True)
-
+# %%
 z = jnp.array([1.0, 2.5, 0.3, -0.5, 1.4])
 p, cache = softmax_forward(z)
 pictures.heatmaps(
@@ -76,6 +71,9 @@ pictures.heatmaps(
 # compared with JAX's:
 
 # %%
+shown(softmax_forward, softmax_backward)
+
+# %%
 jacobian = jax.vmap(lambda d_p: softmax_backward(d_p, cache))(jnp.eye(5))
 by_jax = jax.jacobian(lambda z: jax.nn.softmax(z))(z)
 print(f"largest difference from jax.jacobian {jnp.max(jnp.abs(jacobian - by_jax)):.1e}")
@@ -101,7 +99,11 @@ assert jnp.max(jnp.abs(jacobian - by_jax)) < 1e-15
 # What the model believed, minus what was true. Over $n$ positions the loss is the mean,
 # so each gets $(p - \text{onehot}(y)) / n$. Positions that do not count, such as
 # padding, get exactly 0, and are not in $n$ either.
-#
+
+# %%
+shown(logsumexp_backward, cross_entropy_forward, cross_entropy_backward)
+
+# %% [markdown]
 # ## The gradient is bounded
 # However wrong the model is, no entry of $p - \text{onehot}$ is above 1 in size. And
 # the push never stops while the model is wrong. It is close to 1 where $p_y$ is close
@@ -176,9 +178,10 @@ print("in two steps:  ", softmax_backward(d_p, softmax_cache).tolist())
 # cross_entropy`.
 
 # %%
-ask("4.1")
 check("4.1", None)
-ask("4.2")
+
+# %%
 check("4.2", None)
-ask("4.3")
+
+# %%
 check("4.3", None)

@@ -7,8 +7,7 @@
 # surprise: five lines, from the last to the first. Two questions remain. Why does the
 # mask, which hides the future, need no line of its own? And why is there a square root?
 #
-# The code is `foundation/attention.py`. `uv run python -m
-# foundation.attention_mechanism` walks through one sentence, number by number.
+# The code is `foundation/attention.py`.
 #
 # ## Queries, keys, values
 # Each position $t$ makes three vectors of A numbers from what it knows. Its **query**
@@ -26,37 +25,34 @@
 # $t$ must not look at $s > t$. So these scores are set to $-\infty$ before the softmax,
 # which makes their weight $e^{-\infty} = 0$. This is the **causal mask**.
 #
-# Here are vectors chosen by hand: articles and verbs look for animals, animals for
-# verbs.
+# Here are vectors chosen by hand, three numbers for each word: is it an article, an
+# animal, a verb? Articles and verbs ask for animals, animals ask for verbs. Follow one
+# score: "saw" asks with $q = (0, 3, 0)$, "cat" answers with $k = (0, 1, 0)$, and the
+# score is $3 / \sqrt 3 = 1.73$.
 
 # %%
-import jax
-import jax.numpy as jnp
+from flax import nnx
 
-from foundation import attention_mechanism as lesson
-from foundation.attention import (
-    attention_backward,
-    attention_forward,
-    causal_mask,
-    multi_head_backward,
-    multi_head_forward,
-)
-from foundation.exercises import ask, check
-from foundation.lessons import pictures
+from foundation import attention
+from foundation.lessons.notebook import check, jax, jnp, pictures, shown
 from foundation.parity import max_relative_error
-from foundation.softmax import softmax_backward
 
-jax.config.update("jax_enable_x64", True)
-
+# %%
+words = ("the", "cat", "saw", "the", "dog", "run")
+k = v = jnp.array(
+    [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0], [0, 1, 0.2], [0, 0, 1.0]]
+)
+q = k @ jnp.array([[0.0, 3.0, 0.0], [0.0, 0.0, 3.0], [0.0, 3.0, 0.0]])
+looks = {
+    name: attention.attention_forward(q, k, v, mask)[1].kept
+    for name, mask in (("no mask", None), ("causal", attention.causal_mask(6)))
+}
 pictures.heatmaps(
-    {
-        "no mask": lesson.one_head(causal=False)[0],
-        "causal": lesson.one_head(causal=True)[0],
-    },
+    looks,
     xlabel="looked at",
     ylabel="looking",
-    columns=lesson.WORDS,
-    rows=lesson.WORDS,
+    columns=words,
+    rows=words,
     diverging=False,
 )
 
@@ -92,18 +88,27 @@ pictures.heatmaps(
 # of the future. $d_v = P^\top d_o$ has the same factor. The zero of the forward pass
 # protects the backward pass.
 #
-# To see it, ask for the gradient of one output position, $t = 2$. Its cotangent is
-# random (chapter 0 says why not ones); the cotangents of all other positions are 0.
+# In the code $d_P$ is `d_p`, $d_S$ is `d_scores`, and `kept` is $P$ after dropout,
+# which switches off random weights while a model is trained. Without it they are equal.
+
+# %%
+shown(attention.attention_forward, attention.attention_backward)
+
+# %% [markdown]
+# To see what the mask does, ask for the gradient of one output position, $t = 2$. Its
+# cotangent is random (chapter 0 says why not ones); the cotangents of all other
+# positions are 0.
 
 # %%
 q, k, v = (jax.random.normal(jax.random.key(i), (6, 4)) for i in range(3))
-_, cache = attention_forward(q, k, v, causal_mask(6))
+_, cache = attention.attention_forward(q, k, v, attention.causal_mask(6))
 d_o = jnp.zeros((6, 4)).at[2].set(jax.random.normal(jax.random.key(3), (4,)))
-by_hand = attention_backward(d_o, cache)
+by_hand = attention.attention_backward(d_o, cache)
 
 
 def scalar(q, k, v):
-    return jnp.vdot(d_o, attention_forward(q, k, v, causal_mask(6))[0])
+    o, _ = attention.attention_forward(q, k, v, attention.causal_mask(6))
+    return jnp.vdot(d_o, o)
 
 
 by_jax = jax.grad(scalar, argnums=(0, 1, 2))(q, k, v)
@@ -145,8 +150,8 @@ for width in widths:
     q, k = (jax.random.normal(jax.random.key(i), (32, 16, width)) for i in (3, 4))
     v, d_o = (jax.random.normal(jax.random.key(i), (32, 16, 8)) for i in (5, 6))
     for label, factor in (("with 1/√A", 1.0), ("without", width**0.5)):
-        _, cache = attention_forward(factor * q, k, v)
-        d_S = softmax_backward(d_o @ jnp.swapaxes(v, -1, -2), cache.softmax)
+        _, cache = attention.attention_forward(factor * q, k, v)
+        d_S = attention.softmax_backward(d_o @ jnp.swapaxes(v, -1, -2), cache.softmax)
         sizes[label].append(float(jnp.median(jnp.abs(d_S))))
 pictures.curves(
     {"the gradient of the scores": {n: (widths, s) for n, s in sizes.items()}},
@@ -192,8 +197,8 @@ params = {
 }
 x, d_y = (jax.random.normal(jax.random.key(i), (2, 5, 8)) for i in (3, 4))
 for rotary in (False, True):
-    _, cache = multi_head_forward(x, params, 2, rotary)
-    _, d_params = multi_head_backward(d_y, cache)
+    _, cache = attention.multi_head_forward(x, params, 2, rotary)
+    _, d_params = attention.multi_head_backward(d_y, cache)
     largest = jnp.max(jnp.abs(d_params["qkv"]["bias"][8:16]))
     print(f"rotated keys: {rotary!s:<5}  largest gradient of the bias {largest:.1e}")
 
@@ -202,7 +207,22 @@ for rotary in (False, True):
 # The same weights in `flax.nnx.MultiHeadAttention` give the same output:
 
 # %%
-difference = lesson.difference_from_flax(jax.random.key(0))
+layer = nnx.MultiHeadAttention(
+    2, 8, decode=False, use_bias=False, param_dtype=float, rngs=nnx.Rngs(0)
+)
+kernels = jnp.split(params["qkv"]["kernel"], 3, axis=1)
+weights = {
+    name: {"kernel": kernel.reshape(8, 2, 4)}
+    for name, kernel in zip(("query", "key", "value"), kernels, strict=True)
+}
+weights["out"] = {"kernel": params["out"]["kernel"].reshape(2, 4, 8)}
+nnx.update(layer, nnx.State(weights))
+mask = nnx.make_causal_mask(jnp.ones(x.shape[:2]))
+# Sowing the weights takes Flax's plain path; the other one has a softmax in float32.
+theirs = layer(x, mask=mask, sow_weights=True)
+plain = {**params, "qkv": {"kernel": params["qkv"]["kernel"]}}
+ours, _ = attention.multi_head_forward(x, plain, 2)
+difference = jnp.max(jnp.abs(ours - theirs))
 print(f"largest difference {difference:.1e}")
 assert difference < 1e-12
 
@@ -212,9 +232,10 @@ assert difference < 1e-12
 # `attention_backward`, and run `uv run python -m foundation attention`.
 
 # %%
-ask("5.1")
 check("5.1", None)
-ask("5.2")
+
+# %%
 check("5.2", None)
-ask("5.3")
+
+# %%
 check("5.3", None)

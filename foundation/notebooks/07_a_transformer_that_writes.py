@@ -18,26 +18,15 @@
 # loss.
 
 # %%
-import jax
-import jax.numpy as jnp
-import numpy as np
-
+from foundation import dense_transformer as dense
 from foundation import train_by_hand
-from foundation.dense_transformer import (
-    dense_loss_backward,
-    dense_loss_forward,
-    dense_model_forward,
-    init_dense_params,
-)
-from foundation.exercises import ask, check
 from foundation.feed_forward import feed_forward_backward, feed_forward_forward
-from foundation.lessons import pictures
+from foundation.lessons.notebook import check, jax, jnp, np, pictures, shown
 from foundation.optimizers import adam_init, adam_update
 from foundation.parity import Check, max_relative_error, run
 from foundation.writing import write
 
-jax.config.update("jax_enable_x64", True)
-
+# %%
 tokens, alphabet = train_by_hand.corpus()
 HEADS, WIDTH, LAYERS, HIDDEN, T, STEPS = 4, 64, 2, 192, 64, 600
 print(f"{len(tokens)} characters, {len(alphabet)} of them different")
@@ -63,7 +52,11 @@ print(repr("".join(alphabet[i] for i in tokens[:70])))
 # The straight way has no factor in it. Through twenty blocks or two hundred, the
 # gradient of the loss reaches the lowest block undiminished. This is why deep models
 # can be trained at all; chapter 3 showed what happens without.
-#
+
+# %%
+shown(dense.dense_block_forward, dense.dense_block_backward)
+
+# %% [markdown]
 # ## The network: SwiGLU
 # The network of a block is the only part that is new:
 #
@@ -81,6 +74,11 @@ print(repr("".join(alphabet[i] for i in tokens[:70])))
 # 3. silu is elementwise, chapter 3: $d_a = \text{silu}'(a) \odot d_h \odot u$.
 # 4. Two more affine maps: $d_{W_{gate}} = x^\top d_a$ and $d_{W_{in}} = x^\top d_u$.
 # 5. $x$ went into both, so $d_x = d_a W_{gate}^\top + d_u W_{in}^\top$.
+#
+# In the code $\text{silu}(a)$ is `opened`.
+
+# %%
+shown(feed_forward_forward, feed_forward_backward)
 
 # %%
 x, w_gate, w_in, w_out = (
@@ -112,12 +110,16 @@ assert outcome.passed
 # start. Here it is against autodiff, in every parameter:
 
 # %%
-params = init_dense_params(jax.random.key(0), len(alphabet), WIDTH, LAYERS, HIDDEN)
+params = dense.init_dense_params(
+    jax.random.key(0), len(alphabet), WIDTH, LAYERS, HIDDEN
+)
 window = train_by_hand.batch(tokens, 0, T)
 inputs, targets = window[:, :-1], window[:, 1:]
-loss, cache = dense_loss_forward(params, inputs, targets, HEADS)
-by_hand = dense_loss_backward(jnp.ones(()), cache)
-by_jax = jax.grad(lambda p: dense_loss_forward(p, inputs, targets, HEADS)[0])(params)
+loss, cache = dense.dense_loss_forward(params, inputs, targets, HEADS)
+by_hand = dense.dense_loss_backward(jnp.ones(()), cache)
+by_jax = jax.grad(lambda p: dense.dense_loss_forward(p, inputs, targets, HEADS)[0])(
+    params
+)
 print(f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters")
 error = max_relative_error(by_hand, by_jax)
 print(f"loss {loss:.3f}; largest relative difference from jax.grad {error:.1e}")
@@ -162,8 +164,8 @@ print(f"counts of characters {entropy(np.bincount(text)):.2f}, of pairs {bigram:
 # %%
 @jax.jit
 def step(params, state, window, lr):
-    loss, cache = dense_loss_forward(params, window[:, :-1], window[:, 1:], HEADS)
-    gradient = dense_loss_backward(jnp.ones_like(loss), cache)
+    loss, cache = dense.dense_loss_forward(params, window[:, :-1], window[:, 1:], HEADS)
+    gradient = dense.dense_loss_backward(jnp.ones_like(loss), cache)
     params, state = adam_update(gradient, state, params, lr, beta2=0.95)
     return params, state, loss
 
@@ -176,7 +178,7 @@ for n in range(STEPS):
     trained, state, loss = step(trained, state, window, jnp.float32(lr))
     losses.append(float(loss))
 own = jnp.take_along_axis(
-    dense_model_forward(as_float32, inputs, HEADS)[0], inputs[..., None], -1
+    dense.dense_model_forward(as_float32, inputs, HEADS)[0], inputs[..., None], -1
 )
 print(f"before: logit of the character that was just read {float(jnp.mean(own)):.2f}")
 print(f"loss {losses[0]:.2f} -> {np.mean(losses[-20:]):.2f}")
@@ -205,7 +207,7 @@ pictures.curves(
 # %%
 @jax.jit
 def next_logits(tokens, count):
-    logits, _ = dense_model_forward(trained, tokens, HEADS)
+    logits, _ = dense.dense_model_forward(trained, tokens, HEADS)
     return logits[0, count - 1]
 
 
@@ -234,7 +236,7 @@ print("\ndrawn:\nThe stranger sang" + drawn)
 # word or of the text.
 
 # %%
-_, cache = dense_model_forward(trained, tokens[None, :16], HEADS)
+_, cache = dense.dense_model_forward(trained, tokens[None, :16], HEADS)
 attention_cache = cache[1][0][1]  # blocks, the first, its attention
 weights = np.asarray(attention_cache.attention.kept[0])
 letters = [alphabet[i] for i in tokens[:16]]
@@ -257,9 +259,10 @@ assert (np.triu(weights, 1) == 0.0).all()
 # find. `--seed` with a number gives a whole class the same bug.
 
 # %%
-ask("7.1")
 check("7.1", None)
-ask("7.2")
+
+# %%
 check("7.2", None)
-ask("7.3")
+
+# %%
 check("7.3", None)

@@ -71,18 +71,12 @@
 # gradient of $W$ *is* the gradient of the logits. Bold entries are the chosen experts.
 
 # %%
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from foundation.exercises import ask, check
-from foundation.lessons import pictures
-from foundation.moe import assign_slots, moe_backward, moe_forward
+from foundation import moe
+from foundation.lessons.notebook import check, jax, jnp, np, pictures, shown
 from foundation.optimizers import sgd_update
 from foundation.router import choice_share, router_backward, router_forward
 
-jax.config.update("jax_enable_x64", True)
-
+# %%
 E, T = 6, 3
 x = jnp.eye(T)[None]
 W = jax.random.normal(jax.random.key(3), (T, E))
@@ -130,20 +124,27 @@ assert jnp.max(jnp.abs(d_z - router_backward(d_g, zero, zero, cache)[1][0])) < 1
 # **dropped**: it adds nothing to $y$. Then $h$ is 0 for it, so step 1 gives $d_g =
 # \langle d_y, 0 \rangle = 0$, exactly. The token lives on in the residual stream alone.
 #
+# In the code `slot` is the slot of each choice, and one more slot, the last, is
+# "nowhere": dropped choices go there, and it is thrown away.
+
+# %%
+shown(moe.dispatch_forward, moe.combine_forward, moe.combine_backward)
+
+# %% [markdown]
 # Four tokens want expert 0, which has two slots:
 
 # %%
 tokens = jnp.ones((1, 4, 2))
-slot, keep = assign_slots(jnp.zeros((1, 4, 1), int), experts_total=2, places=2)
+slot, keep = moe.assign_slots(jnp.zeros((1, 4, 1), int), experts_total=2, places=2)
 print("kept:     ", keep[0, :, 0].tolist())
 params = {
     "router": jnp.array([[4.0, 0.0], [0.0, 0.0]]),
     "w_in": jax.random.normal(jax.random.key(0), (2, 2, 3)),
     "w_out": jax.random.normal(jax.random.key(1), (2, 3, 2)),
 }
-output, cache = moe_forward(tokens, params, top_k=1, capacity_factor=1.0)
+output, cache = moe.moe_forward(tokens, params, top_k=1, capacity_factor=1.0)
 d_y = jax.random.normal(jax.random.key(2), tokens.shape)
-d_x, _ = moe_backward(d_y, zero, zero, cache)
+d_x, _ = moe.moe_backward(d_y, zero, zero, cache)
 print("outputs:  ", *(f"{v:7.3f}" for v in output.y[0, :, 0]))
 print("gradients:", *(f"{v:7.3f}" for v in d_x[0, :, 0]))
 print(f"{100 * output.dropped:.0f} % dropped")
@@ -186,8 +187,15 @@ assert (d_x[0, 2:] == 0.0).all()
 # $$\boxed{\;\frac{\partial L_z}{\partial z_{te}} = \frac{2\,\ell_t}{T}\; p_{te}\;}$$
 #
 # Gates, balance and z-loss all end in the same logits. They are three uses of $z$, so
-# their gradients add. With this, `router_backward` is complete. The formulas against
-# autodiff:
+# their gradients add. With this, `router_backward` is complete. In the code $z$ is
+# `logits`, $f$ is `share`, $\ell$ is `log_total`, and each mean is over the B sequences
+# too.
+
+# %%
+shown(router_forward, router_backward)
+
+# %% [markdown]
+# The boxed formulas against autodiff:
 
 # %%
 x = jax.random.normal(jax.random.key(5), (1, 8, 4))
@@ -241,11 +249,13 @@ assert balances[-1] < balances[0]
 # experts and back. The docstring of `foundation/moe.py` derives these two.
 
 # %%
-ask("8.1")
 check("8.1", None)
-ask("8.2")
+
+# %%
 check("8.2", None)
-ask("8.3")
+
+# %%
 check("8.3", None)
-ask("8.4")
+
+# %%
 check("8.4", None)

@@ -50,26 +50,25 @@
 # ## One gradient, every parameter
 
 # %%
-import jax
-import jax.numpy as jnp
-
 from foundation import train_by_hand as lesson
-from foundation.block import ModelConfig
-from foundation.exercises import ask, check
-from foundation.lessons import pictures
+from foundation import transformer
+from foundation.block import ModelConfig, block_backward
+from foundation.lessons.notebook import check, jax, jnp, pictures, shown
 from foundation.parity import max_relative_error
-from foundation.transformer import ModelSize, loss_and_gradient, model_forward
 
-jax.config.update("jax_enable_x64", True)
+shown(transformer.model_backward, block_backward)
 
+# %%
 config = ModelConfig(heads=4, capacity_factor=1.0)
-size = ModelSize(vocabulary=0, width=32, layers=3, experts=6, hidden=24)
-start = lesson.train(loss_and_gradient, steps=0, size=size, config=config).params
+size = transformer.ModelSize(vocabulary=0, width=32, layers=3, experts=6, hidden=24)
+start = lesson.train(
+    transformer.loss_and_gradient, steps=0, size=size, config=config
+).params
 window = lesson.batch(lesson.corpus().tokens, 0, 32)
 inputs, targets = window[:, :-1], window[:, 1:]
 by_hand_of, by_autodiff_of = (
     jax.jit(gradient, static_argnums=3)
-    for gradient in (loss_and_gradient, lesson.by_autodiff)
+    for gradient in (transformer.loss_and_gradient, lesson.by_autodiff)
 )
 loss, by_hand = by_hand_of(start, inputs, targets, config)
 _, by_autodiff = by_autodiff_of(start, inputs, targets, config)
@@ -102,7 +101,7 @@ pictures.sizes(names, rms, "at the start (red: routers, blue: experts)")
 
 # %%
 STEPS = 50
-hand = lesson.train(loss_and_gradient, STEPS, size, 32, config)
+hand = lesson.train(transformer.loss_and_gradient, STEPS, size, 32, config)
 automatic = lesson.train(lesson.by_autodiff, STEPS, size, 32, config)
 print(f"largest difference {lesson.largest_difference(hand, automatic):.1e} nats")
 assert lesson.largest_difference(hand, automatic) < 1e-9
@@ -137,7 +136,7 @@ tight = ModelConfig(heads=4, capacity_factor=0.5)
 
 @jax.jit
 def logits_of(tokens):
-    output, _ = model_forward(hand.params, tokens, tight)
+    output, _ = transformer.model_forward(hand.params, tokens, tight)
     return output.logits[0], output.dropped
 
 
@@ -188,9 +187,10 @@ assert jnp.nanmax(cut[1]) > 1e-3
 # and you have the table to find it.
 
 # %%
-ask("9.1")
 check("9.1", None)
-ask("9.2")
+
+# %%
 check("9.2", None)
-ask("9.3")
+
+# %%
 check("9.3", None)

@@ -66,16 +66,12 @@
 # the spectral norm, $\lVert g\rVert_* = \sum_i s_i$.
 
 # %%
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from foundation import adafactor, optimizers, steepest
-from foundation.exercises import ask, check
-from foundation.lessons import pictures
+from foundation.lessons.notebook import check, jax, jnp, np, pictures, shown
 
-jax.config.update("jax_enable_x64", True)
+shown(steepest.dual_norm_forward, steepest.steepest_step)
 
+# %%
 g = jax.random.normal(jax.random.key(0), (3, 5))
 print(
     f"{'size of a step':<16} {'dual norm':>9} {'fall':>9}  singular values of the step"
@@ -154,6 +150,9 @@ assert np.mean(sizes[100:]) < 0.4
 # so the two vectors can be kept *instead* of $v$, and nothing is lost on the way.
 
 # %%
+shown(adafactor.divergence_backward, adafactor.rank_one_fit)
+
+# %%
 v = jax.random.normal(jax.random.key(2), (4, 6)) ** 2 + 0.05
 fit = adafactor.rank_one_fit(v)
 row, column = fit.sum(1) / jnp.sqrt(fit.sum()), fit.sum(0) / jnp.sqrt(fit.sum())
@@ -191,6 +190,9 @@ for i in range(3):
 # price is seen on the left of the picture: values do not converge to 1, but wander
 # between 0.7 and 1.2. For a step that is enough. On the right are the singular values
 # of one matrix. They span a factor of 100 at the start.
+
+# %%
+shown(optimizers.orthogonalize)
 
 # %%
 a, b, c = optimizers.NEWTON_SCHULZ
@@ -271,11 +273,13 @@ assert min(changes, key=lambda size: changes[size]) == "spectral"
 # `steepest_step` and `orthogonalize`.
 
 # %%
-ask("10.1")
 check("10.1", None)
-ask("10.2")
+
+# %%
 check("10.2", None)
-ask("10.3")
+
+# %%
 check("10.3", None)
-ask("10.4")
+
+# %%
 check("10.4", None)

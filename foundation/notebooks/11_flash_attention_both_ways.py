@@ -48,26 +48,18 @@
 # not depend on how it was cut, or in which order the pieces came. It must be so, since
 # $m$, $l$ and $\tilde o$ are functions of the *set*. And a tile in which this query
 # sees nothing, because all its keys are in the future, is $(-\infty, 0, 0)$: it changes
-# nothing. Start from there, merge tile after tile, and divide once, at the end.
+# nothing. Start from there, merge tile after tile, and divide once, at the end. (In the
+# code the running $l$ of a row is `total`.)
 
 # %%
-import jax
-import jax.numpy as jnp
-
+from foundation import flash_attention as flash
 from foundation.attention import attention_backward, attention_forward, causal_mask
-from foundation.exercises import ask, check
-from foundation.flash_attention import (
-    flash_attention_backward,
-    flash_attention_forward,
-    merge_parts,
-    merged_output,
-    part_of_tile,
-)
-from foundation.lessons import pictures
+from foundation.lessons.notebook import check, jax, jnp, pictures, shown
 from foundation.parity import max_relative_error
 
-jax.config.update("jax_enable_x64", True)
+shown(flash.part_of_tile, flash.merge_parts)
 
+# %%
 scores = 3.0 * jax.random.normal(jax.random.key(0), (1, 24))
 v = jax.random.normal(jax.random.key(1), (24, 3))
 whole = jax.nn.softmax(scores) @ v
@@ -75,7 +67,9 @@ part = (jnp.full(1, -jnp.inf), jnp.zeros(1), jnp.zeros((1, 3)))
 print("tile      m        l      answer so far")
 for first in range(0, 24, 6):
     here = slice(first, first + 6)
-    part = merge_parts(*part, *part_of_tile(scores[:, here], v[here], None, 0.0))
+    part = flash.merge_parts(
+        *part, *flash.part_of_tile(scores[:, here], v[here], None, 0.0)
+    )
     m, total, o = part
     answer = jnp.round((o / total[:, None])[0], 4)
     print(f"{first // 6:4} {m[0]:8.3f} {total[0]:8.3f}     ", answer)
@@ -84,7 +78,7 @@ assert max_relative_error(part[2] / part[1], whole) < 1e-14
 
 keys = [int(i) for i in jax.random.permutation(jax.random.key(2), 24)]
 shuffled = (tuple(keys[:1]), tuple(keys[1:15]), tuple(keys[15:]))
-error = max_relative_error(merged_output(scores, v, shuffled), whole)
+error = max_relative_error(flash.merged_output(scores, v, shuffled), whole)
 print(f"keys shuffled, in tiles of 1, 14 and 9: off by {error:.1e}")
 assert error < 1e-14
 
@@ -135,6 +129,9 @@ assert error < 1e-14
 # d_k = \frac{d_S^\top q}{\sqrt A}, \qquad d_v = W^\top d_o.$$
 
 # %%
+shown(flash.flash_attention_forward, flash.flash_attention_backward)
+
+# %%
 T, A, RATE = 12, 4, 0.25
 q, k, v, d_o = (jax.random.normal(jax.random.key(i), (2, T, A)) for i in range(4))
 keep = jax.random.bernoulli(jax.random.key(4), 1 - RATE, (2, T, T))
@@ -142,9 +139,9 @@ o, cache = attention_forward(q, k, v, causal_mask(T), keep, RATE)
 at_once = attention_backward(d_o, cache)
 print("relative difference from attention at once, causal, with dropout:")
 for tile in (1, 3, 5, 12):
-    tiled, flash = flash_attention_forward(q, k, v, keep, RATE, True, tile)
+    tiled, tiles = flash.flash_attention_forward(q, k, v, keep, RATE, True, tile)
     forward = max_relative_error(tiled, o)
-    backward = max_relative_error(flash_attention_backward(d_o, flash), at_once)
+    backward = max_relative_error(flash.flash_attention_backward(d_o, tiles), at_once)
     print(f"  tiles of {tile:2}: output {forward:.1e}, gradients {backward:.1e}")
     assert max(forward, backward) < 1e-13
 
@@ -172,7 +169,9 @@ part = (jnp.full(1, -jnp.inf), jnp.zeros(1), jnp.zeros((1, 3)))
 path = []
 for first in range(0, 48, 3):
     here = slice(first, first + 3)
-    part = merge_parts(*part, *part_of_tile(long[:, here], values[here], None, 0.0))
+    part = flash.merge_parts(
+        *part, *flash.part_of_tile(long[:, here], values[here], None, 0.0)
+    )
     path.append(part[2][0] / part[1][0])
 exact = jax.nn.softmax(long) @ values
 lines: dict = {f"coordinate {i}": jnp.array(path)[:, i] for i in range(3)}
@@ -200,9 +199,10 @@ assert max_relative_error(path[-1], exact[0]) < 1e-13
 # `derive flash_attention` for the loop of steps 4 and 5.
 
 # %%
-ask("11.1")
 check("11.1", None)
-ask("11.2")
+
+# %%
 check("11.2", None)
-ask("11.3")
+
+# %%
 check("11.3", None)

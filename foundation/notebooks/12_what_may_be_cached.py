@@ -53,16 +53,13 @@
 # error is raised. The cell below measures both.
 
 # %%
-import jax
-import jax.numpy as jnp
-
 from foundation import caching
 from foundation.attention import multi_head_forward
-from foundation.exercises import ask, check
-from foundation.lessons import pictures
+from foundation.lessons.notebook import check, jax, jnp, pictures, shown
 
-jax.config.update("jax_enable_x64", True)
+shown(caching.projected, caching.prefill, caching.decode_step)
 
+# %%
 T, D, H, PROMPT = 10, 16, 2, 4
 x = jax.random.normal(jax.random.key(0), (1, T, D))
 params = {
@@ -188,9 +185,10 @@ assert not caching.leaks(kinds, 4, 2, 0.75, "token, growing").any()
 # rules, and `derive decode` for the loop.
 
 # %%
-ask("12.1")
 check("12.1", None)
-ask("12.2")
+
+# %%
 check("12.2", None)
-ask("12.3")
+
+# %%
 check("12.3", None)

@@ -53,28 +53,22 @@
 # $1/n$.
 
 # %%
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from foundation.exercises import ask, check
-from foundation.lessons import pictures
+from foundation import micro_batches
+from foundation.lessons.notebook import check, jax, jnp, np, pictures, shown
 from foundation.losses import IGNORE, cross_entropy_backward, cross_entropy_forward
-from foundation.micro_batches import (
-    accumulated_loss_backward,
-    accumulated_loss_forward,
-    balance_gap,
-    grouped_balance_forward,
-)
 from foundation.parity import max_relative_error
 
-jax.config.update("jax_enable_x64", True)
+shown(
+    micro_batches.accumulated_loss_forward,
+    micro_batches.accumulated_loss_backward,
+)
 
+# %%
 logits = jax.random.normal(jax.random.key(0), (4, 6, 10))
 targets = jax.random.randint(jax.random.key(1), (4, 6), 0, 10)
 targets = targets.at[0, 1:].set(IGNORE).at[1, 2:].set(IGNORE)  # two short answers
 whole, cache = cross_entropy_forward(logits, targets)
-parts, parts_cache = accumulated_loss_forward(logits, targets, 2)
+parts, parts_cache = micro_batches.accumulated_loss_forward(logits, targets, 2)
 means = [
     cross_entropy_forward(logits[i : i + 2], targets[i : i + 2])[0] for i in (0, 2)
 ]
@@ -87,7 +81,7 @@ assert abs(whole - parts) < 1e-14
 assert abs(whole - sum(means) / 2) > 1e-2
 
 one = jnp.ones(())
-gradient = accumulated_loss_backward(one, parts_cache)
+gradient = micro_batches.accumulated_loss_backward(one, parts_cache)
 error = max_relative_error(gradient, cross_entropy_backward(one, cache))
 print(f"gradients, accumulated against whole: {error:.1e}")
 assert error < 1e-14
@@ -173,12 +167,12 @@ topic = 1.5 * jax.random.normal(jax.random.key(2), (batch, 1, experts))
 router = topic + jax.random.normal(jax.random.key(3), (batch, tokens, experts))
 probs = jax.nn.softmax(router)
 chosen = jnp.argsort(-probs, axis=-1)[..., :2]
-by_sequence, _ = grouped_balance_forward(probs, chosen, batch)
+by_sequence, _ = micro_batches.grouped_balance_forward(probs, chosen, batch)
 print("micro-batches   by batch   by sequence")
 for parts in (1, 2, 4, 8, 16):
-    by_batch, _ = grouped_balance_forward(probs, chosen, parts)
+    by_batch, _ = micro_batches.grouped_balance_forward(probs, chosen, parts)
     one_by_one = [
-        grouped_balance_forward(p, c, batch // parts)[0]
+        micro_batches.grouped_balance_forward(p, c, batch // parts)[0]
         for p, c in zip(jnp.split(probs, parts), jnp.split(chosen, parts), strict=True)
     ]
     mean = jnp.mean(jnp.stack(one_by_one))
@@ -187,7 +181,7 @@ for parts in (1, 2, 4, 8, 16):
 f = jnp.mean(chosen[..., None] == jnp.arange(experts), axis=(1, 2))
 P = jnp.mean(probs, axis=1)
 covariance = jnp.mean(f * P, 0) - jnp.mean(f, 0) * jnp.mean(P, 0)
-gap = balance_gap(probs, chosen, batch)
+gap = micro_batches.balance_gap(probs, chosen, batch)
 print(f"gap {gap:.6f}, E x covariance {experts * jnp.sum(covariance):.6f}")
 assert abs(gap - experts * jnp.sum(covariance)) < 1e-14
 
@@ -206,11 +200,13 @@ assert abs(gap - experts * jnp.sum(covariance)) < 1e-14
 # grouped_balance`.
 
 # %%
-ask("13.1")
 check("13.1", None)
-ask("13.2")
+
+# %%
 check("13.2", None)
-ask("13.3")
+
+# %%
 check("13.3", None)
-ask("13.4")
+
+# %%
 check("13.4", None)

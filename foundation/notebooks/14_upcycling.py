@@ -51,21 +51,14 @@
 # the router sends them different tokens. So they part, slowly at first.
 
 # %%
-import jax
-import jax.numpy as jnp
-
-from foundation.exercises import ask, check
+from foundation import upcycling
 from foundation.feed_forward import feed_forward_backward, feed_forward_forward
-from foundation.lessons import pictures
+from foundation.lessons.notebook import check, jax, jnp, pictures, shown
 from foundation.moe import moe_backward, moe_forward
-from foundation.upcycling import (
-    copy_experts_forward,
-    upcycled_backward,
-    upcycled_forward,
-)
 
-jax.config.update("jax_enable_x64", True)
+shown(upcycling.upcycled_forward, upcycling.upcycled_backward)
 
+# %%
 B, T, D, F, E = 4, 16, 8, 12, 4
 keys = jax.random.split(jax.random.key(0), 6)
 dense = {
@@ -86,8 +79,8 @@ for name, top_k, factor in (
     ("K = 1, no drops", 1, roomy),
     ("K = 2, with drops", 2, 0.7),
 ):
-    y, layer = upcycled_forward(x, dense, router, top_k, factor)
-    _, d_dense, d_router = upcycled_backward(d_y, layer)
+    y, layer = upcycling.upcycled_forward(x, dense, router, top_k, factor)
+    _, d_dense, d_router = upcycling.upcycled_backward(d_y, layer)
     differs = jnp.max(jnp.abs(y - h))
     largest = jnp.max(jnp.abs(d_router))
     apart = jnp.max(jnp.abs(d_dense["w_out"] - d_w_out))
@@ -135,7 +128,7 @@ for name, top_k, factor in (
 # about the experts.
 
 # %%
-copies, _ = copy_experts_forward(dense, E)
+copies, _ = upcycling.copy_experts_forward(dense, E)
 direction = {
     name: jax.random.normal(jax.random.key(10 + i), matrix.shape)
     / matrix.shape[1] ** 0.5
@@ -176,9 +169,10 @@ assert abs(small / smaller - 10) < 0.1
 # answer is in the small number that Adam adds to the divisor.
 
 # %%
-ask("14.1")
 check("14.1", None)
-ask("14.2")
+
+# %%
 check("14.2", None)
-ask("14.3")
+
+# %%
 check("14.3", None)

@@ -32,23 +32,12 @@
 # has to say what one does.
 
 # %%
-import jax
-import jax.numpy as jnp
-import numpy as np
+from foundation import sampling
+from foundation.lessons.notebook import check, jnp, np, pictures, shown
 
-from foundation.exercises import ask, check
-from foundation.lessons import pictures
-from foundation.sampling import (
-    accepted_mass,
-    filtered_law,
-    residual_law,
-    speculative_law,
-    speculative_texts,
-    tokens_per_round,
-)
+shown(sampling.filtered_law)
 
-jax.config.update("jax_enable_x64", True)
-
+# %%
 logits = jnp.log(jnp.array([0.40, 0.25, 0.15, 0.10, 0.06, 0.04]))
 for name, settings in {
     "as it is": (1.0, 0, 1.0, 0.0),
@@ -58,7 +47,7 @@ for name, settings in {
     "min-p 0.2": (1.0, 0, 1.0, 0.2),
     "temperature 0": (0.0, 0, 1.0, 0.0),
 }.items():
-    print(f"{name:<16}", np.round(filtered_law(logits, *settings), 3))
+    print(f"{name:<16}", np.round(sampling.filtered_law(logits, *settings), 3))
 
 # %% [markdown]
 # ## Step 2: propose, accept or replace
@@ -96,6 +85,9 @@ for name, settings in {
 # always proposes token 2. With $q$ a single 1, the same rule works.
 
 # %%
+shown(sampling.accepted_mass, sampling.residual_law, sampling.speculative_law)
+
+# %%
 p = jnp.array([0.38, 0.22, 0.16, 0.12, 0.08, 0.04])
 drafts = {
     "a good draft": jnp.array([0.30, 0.30, 0.14, 0.10, 0.10, 0.06]),
@@ -104,10 +96,10 @@ drafts = {
 }
 panels = {}
 for name, q in drafts.items():
-    accepted = accepted_mass(p, q)
-    replaced = (1 - jnp.sum(accepted)) * residual_law(p, q)
+    accepted = sampling.accepted_mass(p, q)
+    replaced = (1 - jnp.sum(accepted)) * sampling.residual_law(p, q)
     panels[name] = {"accepted": accepted, "from the residual": replaced}
-    error = jnp.max(jnp.abs(speculative_law(p, q) - p))
+    error = jnp.max(jnp.abs(sampling.speculative_law(p, q) - p))
     print(f"{name}: accepted {jnp.sum(accepted):.2f}, off by {error:.0e}")
     assert error < 1e-15
 pictures.stacked(panels, drafts, "token")
@@ -126,8 +118,8 @@ q = drafts["a poor draft"]
 x = jnp.argmax(q)
 accept = jnp.minimum(1.0, p[x] / q[x])
 assert accept < 1
-wrong = accept * jnp.eye(6)[x] + (1 - accept) * residual_law(p, q)
-told = speculative_law(p, jnp.eye(6)[x])
+wrong = accept * jnp.eye(6)[x] + (1 - accept) * sampling.residual_law(p, q)
+told = sampling.speculative_law(p, jnp.eye(6)[x])
 for name, law in {"compared with q": wrong, "told": told}.items():
     print(f"greedy, {name:<16} total variation {jnp.sum(jnp.abs(law - p)) / 2:.2f}")
 assert abs(jnp.sum(jnp.abs(wrong - p)) / 2 - 233 / 850) < 1e-12  # by hand, in fractions
@@ -152,7 +144,7 @@ random = np.random.default_rng(0)
 target, draft = (jnp.asarray(random.dirichlet([0.7] * 3, 3)) for _ in range(2))
 product = jnp.einsum("sa,ab,bc,cd->sabcd", target, target, target, target)
 for drafted in (1, 2, 4):
-    law = speculative_texts(target, draft, drafted, 4)
+    law = sampling.speculative_texts(target, draft, drafted, 4)
     error = jnp.max(jnp.sum(jnp.abs(law - product), axis=(1, 2, 3, 4))) / 2
     print(f"{drafted} drafted: total variation {error:.0e} over 81 texts")
     assert error < 1e-14
@@ -174,7 +166,7 @@ for drafted in (1, 2, 4):
 
 # %%
 for a in (0.5, 0.8, 0.95):
-    counts = [float(tokens_per_round(jnp.asarray(a), n)) for n in (1, 2, 4, 8)]
+    counts = [float(sampling.tokens_per_round(jnp.asarray(a), n)) for n in (1, 2, 4, 8)]
     print(f"a = {a}: tokens for 1, 2, 4, 8 proposals:", np.round(counts, 2))
     assert abs(counts[2] - (1 - a**5) / (1 - a)) < 1e-12
 
@@ -184,11 +176,13 @@ for a in (0.5, 0.8, 0.95):
 # speculative_law`.
 
 # %%
-ask("15.1")
 check("15.1", None)
-ask("15.2")
+
+# %%
 check("15.2", None)
-ask("15.3")
+
+# %%
 check("15.3", None)
-ask("15.4")
+
+# %%
 check("15.4", None)

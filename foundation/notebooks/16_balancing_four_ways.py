@@ -50,33 +50,26 @@
 # as strong. Nothing failed. The same coefficient just meant something else.
 
 # %%
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from foundation.balancing import (
-    balance_loss_of,
-    bias_step,
-    biased_choice,
-    choice_fraction,
-    importance_loss_backward,
-    importance_loss_forward,
-)
+from foundation import balancing
 from foundation.caching import kept_choices
-from foundation.exercises import ask, check
-from foundation.lessons import pictures
+from foundation.lessons.notebook import check, jax, jnp, np, pictures, shown
 from foundation.linear import linear_backward, linear_forward
 from foundation.softmax import softmax_backward, softmax_forward
 
-jax.config.update("jax_enable_x64", True)
+shown(balancing.importance_loss_forward, balancing.importance_loss_backward)
 
+# %%
 leaning = jnp.tile(jnp.array([0.26, 0.25, 0.25, 0.24]), (20, 1))
-importance, _ = importance_loss_forward(leaning)
+importance, _ = balancing.importance_loss_forward(leaning)
 print(f"all 20 tokens choose expert 0: importance loss {importance:.4f}, at best 0")
-print(f"                               balance loss {balance_loss_of(leaning, 1):.4f}")
+balance = balancing.balance_loss_of(leaning, 1)
+print(f"                               balance loss {balance:.4f}")
 even = jnp.asarray(np.array([np.roll([0.4, 0.3, 0.2, 0.1], n) for n in range(4)]))
-print("even, K = 1, 2, 4: ", *(f"{balance_loss_of(even, k):.4f}" for k in (1, 2, 4)))
-assert importance < 1e-3 < balance_loss_of(leaning, 1) - 1
+print(
+    "even, K = 1, 2, 4: ",
+    *(f"{balancing.balance_loss_of(even, k):.4f}" for k in (1, 2, 4)),
+)
+assert importance < 1e-3 < balance - 1
 
 # %% [markdown]
 # ## Step 3: a bias
@@ -122,8 +115,8 @@ def look(W):
     """Probabilities of the router, the choices without a bias, and the way back."""
     logits, _ = linear_forward(x, W)
     p, _ = softmax_forward(logits)
-    chosen, _ = biased_choice(p, jnp.zeros(E), K)
-    return p, choice_fraction(chosen)
+    chosen, _ = balancing.biased_choice(p, jnp.zeros(E), K)
+    return p, balancing.choice_fraction(chosen)
 
 
 def back_to_matrix(d_p, W):
@@ -136,8 +129,10 @@ def back_to_matrix(d_p, W):
 @jax.jit
 def by_importance(W):
     p, _ = look(W)
-    _, cache = importance_loss_forward(p)
-    return W - 2.0 * back_to_matrix(importance_loss_backward(jnp.ones(()), cache), W)
+    _, cache = balancing.importance_loss_forward(p)
+    return W - 2.0 * back_to_matrix(
+        balancing.importance_loss_backward(jnp.ones(()), cache), W
+    )
 
 
 @jax.jit
@@ -148,8 +143,8 @@ def by_balance(W):
 
 @jax.jit
 def by_bias(bias, rate):
-    f = choice_fraction(biased_choice(look(start)[0], bias, K)[0])
-    return bias_step(bias, f, rate), f
+    f = balancing.choice_fraction(balancing.biased_choice(look(start)[0], bias, K)[0])
+    return balancing.bias_step(bias, f, rate), f
 
 
 loads = {"importance": [], "balance loss": []}
@@ -164,7 +159,7 @@ for rate in (0.01, 0.003, 0.001):
         bias, f = by_bias(bias, rate)
         loads[f"bias, rate {rate}"].append(float(jnp.max(f) * E))
 taken = kept_choices(look(start)[0], K, 1.0, "expert")
-loads["expert choice"] = [float(jnp.max(choice_fraction(taken)) * E)] * STEPS
+loads["expert choice"] = [float(jnp.max(balancing.choice_fraction(taken)) * E)] * STEPS
 pictures.curves(
     {"the busiest expert": loads},
     xlabel="step",
@@ -196,9 +191,10 @@ assert max(loads["bias, rate 0.001"][-1], loads["balance loss"][-1]) < 1.1
 # biased_choice`.
 
 # %%
-ask("16.1")
 check("16.1", None)
-ask("16.2")
+
+# %%
 check("16.2", None)
-ask("16.3")
+
+# %%
 check("16.3", None)

@@ -39,29 +39,18 @@
 # 1: only the one down is taken.
 
 # %%
-import jax
-import jax.numpy as jnp
-import numpy as np
+from foundation import rounding
+from foundation.lessons.notebook import check, jax, jnp, np, pictures, shown
 
-from foundation.exercises import ask, check
-from foundation.lessons import pictures
-from foundation.rounding import (
-    bits_of,
-    drawn_bits,
-    mean_of_draws,
-    nearest_bits,
-    running_sum,
-    through_scale,
-    to_float16,
-    value_of,
-)
+shown(rounding.nearest_bits, rounding.drawn_bits)
 
-jax.config.update("jax_enable_x64", True)
-
+# %%
 for x in (0.997, 1.003, 1.0, 1.0039, 1.00391, 1.5):
-    pattern = f"{int(bits_of(jnp.array(x))):032b}"
+    bits = rounding.bits_of(jnp.array(x))
+    pattern = f"{int(bits):032b}"
     fields = f"{pattern[0]} {pattern[1:9]} {pattern[9:16]}|{pattern[16:]}"
-    print(f"{x:<8} {fields} -> {float(value_of(nearest_bits(bits_of(jnp.array(x)))))}")
+    nearest = float(rounding.value_of(rounding.nearest_bits(bits)))
+    print(f"{x:<8} {fields} -> {nearest}")
 
 # %% [markdown]
 # The bar shows where the bits are cut. 1.0039 is just below the middle of the two
@@ -89,8 +78,8 @@ for x in (0.997, 1.003, 1.0, 1.0039, 1.00391, 1.5):
 
 # %%
 x = jnp.asarray(np.array([1.003, 0.99999, -2.9, 3e-8], np.float32)).astype(jnp.float64)
-print("mean over all draws minus x:", mean_of_draws(x) - x)
-assert np.array_equal(mean_of_draws(x), x)
+print("mean over all draws minus x:", rounding.mean_of_draws(x) - x)
+assert np.array_equal(rounding.mean_of_draws(x), x)
 
 STEPS, STEP = 2000, 0.0005
 key = jax.random.key(1)
@@ -106,12 +95,12 @@ def train(w, rule):
 
 
 def to_nearest(w, key):
-    return value_of(nearest_bits(bits_of(w)))
+    return rounding.value_of(rounding.nearest_bits(rounding.bits_of(w)))
 
 
 def by_draw(w, key):
     draw = jax.random.bits(key, w.shape, jnp.uint16).astype(jnp.uint32)
-    return value_of(drawn_bits(bits_of(w), draw))
+    return rounding.value_of(rounding.drawn_bits(rounding.bits_of(w), draw))
 
 
 start = jnp.ones(1024)
@@ -147,7 +136,7 @@ assert abs(drawn[-1].mean() - 2.0) < 0.01
 # that wherever it sums.
 
 # %%
-ones = running_sum(jnp.ones(1000))
+ones = rounding.running_sum(jnp.ones(1000))
 for terms in (100, 256, 300, 1000):
     print(f"the sum of {terms} ones is {ones[terms - 1]:.0f}")
 assert ones[-1] == 256.0
@@ -173,12 +162,12 @@ assert ones[-1] == 256.0
 
 # %%
 g = jnp.asarray([3e-8, 1e-6, 1.2345e-3])
-print("float16 alone:  ", to_float16(g))
+print("float16 alone:  ", rounding.to_float16(g))
 for scale in (2.0**10, 2.0**20, 1000.0):
-    print(f"scale {scale:<10.0f}", through_scale(g, jnp.array(scale)))
-whole = through_scale(g[2], jnp.array(1.0))
-assert through_scale(g[2], jnp.array(2.0**20)) == whole
-assert through_scale(g[2], jnp.array(1000.0)) != whole
+    print(f"scale {scale:<10.0f}", rounding.through_scale(g, jnp.array(scale)))
+whole = rounding.through_scale(g[2], jnp.array(1.0))
+assert rounding.through_scale(g[2], jnp.array(2.0**20)) == whole
+assert rounding.through_scale(g[2], jnp.array(1000.0)) != whole
 
 # %% [markdown]
 # ## How these are checked
@@ -198,11 +187,13 @@ assert through_scale(g[2], jnp.array(1000.0)) != whole
 # to_float16`.
 
 # %%
-ask("17.1")
 check("17.1", None)
-ask("17.2")
+
+# %%
 check("17.2", None)
-ask("17.3")
+
+# %%
 check("17.3", None)
-ask("17.4")
+
+# %%
 check("17.4", None)

@@ -30,31 +30,21 @@
 # \boxed{\;d_x = (d_y \odot s)\,q^\top, \quad d_{s_o} = \sum_t d_{y,to}\,(xq)_{to}\;}$$
 #
 # The product reads the codes, and multiplies by the scale once for each output. Codes
-# are whole numbers and have no gradient.
+# are whole numbers and have no gradient. In the code $xq$ is `unscaled`.
 
 # %%
 import itertools
 
-import jax
-import jax.numpy as jnp
-import numpy as np
+from foundation import small_weights
+from foundation.lessons.notebook import check, jax, jnp, np, pictures, shown
 
-from foundation.exercises import ask, check
-from foundation.lessons import pictures
-from foundation.small_weights import (
-    gptq,
-    inverse_of_inputs,
-    moved_by_one,
-    output_error_forward,
-    quantize,
-)
+shown(small_weights.quantize, small_weights.coded_product_backward)
 
-jax.config.update("jax_enable_x64", True)
-
+# %%
 w = jax.random.normal(jax.random.key(0), (256, 64)).at[7, 3].set(40.0)
 for bits, most in ((8, 127), (4, 7)):
     for name, group in (("one for each output", 256), ("one for 32 weights", 32)):
-        codes, scale = quantize(w, most, group)
+        codes, scale = small_weights.quantize(w, most, group)
         stored = codes * jnp.repeat(scale, group, axis=0)
         error = jnp.sqrt(jnp.mean((stored - w) ** 2, axis=0))
         print(
@@ -103,6 +93,10 @@ assert error[3] < 4.0 * jnp.median(error)
 
 
 # %%
+shown(small_weights.moved_by_one, small_weights.without, small_weights.gptq)
+
+
+# %%
 def all_ways(w, scale, x):
     """The least output error of the 2^D ways to round each weight up or down."""
     down = np.floor(np.asarray(w / scale))
@@ -118,10 +112,12 @@ for seed in range(40):
     common = jax.random.normal(keys[0], (200, 1))
     x = common + 0.5 * jax.random.normal(keys[1], (200, 8))
     w = jax.random.normal(keys[2], (8, 1))
-    codes, scale = quantize(w, 7, 8)
-    better = gptq(w, inverse_of_inputs(x, 0.0), scale[0], 7)
+    codes, scale = small_weights.quantize(w, 7, 8)
+    better = small_weights.gptq(w, small_weights.inverse_of_inputs(x, 0.0), scale[0], 7)
     for name, code in (("to nearest", codes), ("GPTQ", better)):
-        costs[name].append(float(output_error_forward(code * scale, w, x)[0]))
+        costs[name].append(
+            float(small_weights.output_error_forward(code * scale, w, x)[0])
+        )
     costs["best of 256"].append(all_ways(w[:, 0], float(scale[0, 0]), x))
 order = np.argsort(costs["to nearest"])
 pictures.curves(
@@ -152,8 +148,8 @@ assert means["best of 256"] < means["GPTQ"] < means["to nearest"]
 # %%
 x = jax.random.normal(jax.random.key(1), (5, 8))
 print("rank of H for 5 tokens and 8 inputs:", jnp.linalg.matrix_rank(x.T @ x))
-inverse = inverse_of_inputs(x, 0.01)
-d, cost = moved_by_one(inverse, 0, jnp.array(0.1))
+inverse = small_weights.inverse_of_inputs(x, 0.01)
+d, cost = small_weights.moved_by_one(inverse, 0, jnp.array(0.1))
 print(f"with damping: the others move by at most {jnp.max(jnp.abs(d[1:])):.3f},")
 print(f"and the outputs by {jnp.sqrt(jnp.mean((x @ d) ** 2)):.4f}")
 print(f"without help they would move by {0.1 * jnp.sqrt(jnp.mean(x[:, 0] ** 2)):.4f}")
@@ -177,11 +173,13 @@ assert jnp.all(jnp.isfinite(d))
 # moved_by_one`.
 
 # %%
-ask("18.1")
 check("18.1", None)
-ask("18.2")
+
+# %%
 check("18.2", None)
-ask("18.3")
+
+# %%
 check("18.3", None)
-ask("18.4")
+
+# %%
 check("18.4", None)

@@ -39,26 +39,20 @@ import os
 
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from foundation.collectives import (
-    all_gather_forward,
-    all_reduce_forward,
-    all_to_all_forward,
-    expert_parallel_backward,
-    expert_parallel_forward,
-    reduce_scatter_forward,
-    ring_all_reduce,
+from foundation import collectives
+from foundation.lessons.notebook import check, jax, jnp, np, pictures, shown
+
+shown(
+    collectives.all_reduce_forward,
+    collectives.all_gather_forward,
+    collectives.reduce_scatter_forward,
+    collectives.all_to_all_forward,
 )
-from foundation.exercises import ask, check
-from foundation.lessons import pictures
-
-jax.config.update("jax_enable_x64", True)
 
 
+# %%
 def matrix_of(collective, *shape):
     """The matrix of a linear map, column by column: what it makes of each unit."""
     size = int(np.prod(shape))
@@ -66,10 +60,10 @@ def matrix_of(collective, *shape):
     return np.stack([np.asarray(collective(u)[0]).ravel() for u in units], axis=1)
 
 
-gather = matrix_of(all_gather_forward, 3, 1)
-scatter = matrix_of(reduce_scatter_forward, 3, 3)
-reduce = matrix_of(all_reduce_forward, 3, 1)
-exchange = matrix_of(all_to_all_forward, 3, 3, 1)
+gather = matrix_of(collectives.all_gather_forward, 3, 1)
+scatter = matrix_of(collectives.reduce_scatter_forward, 3, 3)
+reduce = matrix_of(collectives.all_reduce_forward, 3, 1)
+exchange = matrix_of(collectives.all_to_all_forward, 3, 3, 1)
 pictures.heatmaps(
     {"all-gather": gather, "reduce-scatter": scatter, "all-to-all": exchange},
     xlabel="number of the input, rank by rank",
@@ -107,8 +101,8 @@ print("3 ranks: the transpose of all-gather is reduce-scatter, entry by entry")
 # %%
 for ranks in (2, 4, 8):
     x = jax.random.normal(jax.random.key(ranks), (ranks, 840))
-    total, sent = ring_all_reduce(x)
-    np.testing.assert_allclose(total, all_reduce_forward(x)[0], atol=1e-12)
+    total, sent = collectives.ring_all_reduce(x)
+    np.testing.assert_allclose(total, collectives.all_reduce_forward(x)[0], atol=1e-12)
     print(f"{ranks} ranks: each sends {sent / 840:.3f} times the array")
 
 # %% [markdown]
@@ -133,6 +127,9 @@ for ranks in (2, 4, 8):
 #
 # The same on eight simulated devices, with the real exchange. `shard_map` runs one
 # function on each device, with that device's part of the arrays.
+
+# %%
+shown(collectives.expert_parallel_forward, collectives.expert_parallel_backward)
 
 # %%
 R, T, D = 8, 6, 4
@@ -172,8 +169,8 @@ spread = jax.jit(
     jax.shard_map(on_one_device, mesh=mesh, in_specs=P("rank"), out_specs=P("rank"))
 )
 y, d_x, d_W = spread(x, gate, W, place, d_y)
-ours, cache = expert_parallel_forward(x, gate, W, place)
-d_x_ours, _, d_W_ours = expert_parallel_backward(d_y, cache)
+ours, cache = collectives.expert_parallel_forward(x, gate, W, place)
+d_x_ours, _, d_W_ours = collectives.expert_parallel_backward(d_y, cache)
 for name, theirs, own in (
     ("y", y, ours),
     ("d_x", d_x, d_x_ours),
@@ -211,11 +208,13 @@ assert " all-reduce(" not in compiled
 # expert_parallel`.
 
 # %%
-ask("19.1")
 check("19.1", None)
-ask("19.2")
+
+# %%
 check("19.2", None)
-ask("19.3")
+
+# %%
 check("19.3", None)
-ask("19.4")
+
+# %%
 check("19.4", None)

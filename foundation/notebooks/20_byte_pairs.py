@@ -40,12 +40,12 @@
 import math
 from collections import Counter
 
-import numpy as np
+from foundation.byte_pairs import BYTES, encode, learn, pair_counts, replaced, spelled
+from foundation.lessons.notebook import check, np, pictures, shown
 
-from foundation.byte_pairs import BYTES, encode, learn, spelled
-from foundation.exercises import ask, check
-from foundation.lessons import pictures
+shown(pair_counts, replaced, learn)
 
+# %%
 text = (
     "the king and the queen of the north sing in the morning. the singer is the "
     "king of the morning, and the queen is the queen of the evening. nothing is "
@@ -94,9 +94,12 @@ assert spelled(cut(text, pairs)[0], pairs).decode() == " " + text
 #
 # Two tempting rules are wrong: to take the leftmost pair, and to take the longest
 # piece. Both give a valid cut, which even spells the same text. But it is not the cut
-# that the model was trained with. Its loss rises, and nothing fails. Both are planted
-# bugs.
-#
+# that the model was trained with. Its loss rises, and nothing fails.
+
+# %%
+shown(encode)
+
+# %% [markdown]
 # ## Step 4: how many pairs?
 # Every pair makes the text shorter, and the table of embeddings longer. How can two
 # tokenizers be compared? Not by the loss of a token. With long pieces there are few
@@ -152,9 +155,10 @@ assert rows[-1, 2] < rows[0, 2]
 # ## Exercises
 
 # %%
-ask("20.1")
 check("20.1", None)
-ask("20.2")
+
+# %%
 check("20.2", None)
-ask("20.3")
+
+# %%
 check("20.3", None)

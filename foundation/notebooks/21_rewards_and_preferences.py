@@ -34,38 +34,22 @@
 # noisy, and leaves its expectation alone.
 
 # %%
-import jax
-import jax.numpy as jnp
-import numpy as np
+from foundation import preferences
+from foundation.lessons.notebook import check, jax, jnp, np, pictures, shown
 
-from foundation.exercises import ask, check
-from foundation.lessons import pictures
-from foundation.preferences import (
-    all_texts,
-    expected_reward_backward,
-    expected_reward_forward,
-    group_baseline_backward,
-    group_baseline_forward,
-    kl_backward_by_k2,
-    kl_forward,
-    reverse_kl_backward_by_k3,
-    reverse_kl_forward,
-    text_log_probs_backward,
-    text_log_probs_forward,
-)
+shown(preferences.text_log_probs_forward, preferences.text_log_probs_backward)
 
-jax.config.update("jax_enable_x64", True)
-
-texts = all_texts(3, 2)
+# %%
+texts = preferences.all_texts(3, 2)
 keys = jax.random.split(jax.random.key(0), 3)
 logits = jax.random.normal(keys[0], (4, 3))
 reference = jax.random.normal(keys[1], (4, 3))
 reward = jax.random.normal(keys[2], (9,))
 one = jnp.ones(())
 
-log_pi, texts_cache = text_log_probs_forward(logits, texts)
+log_pi, texts_cache = preferences.text_log_probs_forward(logits, texts)
 print("the probabilities of the nine texts:", np.round(jnp.exp(log_pi), 3))
-zero = text_log_probs_backward(jnp.exp(log_pi), texts_cache)
+zero = preferences.text_log_probs_backward(jnp.exp(log_pi), texts_cache)
 print(f"sum of pi times score: at most {jnp.max(jnp.abs(zero)):.0e}")
 assert jnp.max(jnp.abs(zero)) < 1e-15
 
@@ -88,22 +72,24 @@ assert jnp.max(jnp.abs(zero)) < 1e-15
 # direction. Groups whose rewards are nearly equal get the largest weights.
 
 # %%
-_, cache = expected_reward_forward(logits, reward, texts)
-exact = expected_reward_backward(one, cache)
+_, cache = preferences.expected_reward_forward(logits, reward, texts)
+exact = preferences.expected_reward_backward(one, cache)
 for group in (2, 3):
-    _, cache = group_baseline_forward(logits, reward, texts, group)
-    ours = group_baseline_backward(one, cache)
+    _, cache = preferences.group_baseline_forward(logits, reward, texts, group)
+    ours = preferences.group_baseline_backward(one, cache)
     print(
         f"groups of {group}: {float(jnp.sum(ours * exact) / jnp.sum(exact**2)):.6f} dJ"
     )
     assert jnp.allclose(ours, (1 - 1 / group) * exact, atol=1e-14)
 
-groups = all_texts(9, 3)
+groups = preferences.all_texts(9, 3)
 drawn = reward[groups]
 spread = jnp.std(drawn, axis=1, keepdims=True)
 weight = jnp.exp(jnp.sum(log_pi[groups], axis=1, keepdims=True))
 scaled = weight * (drawn - drawn.mean(1, keepdims=True)) / (spread + 1e-6) / 3
-divided = text_log_probs_backward(jnp.zeros(9).at[groups].add(scaled), texts_cache)
+divided = preferences.text_log_probs_backward(
+    jnp.zeros(9).at[groups].add(scaled), texts_cache
+)
 cosine = jnp.sum(divided * exact) / jnp.linalg.norm(divided) / jnp.linalg.norm(exact)
 print(f"divided by the spread: cosine to dJ {cosine:.4f}")
 assert cosine < 0.9999
@@ -145,25 +131,25 @@ BETA, STEPS, RATE = 0.5, 400, 0.5
 @jax.jit
 def gradients(z):
     """dJ, and the expected gradient of each estimator as a loss."""
-    _, cache = expected_reward_forward(z, reward, texts)
-    log_pi, texts_cache = text_log_probs_forward(z, texts)
-    kl, kl_cache = kl_forward(z, reference, texts)
-    _, reverse_cache = reverse_kl_forward(z, reference, texts)
+    _, cache = preferences.expected_reward_forward(z, reward, texts)
+    log_pi, texts_cache = preferences.text_log_probs_forward(z, texts)
+    kl, kl_cache = preferences.kl_forward(z, reference, texts)
+    _, reverse_cache = preferences.reverse_kl_forward(z, reference, texts)
     terms = {
-        "k1": text_log_probs_backward(jnp.exp(log_pi), texts_cache),
-        "k2": kl_backward_by_k2(one, kl_cache),
-        "k3": reverse_kl_backward_by_k3(one, reverse_cache),
+        "k1": preferences.text_log_probs_backward(jnp.exp(log_pi), texts_cache),
+        "k2": preferences.kl_backward_by_k2(one, kl_cache),
+        "k3": preferences.reverse_kl_backward_by_k3(one, reverse_cache),
     }
     in_reward = jnp.exp(log_pi) * (log_pi - log_ref)
-    k1_in_reward = text_log_probs_backward(in_reward, texts_cache)
+    k1_in_reward = preferences.text_log_probs_backward(in_reward, texts_cache)
     terms["k1 in the reward"] = k1_in_reward
-    return expected_reward_backward(one, cache), terms, kl
+    return preferences.expected_reward_backward(one, cache), terms, kl
 
 
-log_ref, _ = text_log_probs_forward(reference, texts)
+log_ref, _ = preferences.text_log_probs_forward(reference, texts)
 best = jax.nn.log_softmax(log_ref + reward / BETA)
 paths, ends = {}, {}
-by_jax = jax.grad(lambda z: kl_forward(z, reference, texts)[0])(logits)
+by_jax = jax.grad(lambda z: preferences.kl_forward(z, reference, texts)[0])(logits)
 error = jnp.max(jnp.abs(gradients(logits)[1]["k1 in the reward"] - by_jax))
 print(f"k1 in the reward and the gradient of KL(pi || ref) differ by {error:.0e}")
 assert error < 1e-14
@@ -174,7 +160,7 @@ for name in ("k1", "k2", "k3"):
         path.append(float(kl))
         z = z + RATE * (d_reward - BETA * terms[name])
     paths[f"with {name}"] = path
-    ends[name] = text_log_probs_forward(z, texts)[0]
+    ends[name] = preferences.text_log_probs_forward(z, texts)[0]
 level = float(jnp.sum(jnp.exp(best) * (best - log_ref)))
 pictures.curves(
     {"how far the policy goes from the reference": paths},
@@ -245,11 +231,13 @@ print(f"best: reward - beta KL = {value:.4f}")
 # dpo`.
 
 # %%
-ask("21.1")
 check("21.1", None)
-ask("21.2")
+
+# %%
 check("21.2", None)
-ask("21.3")
+
+# %%
 check("21.3", None)
-ask("21.4")
+
+# %%
 check("21.4", None)

@@ -12,8 +12,8 @@ import pytest
 
 from foundation.__main__ import main
 from foundation.challenges.catalogue import CHALLENGES
-from foundation.challenges.check import Unusable, _parts
-from foundation.challenges.diagnosis import Named, examine
+from foundation.challenges.challenge import Unusable
+from foundation.challenges.diagnosis import Finding, Named, examine, judge
 from foundation.chapters import CHAPTERS, OPERATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,7 +68,7 @@ WRONG = {
     "def softmax_backward(d_p, cache):\n    return 'text'": "of type str",
     "def softmax_backward(d_p, cache):\n    return d_p, d_p": "2 results, and 1 are asked for: d_logits",
     "def softmax_backward(d_p, cache):\n    return d_p.T": "transposed",
-    "def softmax_backward(d_p, cache):\n    return 3.0": "has shape [], and its input has [4, 6]",
+    "def softmax_backward(d_p, cache):\n    return 3.0": "has shape [], and [4, 6] is asked for",
     "def softmax_backward(d_p, cache):\n    return [[1], [2, 3]]": "of type list",
     "def softmax_backward(d_p, cache):\n    return 1j * d_p": "an array of numbers",
     "def softmax_backward(d_p, cache):\n    return d_p * float('nan')": "not a finite number",
@@ -76,14 +76,14 @@ WRONG = {
     "def softmax_backward(d_p):\n    return d_p": "TypeError",
     "def softmax_backward(d_p, cache):\n    exit()": "SystemExit",
     "def softmax_backward(d_p, cache):\n    return softmax_backward(d_p, cache)": "RecursionError",
-    "def softmax_backward(d_p, cache):\n    (p,) = cache\n    return p * d_p": "a term is missing",
+    "def softmax_backward(d_p, cache):\n    (p,) = cache\n    return p * d_p": "the cross terms are forgotten",
     "softmax_backward = 7": "has no function softmax_backward",
     "def softmax_backward(d_p, cache:": "line 1: SyntaxError",
     "exit(3)": "SystemExit",
     "def softmax_backward(d_p, cache):\n    raise GeneratorExit('early')": "line 2: GeneratorExit: early",
     "class Odd(BaseException):\n    def __str__(self): return 7\nraise Odd": "line 3: Odd: its message cannot be read",
     "class S:\n    @property\n    def shape(self): raise OSError('none')\n"
-    "def softmax_backward(d_p, cache):\n    return S()": "line 3: OSError: none",
+    "def softmax_backward(d_p, cache):\n    return S()": "of type S",
     "class S:\n    shape = dtype = 7\ndef softmax_backward(d_p, cache):\n    return S()": "an array of numbers",
 }
 
@@ -206,12 +206,11 @@ def test_a_square_matrix_and_a_leak() -> None:
 
 def test_a_result_of_several_named_arrays_is_judged_array_by_array() -> None:
     wanted = {"w_in": [1.0], "w_out": [2.0]}
-    ours = {"w_out": [3.0], "w_in": [1.0]}
-    assert _parts("d_dense", ours, wanted) == [("d_dense['w_in']", [1.0], [1.0]), ("d_dense['w_out']", [3.0], [2.0])]
-    assert _parts("d_x", [1.0], [2.0]) == [("d_x", [1.0], [2.0])]
+    assert judge(["d_dense"], {"w_out": [3.0], "w_in": [1.0]}, (wanted,), []).wrong.startswith("d_dense['w_out'][0]: ")
+    assert judge(["d_dense"], {"w_out": [2.0], "w_in": [1.0]}, (wanted,), []) == Finding()
     for answer, given in (([1.0], "of type list"), ({"w_in": [1.0]}, "a dict of w_in")):
         with pytest.raises(Unusable, match=f"^d_dense is {given}, and a dict of w_in, w_out is asked for$"):
-            _parts("d_dense", answer, wanted)
+            judge(["d_dense"], answer, (wanted,), [])
 
 
 @pytest.mark.parametrize("command", [[], ["derive"], ["check"], ["hunt"], ["run"]], ids=" ".join)

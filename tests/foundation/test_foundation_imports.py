@@ -50,7 +50,7 @@ def test_the_search_finds_what_it_looks_for() -> None:
         "jax.experimental.jet.jvp(f)",
     ):
         assert names_of_jax(ast.parse(text)) & DIFFERENTIATION, text
-    # A gradient of scalar_autograd, or a key of a dict, is no use of jax.
+    # A number's gradient, as in chapter 1, or a key of a dict, is no use of jax.
     assert not names_of_jax(ast.parse("value.grad + grads['grad']")) & DIFFERENTIATION
 
 

@@ -37,12 +37,6 @@ def test_sgd() -> None:
     assert_same_path(lambda g, s, w: (optimizers.sgd_update(g, w, 0.1), s), lambda w: None, optax.sgd(0.1))
 
 
-def test_momentum() -> None:
-    assert_same_path(
-        lambda g, s, w: optimizers.momentum_update(g, s, w, 0.1), optimizers.momentum_init, optax.sgd(0.1, momentum=0.9)
-    )
-
-
 def test_adam() -> None:
     assert_same_path(lambda g, s, w: optimizers.adam_update(g, s, w, 0.1), optimizers.adam_init, optax.adam(0.1))
 

@@ -67,6 +67,18 @@ def test_a_score_file_of_another_kind_is_no_hunt(tmp_path: Path) -> None:
         assert main(["hunt", "--folder", str(tmp_path), "--give-up"]) == 1
 
 
+def test_no_bug_is_hunted_twice_before_all_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hunt, "_table", lambda bug, operations: ["row"])
+    monkeypatch.setattr(hunt, "HUNTED", hunt.HUNTED[:4])
+    seen = []
+    for _ in range(5):
+        assert main(["hunt", "--folder", str(tmp_path)]) == 0
+        seen.append(json.loads((tmp_path / "score.json").read_text())["hunt"]["planted"])
+        assert main(["hunt", "--folder", str(tmp_path), "--give-up"]) == 0
+    assert len(set(seen[:4])) == 4
+    assert seen[4] in seen[:4]
+
+
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("failed", [5, "!", "W10=", "c2lo"])
 def test_a_hunt_without_its_failed_rows_prints_the_table(
@@ -84,7 +96,7 @@ def test_a_hunt_up_to_a_chapter_draws_from_its_operations(
 ) -> None:
     drawn: list[tuple[str, tuple[str, ...]]] = []
     monkeypatch.setattr(hunt, "_table", lambda bug, operations: drawn.append((bug.caught_by, operations)) or ["row"])
-    for seed in range(60):
+    for seed in range(200):
         assert main(["hunt", chapter, "--seed", str(seed), "--folder", str(tmp_path)]) == 0
     allowed = {name for c in CHAPTERS if int(c.number) <= int(chapter) for name in c.operations}
     assert {own for own, _ in drawn} <= allowed

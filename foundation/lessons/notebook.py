@@ -1,0 +1,48 @@
+"""What a notebook begins with: jax in float64, checks, pictures, and `shown`, the code that a chapter derives."""
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from foundation.exercises import check
+from foundation.lessons import pictures
+from foundation.parity import Check, max_relative_error, run
+
+__all__ = ["Check", "check", "jax", "jnp", "max_relative_error", "np", "pictures", "run", "shown"]
+
+jax.config.update("jax_enable_x64", True)  # 16 digits: a check needs them
+
+
+class Code:
+    """Python that a notebook sets as code, and a terminal as text."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def _repr_markdown_(self) -> str:
+        return f"```python\n{self.text}\n```"
+
+
+def shown(*functions: Callable[..., Any]) -> Code:
+    """The functions as they are in their modules, without their annotations and docstrings."""
+    return Code("\n\n\n".join(map(_bare, functions)))
+
+
+def _bare(function: Callable[..., Any]) -> str:
+    source = textwrap.dedent(inspect.getsource(inspect.unwrap(function)))
+    tree = ast.parse(source).body[0]
+    assert isinstance(tree, ast.FunctionDef)
+    first = tree.body[1 if ast.get_docstring(tree) else 0]
+    given = tree.args.args
+    defaults = [None] * (len(given) - len(tree.args.defaults)) + [f"={ast.unparse(d)}" for d in tree.args.defaults]
+    names = ", ".join(argument.arg + (default or "") for argument, default in zip(given, defaults, strict=True))
+    return "\n".join([f"def {tree.name}({names}):", *source.rstrip().splitlines()[first.lineno - 1 :]])

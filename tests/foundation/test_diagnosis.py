@@ -1,0 +1,114 @@
+"""Plausible wrong answers are told what their mistake is, in the terminal and in the notebooks."""
+
+from functools import cache
+
+import jax.numpy as jnp
+import pytest
+
+from foundation.challenges.catalogue import CHALLENGES
+from foundation.challenges.derive import stub
+from foundation.challenges.diagnosis import Finding, examine
+from foundation.challenges.reference import cases_of
+from foundation.exercises import check
+from foundation.lessons.questions import EXERCISES
+from tests.foundation.wrong_answers import WRONG_ANSWERS, WRONG_FUNCTIONS
+
+UNEXPLAINED = "no simple pattern"
+
+
+@cache
+def findings(operation: str) -> list[tuple[str, Finding]]:
+    """What is said to each wrong answer, in the first case of the operation."""
+    challenge = CHALLENGES[operation]
+    case = next(cases_of(operation, challenge))
+    said = []
+    for body in WRONG_ANSWERS[operation]:
+        lines = stub(operation, challenge).splitlines()
+        del lines[next(i for i, line in enumerate(lines) if line.startswith("    return None")) :]
+        scope: dict = {}
+        exec("\n".join([*lines, *(f"    {line}" for line in body.splitlines())]), scope)
+        said.append((body, case.judge(scope[challenge.backward](*case.arguments))))
+    return said
+
+
+@cache
+def sentences(number: str) -> list[tuple[str, str]]:
+    return [(text, EXERCISES[number].judge(eval(text, {"jnp": jnp}))) for text in WRONG_FUNCTIONS[number]]
+
+
+QUICK = ("softmax", "attention", "layernorm", "rmsnorm", "rope", "gelu", "silu", "linear")
+
+
+def when(operation: str) -> list[pytest.MarkDecorator]:
+    return [] if operation in QUICK else [pytest.mark.reliability]
+
+
+@pytest.mark.parametrize("operation", [pytest.param(name, marks=when(name)) for name in WRONG_ANSWERS])
+def test_a_wrong_answer_is_wrong_and_gets_a_reason(operation: str) -> None:
+    for body, finding in findings(operation):
+        assert finding.wrong.startswith("d_"), body
+        assert finding.meaning, body
+
+
+@pytest.mark.reliability
+def test_at_most_five_of_the_plausible_answers_are_not_understood() -> None:
+    answers = [(body, finding.meaning) for operation in WRONG_ANSWERS for body, finding in findings(operation)]
+    answers += [pair for number in WRONG_FUNCTIONS for pair in sentences(number)]
+    assert len(answers) >= 150
+    assert all(text for _, text in answers)
+    unexplained = [body for body, text in answers if UNEXPLAINED in text]
+    assert len(unexplained) <= 5, "\n\n".join(unexplained)
+
+
+NAMED = {
+    ("softmax", "return p * d_p"): "the cross terms are forgotten",
+    ("softmax", "axis=0"): "over axis 0",
+    ("attention", "d_s @ cache.k, d_s @ cache.q"): "d_k needs d_S transposed",
+    ("attention", "cache.kept @ d_o"): "a matrix is not transposed: kept",
+    ("attention", "= d_kept / math"): "the step back through softmax is left out",
+    ("layernorm", "d_n - mean)"): "a summand is left out: the part with n",
+    ("layernorm", "d_n = d_y\nmean"): "d_y is not multiplied by scale first",
+    ("rope", "a * c - b * s, a * s + b * c"): "turned the same way, and not back",
+    ("rope", "return d_y"): "rotate is left out",
+    ("rope", "d_y[..., ::2]"): "neighbours are turned as pairs",
+    ("gelu", "1.0 + _GELU_CUBIC"): "the 3 is forgotten",
+    ("silu", "return d_y * s"): "s is treated as a constant",
+    ("router", "= d_z_balance + d_z_z"): "the gates' gradient is forgotten",
+    ("router", "cache.softmax[0] * d_p"): "the cross terms are forgotten",
+    ("router", "d_z_gates + d_z_balance\n"): "a summand is left out",
+    ("linear", "/ len(x), jnp.sum"): "a second time",
+}
+
+
+@pytest.mark.parametrize(("operation", "part"), [pytest.param(*key, marks=when(key[0])) for key in NAMED])
+def test_the_mistake_is_named(operation: str, part: str) -> None:
+    said = [finding.meaning for body, finding in findings(operation) if part in body]
+    assert said
+    assert NAMED[operation, part] in said[0]
+
+
+def test_a_mistake_and_a_factor_besides() -> None:
+    """Two mistakes in one result: each is said."""
+    said = [f.meaning for body, f in findings("rmsnorm") if "rrms = rrms * scale" in body]
+    assert said == ["a factor is left out: scale; and a factor too many: scale is multiplied in once too often"]
+    said = [f.meaning for body, f in findings("layernorm") if "rstd * (d_n)" in body]
+    assert said[0].count("a summand is left out") == 2
+
+
+def test_of_one_number_a_ratio_says_nothing() -> None:
+    assert UNEXPLAINED in examine("d_s", 1.7, 1.1).meaning
+    assert "a sign is wrong" in examine("d_s", -1.1, 1.1).meaning
+
+
+@pytest.mark.parametrize(
+    ("number", "answer", "said"),
+    [
+        ("2.2", 0.25, "the other part is asked for"),
+        ("1.1", 1.0, "look at the signs"),
+        ("3.3", 0.25, "one divided by it"),
+        ("8.2", 1.0, "is not the number. Hint"),
+    ],
+)
+def test_a_number_for_another_one(number: str, answer: float, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert check(number, answer) is False
+    assert said in capsys.readouterr().out

@@ -1,0 +1,23 @@
+"""The code that a notebook shows is the module's own."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from foundation import attention, softmax
+from foundation.lessons.notebook import shown
+
+
+def test_what_is_shown_runs_and_gives_what_the_module_gives() -> None:
+    scope = {**vars(softmax)}
+    text = repr(shown(softmax.softmax_forward, softmax.softmax_backward))
+    exec(text, scope)
+    logits, d_p = jnp.array([[1.0, 2.0, 0.5]]), jnp.array([[0.3, -1.0, 2.0]])
+    _, cache = scope["softmax_forward"](logits)
+    np.testing.assert_array_equal(
+        scope["softmax_backward"](d_p, cache), softmax.softmax_backward(d_p, softmax.softmax_forward(logits)[1])
+    )
+    assert text.startswith("def softmax_forward(logits, mask=None):\n    if mask is not None:")
+    assert "# -inf - (-inf) is NaN" in text  # comments stay
+    assert "\n\n\ndef softmax_backward(d_p, cache):\n    (p,) = cache\n" in text
+    assert shown(softmax.softmax_backward)._repr_markdown_().startswith("```python\ndef softmax_backward(")
+    assert "rate=0.0):" in repr(shown(attention.attention_forward))

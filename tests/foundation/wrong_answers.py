@@ -1,0 +1,361 @@
+"""Answers that learners plausibly give to a backward pass or an exercise, and that are wrong.
+
+Each is the body of the function below the lines that the stub gives. They were written from the derivations' words and
+letters, without a look at how `challenges/mistakes.py` makes its mistakes.
+"""
+
+
+def varied(right: str, *changes: tuple[str, str]) -> list[str]:
+    """A right body with one place changed, for each of the changes."""
+    for old, _ in changes:
+        assert old in right
+    return [right.replace(old, new) for old, new in changes]
+
+
+LAYERNORM = """\
+d_n = d_y * scale
+mean, along = jnp.mean(d_n, -1, keepdims=True), jnp.mean(d_n * n, -1, keepdims=True)
+d_x = rstd * (d_n - mean - n * along)
+return d_x, jnp.sum(d_y * n, (0, 1)), jnp.sum(d_y, (0, 1))"""
+RMSNORM = """\
+d_n = d_y * scale
+along = jnp.mean(d_n * n, -1, keepdims=True)
+return rrms * (d_n - n * along), jnp.sum(d_y * n, (0, 1))"""
+ATTENTION = """\
+d_kept = d_o @ jnp.swapaxes(cache.v, -1, -2)
+d_v = jnp.swapaxes(cache.kept, -1, -2) @ d_o
+d_s = softmax_backward(dropout_backward(d_kept, cache.dropout), cache.softmax) / math.sqrt(cache.q.shape[-1])
+return d_s @ cache.k, jnp.swapaxes(d_s, -1, -2) @ cache.q, d_v"""
+CROSS_ENTROPY = """\
+p = logsumexp_backward(jnp.ones(targets.shape), lse_cache)
+onehot = jnp.arange(p.shape[-1]) == targets[..., None]
+return d_loss / count * (p - onehot)"""
+FEED_FORWARD = """\
+d_h, d_out, _ = linear_backward(d_y, out_cache)
+d_xg, d_g, _ = linear_backward(silu_backward(d_h * u, silu_cache), gate_cache)
+d_xi, d_i, _ = linear_backward(d_h * opened, in_cache)
+return d_xg + d_xi, d_g, d_i, d_out"""
+IMPORTANCE = """\
+total, squares = jnp.sum(importance), jnp.sum(importance**2)
+d = d_loss * 2 * experts * (importance / total**2 - squares / total**3)
+return jnp.broadcast_to(d, (tokens, experts))"""
+
+WRONG_ANSWERS: dict[str, list[str]] = {
+    "tanh": [
+        "return 1.0 - y**2",
+        "return d_y * (1.0 - y)",
+        "return d_y * (1.0 + y**2)",
+        "return d_y * y * (1.0 - y)",
+    ],
+    "sigmoid": ["return d_y * y", "return d_y * (1.0 - y)", "return d_y * (1.0 - y**2)", "return y * (1.0 - y)"],
+    "relu": ["return d_y", "return jnp.where(positive, 1.0, 0.0)", "return jnp.where(positive, 0.0, d_y)"],
+    "gelu_exact": [
+        "return d_y * _normal_cdf(x)",
+        "return d_y * x * jnp.exp(-0.5 * x**2) / math.sqrt(2.0 * math.pi)",
+        "return d_y * (_normal_cdf(x) + x * jnp.exp(-0.5 * x**2))",
+        "return d_y * (_normal_cdf(x) + x * jnp.exp(-x**2) / math.sqrt(2.0 * math.pi))",
+        "return d_y * (_normal_cdf(x) + jnp.exp(-0.5 * x**2) / math.sqrt(2.0 * math.pi))",
+    ],
+    "gelu": [
+        "u = _GELU_SCALE * (1.0 + _GELU_CUBIC * x**2)\nreturn d_y * (0.5 * (1.0 + t) + 0.5 * x * (1.0 - t**2) * u)",
+        "return d_y * 0.5 * (1.0 + t)",
+        "return d_y * (0.5 * (1.0 + t) + 0.5 * x * (1.0 - t**2))",
+        "u = _GELU_SCALE * (1.0 + 3 * _GELU_CUBIC * x**2)\nreturn d_y * (0.5 * (1.0 + t) + 0.5 * (1.0 - t**2) * u)",
+        "u = _GELU_SCALE * (1.0 + 3 * _GELU_CUBIC * x**2)\nreturn d_y * (0.5 * (1.0 + t) + 0.5 * x * (1.0 - t) * u)",
+    ],
+    "silu": [
+        "return d_y * s",
+        "return d_y * s * (1.0 - s)",
+        "return d_y * x * s * (1.0 - s)",
+        "return d_y * (s + s * (1.0 - s))",
+        "return d_y * s * (1.0 + x * s)",
+    ],
+    "linear": [
+        "return d_y @ kernel.T, x.T @ d_y / len(x), jnp.sum(d_y, 0)",
+        "return d_y @ kernel.T, d_y.T @ x, jnp.sum(d_y, 0)",
+        "return d_y @ kernel.T, x.T @ d_y, jnp.mean(d_y, 0)",
+        "return d_y @ kernel.T, x.T @ d_y, d_y",
+        "return d_y @ kernel.T, x.T @ d_y, jnp.sum(d_y, -1)",
+        "return d_y @ kernel.T / len(x), x.T @ d_y, jnp.sum(d_y, 0)",
+    ],
+    "dropout": [
+        "return jnp.where(keep, d_y, 0.0)",
+        "return d_y / (1.0 - rate)",
+        "return jnp.where(keep, d_y * (1.0 - rate), 0.0)",
+        "return jnp.where(keep, d_y / rate, 0.0)",
+    ],
+    "softmax": [
+        "return p * d_p",
+        "return p * (d_p - jnp.sum(p * d_p))",
+        "return p * (d_p - jnp.sum(p * d_p, axis=0, keepdims=True))",
+        "return p * (1.0 - p) * d_p",
+        "return p * (d_p - jnp.sum(d_p, axis=-1, keepdims=True))",
+        "return d_p - jnp.sum(p * d_p, axis=-1, keepdims=True)",
+        "return p * (d_p - jnp.mean(p * d_p, axis=-1, keepdims=True))",
+        "return p * (d_p + jnp.sum(p * d_p, axis=-1, keepdims=True))",
+        "return p * (d_p - p * d_p)",
+    ],
+    "logsumexp": ["return p", "return d_l[..., None] * p * (1.0 - p)", "return d_l[..., None] * jnp.log(p)"],
+    "mse": [
+        "return d_loss * error / error.size, -d_loss * error / error.size",
+        "return d_loss * 2.0 * error, -d_loss * 2.0 * error",
+        "return d_loss * 2.0 * error / error.size, d_loss * 2.0 * error / error.size",
+        "return d_loss * 2.0 * error / len(error), -d_loss * 2.0 * error / len(error)",
+    ],
+    "cross_entropy": varied(
+        CROSS_ENTROPY,
+        (" / count", ""),
+        ("p - onehot", "p + onehot"),
+        ("p - onehot", "p"),
+        ("p - onehot", "onehot - p"),
+        ("(p - onehot)", "p - onehot"),
+    ),
+    "layernorm": varied(
+        LAYERNORM,
+        ("d_n - mean - n * along", "d_n - n * along"),
+        ("d_n - mean - n * along", "d_n - mean"),
+        ("d_n - mean - n * along", "d_n"),
+        ("d_n - mean - n * along", "d_n - mean - along"),
+        ("d_n - mean - n * along", "d_n - mean + n * along"),
+        ("d_n = d_y * scale", "d_n = d_y"),
+        ("d_n = d_y * scale\n", "d_n = d_y\nrstd = rstd * scale\n"),
+        ("rstd * (", "("),
+        ("jnp.mean", "jnp.sum"),
+        ("jnp.sum(d_y * n,", "jnp.sum(d_y,"),
+        ("jnp.sum(d_y * n,", "jnp.sum(d_n * n,"),
+        ("jnp.sum(d_y * n,", "jnp.mean(d_y * n,"),
+        ("jnp.sum(d_y, (0, 1))", "jnp.mean(d_y, (0, 1))"),
+        ("jnp.sum(d_y, (0, 1))", "jnp.sum(d_n, (0, 1))"),
+    ),
+    "rmsnorm": varied(
+        RMSNORM,
+        ("d_n - n * along", "d_n"),
+        ("d_n - n * along", "d_n - n * jnp.mean(d_n, -1, keepdims=True)"),
+        ("d_n - n * along", "d_n - jnp.mean(d_n, -1, keepdims=True) - n * along"),
+        ("jnp.mean(d_n * n", "jnp.mean(d_y * n"),
+        ("d_n = d_y * scale", "d_n = d_y"),
+        ("d_n = d_y * scale\n", "d_n = d_y\nrrms = rrms * scale\n"),
+        ("jnp.mean", "jnp.sum"),
+        ("d_y * n, (0, 1)", "d_y * n / rrms, (0, 1)"),
+    ),
+    "embedding": [
+        "return jnp.zeros((vocabulary, d_x.shape[-1])).at[tokens].set(d_x)",
+        "d = jnp.zeros((vocabulary, d_x.shape[-1])).at[tokens].add(d_x)\n"
+        "return d / jnp.maximum(jnp.zeros((vocabulary, 1)).at[tokens].add(1.0), 1.0)",
+        "return jnp.zeros((vocabulary, d_x.shape[-1])).at[tokens].add(d_x) / tokens.size",
+    ],
+    "tied_head": [
+        "r, d = x.reshape(-1, x.shape[-1]), d_logits.reshape(-1, d_logits.shape[-1])\nreturn d_logits @ table, r.T @ d",
+        "r, d = x.reshape(-1, x.shape[-1]), d_logits.reshape(-1, d_logits.shape[-1])\n"
+        "return d_logits @ table, d.T @ r / len(r)",
+        "return d_logits @ table, jnp.swapaxes(d_logits, -1, -2) @ x",
+    ],
+    "learned_positions": [
+        "d = jnp.zeros((longest, d_y.shape[-1]))\nreturn d_y, d.at[: d_y.shape[1]].set(jnp.mean(d_y, 0))",
+        "d = jnp.zeros((longest, d_y.shape[-1]))\nreturn d_y, d.at[: d_y.shape[1]].set(d_y[0])",
+        "return d_y, jnp.sum(d_y, 0)",
+        "d = jnp.zeros((longest, d_y.shape[-1]))\nreturn d_y, d.at[: d_y.shape[1]].set(d_y[-1])",
+    ],
+    "rope": [
+        "a, b = jnp.split(d_y, 2, -1)\nc, s = jnp.cos(angles), jnp.sin(angles)\n"
+        "return jnp.concatenate([a * c - b * s, a * s + b * c], -1)",
+        "return d_y",
+        "a, b = jnp.split(d_y, 2, -1)\nc = jnp.cos(angles)\nreturn jnp.concatenate([a * c, b * c], -1)",
+        "a, b = jnp.split(d_y, 2, -1)\nc, s = jnp.cos(angles), jnp.sin(angles)\n"
+        "return jnp.concatenate([a * c - b * s, b * c - a * s], -1)",
+        "a, b = d_y[..., ::2], d_y[..., 1::2]\nc, s = jnp.cos(angles), jnp.sin(angles)\n"
+        "return jnp.stack([a * c + b * s, b * c - a * s], -1).reshape(d_y.shape)",
+    ],
+    "share_heads": [
+        "b, h, t, a = d_y.shape\nreturn jnp.mean(d_y.reshape(b, shared, -1, t, a), 2)",
+        "b, h, t, a = d_y.shape\nreturn jnp.sum(d_y.reshape(b, -1, shared, t, a), 1)",
+        "b, h, t, a = d_y.shape\nreturn d_y.reshape(b, shared, -1, t, a)[:, :, 0]",
+    ],
+    "attention": varied(
+        ATTENTION,
+        (" / math.sqrt(cache.q.shape[-1])", ""),
+        ("cache.q.shape[-1]", "cache.q.shape[-2]"),
+        ("math.sqrt(cache.q.shape[-1])", "cache.q.shape[-1]"),
+        ("jnp.swapaxes(d_s, -1, -2) @ cache.q", "d_s @ cache.q"),
+        ("jnp.swapaxes(cache.kept, -1, -2)", "cache.kept"),
+        ("jnp.swapaxes(cache.kept, -1, -2) @ d_o", "d_o"),
+        ("softmax_backward(dropout_backward(d_kept, cache.dropout), cache.softmax)", "d_kept"),
+        ("softmax_backward(dropout_backward(d_kept, cache.dropout), cache.softmax)", "cache.kept * d_kept"),
+        ("d_s @ cache.k, jnp.swapaxes(d_s, -1, -2) @ cache.q", "d_s @ cache.q, jnp.swapaxes(d_s, -1, -2) @ cache.k"),
+        ("d_s @ cache.k, jnp.swapaxes(d_s, -1, -2) @ cache.q", "jnp.swapaxes(d_s, -1, -2) @ cache.k, d_s @ cache.q"),
+        ("d_s @ cache.k, jnp.swapaxes(d_s, -1, -2) @ cache.q", "jnp.swapaxes(d_s, -1, -2) @ cache.q, d_s @ cache.k"),
+    ),
+    "feed_forward": varied(
+        FEED_FORWARD,
+        ("silu_backward(d_h * u, silu_cache)", "d_h * u"),
+        ("silu_backward(d_h * u, silu_cache)", "silu_backward(d_h, silu_cache)"),
+        ("silu_backward(d_h * u, silu_cache)", "silu_backward(d_h * opened, silu_cache)"),
+        ("d_xg + d_xi", "d_xi"),
+        ("d_h * opened", "d_h"),
+        ("d_h * opened", "d_h * u"),
+    ),
+}
+"""{operation: bodies}. `d_y`, the cache and what the stub imports are there."""
+
+ROUTER = """\
+batch, tokens, _ = d_gates.shape
+onehot = cache.experts[..., None] == jnp.arange(cache.share.shape[-1])
+d_p = d_balance * cache.share.shape[-1] * cache.share[:, None, :] / (batch * tokens)
+d_p = jnp.broadcast_to(d_p, (batch, tokens, cache.share.shape[-1]))
+chosen = softmax_backward(d_gates, cache.gates)
+d_z_gates = jnp.sum(onehot * chosen[..., None], axis=2)
+d_z_balance = softmax_backward(d_p, cache.softmax)
+d_z_z = logsumexp_backward(d_z * 2.0 * cache.log_total / (batch * tokens), cache.logsumexp)
+d_logits = d_z_gates + d_z_balance + d_z_z
+return linear_backward(d_logits, cache.linear)[:2]"""
+WRONG_ANSWERS["router"] = varied(
+    ROUTER,
+    ("softmax_backward(d_gates, cache.gates)", "d_gates"),
+    ("d_z_gates + d_z_balance + d_z_z", "d_z_balance + d_z_z"),
+    ("d_z_gates + d_z_balance + d_z_z", "d_z_gates + d_z_z"),
+    ("d_z_gates + d_z_balance + d_z_z", "d_z_gates + d_z_balance"),
+    ("d_z * 2.0 * cache", "d_z * cache"),
+    ("d_z * 2.0 * cache.log_total", "jnp.full_like(cache.log_total, d_z * 2.0)"),
+    ("cache.log_total / (batch * tokens)", "cache.log_total"),
+    ("cache.log_total / (batch * tokens)", "cache.log_total / tokens"),
+    ("softmax_backward(d_p, cache.softmax)", "d_p"),
+    ("softmax_backward(d_p, cache.softmax)", "cache.softmax[0] * d_p"),
+    ("d_balance * cache.share.shape[-1] * cache.share", "d_balance * cache.share"),
+    ("[:, None, :] / (batch * tokens)", "[:, None, :] / tokens"),
+)
+EXPERTS = """\
+d_hidden = jnp.einsum("becd,efd->becf", d_y, w_out)
+d_out = jnp.einsum("becf,becd->efd", opened * u, d_y)
+d_gate = silu_backward(d_hidden * u, silu_cache)
+d_u = d_hidden * opened
+d_w_gate = jnp.einsum("becd,becf->edf", x, d_gate)
+d_w_in = jnp.einsum("becd,becf->edf", x, d_u)
+d_x = jnp.einsum("becf,edf->becd", d_gate, w_gate) + jnp.einsum("becf,edf->becd", d_u, w_in)
+return d_x, d_w_gate, d_w_in, d_out"""
+WRONG_ANSWERS["swiglu_experts"] = varied(
+    EXPERTS,
+    ('jnp.einsum("becf,edf->becd", d_gate, w_gate) + ', ""),
+    (' + jnp.einsum("becf,edf->becd", d_u, w_in)', ""),
+    ("d_u = d_hidden * opened", "d_u = d_hidden * u"),
+    ("d_u = d_hidden * opened", "d_u = d_hidden"),
+    ("silu_backward(d_hidden * u, silu_cache)", "d_hidden * u"),
+    ("silu_backward(d_hidden * u, silu_cache)", "silu_backward(d_hidden, silu_cache)"),
+    ("opened * u, d_y", "u, d_y"),
+    ("d_gate, w_gate)", "d_gate, w_in)"),
+)
+GELU_EXPERTS = """\
+d_hidden = jnp.einsum("becd,efd->becf", d_y, w_out)
+d_out = jnp.einsum("becf,becd->efd", hidden, d_y)
+d_u = gelu_backward(d_hidden, gelu_cache)
+return jnp.einsum("becf,edf->becd", d_u, w_in), jnp.einsum("becd,becf->edf", x, d_u), d_out"""
+WRONG_ANSWERS["gelu_experts"] = varied(
+    GELU_EXPERTS,
+    ("gelu_backward(d_hidden, gelu_cache)", "d_hidden"),
+    ("hidden, d_y)", "d_hidden, d_y)"),
+    ('jnp.einsum("becd,becf->edf", x, d_u)', 'jnp.einsum("becd,becf->edf", x, d_hidden)'),
+    ('jnp.einsum("becd,becf->edf", x, d_u)', 'jnp.einsum("becd,becf->edf", x, d_u) / len(x)'),
+)
+WRONG_ANSWERS["dispatch"] = [
+    "return _read_slots(d_u, slot)[:, :, 0]",
+    "return jnp.mean(_read_slots(d_u, slot), axis=2)",
+    "return jnp.max(_read_slots(d_u, slot), axis=2)",
+]
+COMBINE = """\
+d_gates = jnp.sum(d_y[:, :, None, :] * picked, axis=-1)
+d_picked = gates[..., None] * d_y[:, :, None, :]
+d_h = jnp.zeros((batch, experts_total * places + 1, width))
+d_h = d_h.at[jnp.arange(batch)[:, None, None], slot].set(d_picked)
+return d_h[:, :-1].reshape(batch, experts_total, places, width), d_gates"""
+WRONG_ANSWERS["combine"] = varied(
+    COMBINE,
+    ("gates[..., None] * d_y[:, :, None, :]", "jnp.ones_like(gates)[..., None] * d_y[:, :, None, :]"),
+    ("jnp.sum(d_y[:, :, None, :] * picked, axis=-1)", "gates * jnp.sum(d_y[:, :, None, :] * picked, axis=-1)"),
+    ("jnp.sum(d_y[:, :, None, :] * picked, axis=-1)", "jnp.mean(d_y[:, :, None, :] * picked, axis=-1)"),
+    ("jnp.sum(d_y[:, :, None, :] * picked, axis=-1)", "jnp.sum(picked, axis=-1)"),
+)
+WRONG_ANSWERS["coded_product"] = [
+    "return d_y @ codes.T, jnp.sum(d_y * unscaled, 0)",
+    "return (d_y * scale) @ codes.T, jnp.sum(d_y * unscaled * scale, 0)",
+    "return (d_y * scale) @ codes.T, jnp.mean(d_y * unscaled, 0)",
+    "return (d_y * scale) @ codes.T, jnp.sum(d_y, 0)",
+]
+WRONG_ANSWERS["importance_loss"] = varied(
+    IMPORTANCE,
+    (" - squares / total**3", ""),
+    ("total**3", "total**2"),
+    ("broadcast_to(d,", "broadcast_to(d / tokens,"),
+)
+WRONG_ANSWERS["divergence"] = [
+    "return d_out * -(square.sum(1) / row), d_out * -(square.sum(0) / column)",
+    "return d_out * (row.sum() - square.sum(1) / row), d_out * (column.sum() - square.sum(0) / column)",
+    "return d_out * (column.sum() - square.sum(1)), d_out * (row.sum() - square.sum(0))",
+]
+WRONG_ANSWERS["dpo"] = [
+    "d = -d_loss * beta / (1.0 + jnp.exp(margin))\nreturn d, -d",
+    "d = -d_loss / (1.0 + jnp.exp(margin)) / len(margin)\nreturn d, -d",
+    "d = -d_loss * beta / (1.0 + jnp.exp(-margin)) / len(margin)\nreturn d, -d",
+]
+WRONG_ANSWERS["all_gather"] = [
+    "return jnp.mean(d_y, axis=0).reshape(len(d_y), -1)",
+    "return d_y[0].reshape(len(d_y), -1)",
+]
+
+WRONG_FUNCTIONS: dict[str, list[str]] = {
+    "0.2": ["lambda A, d_y: jnp.linalg.pinv(A) @ d_y"],
+    "0.4": ["lambda d_y: jnp.cumsum(d_y)", "lambda d_y: jnp.cumsum(d_y[::-1])", "lambda d_y: d_y"],
+    "1.2": ["lambda x: 1 / (1 + jnp.exp(x))", "lambda x: jnp.exp(x)", "lambda x: jnp.log(1 + jnp.exp(x))"],
+    "2.1": [
+        "lambda x, W, d_y: x.T @ (d_y @ W)",
+        "lambda x, W, d_y: d_y.T @ (x @ W)",
+        "lambda x, W, d_y: x.T @ d_y @ W / 5 + d_y.T @ x @ W / 5",
+    ],
+    "2.3": [
+        "lambda x, d_y: jnp.mean(x * d_y)",
+        "lambda x, d_y: jnp.sum(d_y)",
+        "lambda x, d_y: jnp.sum(x * d_y, (0, 1))",
+    ],
+    "3.1": ["lambda x: jnp.where(x > 0, x, x / 10)", "lambda x: jnp.where(x > 0, 1.0, 0.0)"],
+    "4.2": ["lambda p, onehot: p - onehot", "lambda p, onehot: p - 0.9 * onehot", "lambda p, o: 0.9 * o + 0.1 / 6 - p"],
+    "4.3": [
+        "lambda p, d_p: p * (d_p - jnp.sum(p * d_p))",
+        "lambda p, d_p: 0.5 * p * (d_p - jnp.sum(p * d_p))",
+        "lambda p, d_p: 2 * p * d_p",
+    ],
+    "5.1": ["lambda q, k, d_S: q.T @ d_S @ k / 3**0.5", "lambda q, k, d_S: k.T @ d_S.T @ q"],
+    "5.3": [
+        "lambda P, d_o: d_o.sum(0)",
+        "lambda P, d_o: P.sum(1) @ d_o",
+        "lambda P, d_o: (1 - P.sum(1))[:, None] * d_o",
+        "lambda P, d_o: (1 - P.mean(1)) @ d_o",
+    ],
+    "6.1": [
+        "lambda x, d: d / jnp.sqrt(jnp.sum(x**2))",
+        "lambda x, d: d - x / jnp.sum(x**2) * jnp.sum(d * x)",
+        "lambda x, d: (d - x * jnp.sum(d * x)) / jnp.sqrt(jnp.sum(x**2))",
+    ],
+    "6.3": [
+        "lambda x, t, d: d[0] * jnp.cos(t) + d[1] * jnp.sin(t)",
+        "lambda x, t, d: -jnp.sin(t) * (d[0] * x[0] + d[1] * x[1])",
+        "lambda x, t, d: jnp.cos(t) * (d * x).sum(0) + jnp.sin(t) * (d[1] * x[0] - d[0] * x[1])",
+    ],
+    "7.1": [
+        "lambda d_y, d_a, d_f, M: d_y + d_a + d_f",
+        "lambda d_y, d_a, d_f, M: d_y + (d_a + d_f) @ M",
+        "lambda d_y, d_a, d_f, M: (d_a + d_f) @ M.T",
+        "lambda d_y, d_a, d_f, M: (d_y + d_a + d_f) @ M.T",
+    ],
+    "7.3": [
+        "lambda a, u, d: d * u * jnp.maximum(a, 0)",
+        "lambda a, u, d: d * u * 2 * a",
+        "lambda a, u, d: d * 2 * jnp.maximum(a, 0)",
+        "lambda a, u, d: d * u * (a > 0)",
+    ],
+    "8.1": ["lambda z, d: d / (1 + jnp.exp(-z))", "lambda z, d: d * (1 - 1 / (1 + jnp.exp(-z)))"],
+    "8.3": ["lambda z, d: (g := jnp.exp(z) / jnp.sum(jnp.exp(z))) * (d - jnp.sum(g * d))"],
+    "16.2": [
+        "lambda z: (p := jnp.exp(z) / jnp.exp(z).sum()) * (jnp.log(p) + 1)",
+        "lambda z: jnp.log(jnp.exp(z) / jnp.exp(z).sum()) + 1",
+        "lambda z: (p := jnp.exp(z) / jnp.exp(z).sum()) * jnp.log(p)",
+    ],
+}
+"""{exercise: functions}, as text."""
