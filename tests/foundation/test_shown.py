@@ -2,8 +2,11 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from foundation import attention, softmax
+
+pytest.importorskip("matplotlib")  # of the extra `lessons`
 from foundation.lessons.notebook import shown
 
 
