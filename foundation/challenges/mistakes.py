@@ -26,8 +26,8 @@ SUMMAND = "a summand is left out: "
 _MODULES = {"jnp", "jax", "math", "lax"}
 _REDUCTIONS = {"sum": ("mean", "max"), "mean": ("sum",), "max": ("sum",), "min": ("max",)}
 _ELEMENTWISE = {"exp", "log", "sqrt", "tanh", "sign", "abs", "round", "log2", "floor", "cumsum"}
-_LONG = 28
-"""Characters of source that are shown as they are."""
+_SHORT, _DIVISOR = 14, 28
+"""Characters of source that are shown as they are, and of a divisor: more would be the answer."""
 
 
 def made_on_purpose(function: Callable[..., Any], arguments: tuple) -> Iterator[tuple[str, Any]]:
@@ -176,13 +176,13 @@ class _Letters:
         found = [letter for child in ast.iter_child_nodes(node) for letter in self.of(child, seen)]
         return list(dict.fromkeys(found))
 
-    def text(self, node: ast.expr) -> str:
+    def text(self, node: ast.expr, longest: int = _SHORT) -> str:
         """An expression, or what is in it where it is long or made of the solution's own letters."""
         names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
         source = ast.unparse(node)
         for noise in ("cache.", "jnp.", "math.", "lax."):
             source = source.replace(noise, "")
-        if len(source) <= _LONG and not names & self.defined.keys():
+        if len(source) <= longest and not names & self.defined.keys():
             return source.removesuffix(".0").replace(".0 ", " ")
         return _the_part_with(self.of(node))
 
@@ -286,9 +286,10 @@ def _of_arithmetic(node: ast.BinOp, letters: _Letters) -> Iterator[Change]:
                 ast.BinOp(left, ast.Add(), right),
             )
         case ast.Div():
-            yield f"a division is left out: by {text(right)}", left
-            yield f"a product stands where a division belongs: by {text(right)}", ast.BinOp(left, ast.Mult(), right)
-            yield f"divided twice: by {text(right)}", ast.BinOp(node, ast.Div(), right)
+            divisor = text(right, _DIVISOR)
+            yield f"a division is left out: by {divisor}", left
+            yield f"a product stands where a division belongs: by {divisor}", ast.BinOp(left, ast.Mult(), right)
+            yield f"divided twice: by {divisor}", ast.BinOp(node, ast.Div(), right)
         case ast.Pow():
             yield f"the power of {text(left)} is left out", left
             if isinstance(right, ast.Constant) and isinstance(right.value, int) and right.value > 2:
