@@ -31,7 +31,7 @@ def test_what_is_recorded_is_of_the_presets_and_cards_as_they_are() -> None:
 
 
 def test_other_settings_are_not_recorded() -> None:
-    config, card = with_vocabulary(preset("nano")), load_target("h100-80gb")
+    config, card = with_vocabulary(preset("nano")), load_target("quadro-t1000-4gb")
     for section, name, value in (("train", "batch_size", 9), ("model", "layers", 2), ("execution", "memory", "3GB")):
         assert recorded(config.override({(section, name): value}), card) == ([], "")
     assert recorded(config, dataclasses.replace(card, text=card.text + "\n")) == ([], "")
