@@ -58,7 +58,7 @@ def pair(predicted: float | None, measured: float | None) -> Pair:
     return {"predicted": predicted, "measured": measured}
 
 
-def record(config: RunConfig, device: Any, target: Target | None, started: float) -> dict[str, Any]:
+def record(config: RunConfig, device: Any, target: Target | None) -> dict[str, Any]:
     """What every file says of the device and of the setting. `device` is a `jax.Device` or a described card."""
     train, programs = config.train, Programs.of(config, device)
     driver = ask_nvidia_smi("driver_version") if device.platform == "gpu" and device is not target else None
@@ -77,7 +77,6 @@ def record(config: RunConfig, device: Any, target: Target | None, started: float
         "versions": machine.versions(),
         "machine": machine.describe() if device is not target else None,
         "description": target and target.text,
-        "seconds": round(time.perf_counter() - started),
     }
 
 
@@ -114,14 +113,14 @@ def product_rate(target: Target | None, precision: str) -> float | None:
 
 def predicted_card(config: RunConfig, target: Target, planned: float | None) -> dict[str, Any]:
     """The record of a card that is described only: `planned` MiB of a step, and its predicted time."""
-    started, programs = time.perf_counter(), Programs.of(config, target)
+    programs = Programs.of(config, target)
     batch = programs.batch_shapes(config.train.batch_size, config.train.grad_accum)
     with working("compiling the training step for the roofline"):
         prediction = predict_program(target, programs.step, programs.state_shapes, batch)
     seconds = prediction and prediction.milliseconds / 1e3
     rates = pair(product_rate(target, programs.policy.compute), None)
     step = {"step_mib": pair(planned, None)} | speeds(config, seconds, None, rates)
-    return record(config, target, target, started) | step | {"parts_ms": {}, "failed": {}}
+    return record(config, target, target) | step | {"parts_ms": {}, "failed": {}}
 
 
 def measured_device(console: Console, config: RunConfig, device: Any, rounds: int) -> dict[str, Any]:
@@ -153,7 +152,8 @@ def measured_device(console: Console, config: RunConfig, device: Any, rounds: in
             found["parts_ms"][part.name] = measured
             console.print(line(part.name, measured), soft_wrap=True)
     found["gradients_beside_cpu"] = attempt("gradients", lambda: gradients_beside_cpu(device)) if on_card else None
-    return record(config, device, target, started) | found | {"failed": failed}
+    found |= {"failed": failed, "seconds": round(time.perf_counter() - started)}
+    return record(config, device, target) | found
 
 
 def measured_step(config: RunConfig, device: Any, target: Target | None, rounds: int) -> dict[str, Pair]:
