@@ -123,16 +123,17 @@ def test_config_json_has_what_was_chosen_and_beside_it_what_was_asked(
 
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
-    """Programs that take as many MiB as the micro-batch has sequences, and twice as many without remat. Returns what
-    was compiled."""
+    """Programs that take as many MiB as the micro-batch has sequences, twice as many without remat, and a quarter with
+    a leaner optimizer than AdamW. Returns what was compiled."""
     compiled: list[RunConfig] = []
 
     def step(config: RunConfig, *_: Any) -> Plan:
         compiled.append(config)
-        return Plan(config, "float32", 1, {"step": config.train.batch_size * (1 if config.execution.remat else 2)})
+        factor = (1 if config.execution.remat else 2) * (1 if config.train.optimizer == "adamw" else 0.25)
+        return Plan(config, "float32", 0.1, {"step": config.train.batch_size * factor})
 
     monkeypatch.setattr(ladder, "plan_step", step)
-    monkeypatch.setattr(ladder, "plan_between", lambda *_: {"evaluation": 1.0, "decoding": 1.0})
+    monkeypatch.setattr(ladder, "plan_between", lambda *_: {"evaluation": 0.1, "decoding": 0.1})
     return compiled
 
 
@@ -163,6 +164,7 @@ def test_another_device_or_another_memory_starts_again_from_what_was_asked_for(
     assert setting(moved.config) == (32, 1, True)
     assert (moved.record["device"], moved.record["budget_mib"]) == ("another", 32)
     small = dataclasses.replace(typed, execution=dataclasses.replace(typed.execution, memory="0.5MiB"))
+    assert fit(asked(tmp_path, 0.5, fit="any")).config.train.optimizer == "adamw-bf16"
     with pytest.raises(UserError, match=r"no setting fits 0 MiB.* the smallest, 1 x 32 sequences with remat, adamw"):
         fit(small, saved=first.config, record=first.record)
 
@@ -218,8 +220,8 @@ def test_where_nothing_fits_the_error_says_what_would(
         "which may take a leaner optimizer, or --preset story, which fits"
     )
     monkeypatch.setattr(fitting, "fitting_preset", lambda *_: "")
-    with pytest.raises(UserError, match=r"needs 1 for its step; use a smaller --seq-len$"):
-        fit(asked(tmp_path, 0.9, fit="any"))
+    with pytest.raises(UserError, match=r"needs 0 for its step; use a smaller --seq-len$"):
+        fit(asked(tmp_path, 0.2, fit="any"))
 
 
 def test_after_a_step_without_memory_the_next_rung_is_taken(tmp_path: Path, pretended: list[RunConfig]) -> None:

@@ -343,7 +343,7 @@ def test_bad_input_is_one_line_and_status_2(
 # Compiled for described cards
 
 FITTING = [
-    ("seed-158m", "rtx3050-4gb", "bfloat16", False),
+    ("seed-158m", "rtx3050-4gb", "bfloat16", True),
     ("seed-158m", "quadro-t1000-4gb", "float32", True),
     ("seed-158m", "rtx2060-6gb", "float16", False),
     ("seed-158m", "rtx3060-12gb", "bfloat16", False),
@@ -351,7 +351,7 @@ FITTING = [
     ("story-4gb", "rtx3050-4gb", "bfloat16", True),
     ("max-4gb", "rtx3050-4gb", "bfloat16", True),
 ]
-"""Preset, card, the precision and the remat that are chosen. Two presets ask for remat themselves."""
+"""Preset, card, and the precision and the remat that are chosen. Two presets ask for remat themselves."""
 
 
 @pytest.mark.parametrize(("name", "gpu", "precision", "remat"), short_form(FITTING, FITTING[:1]))
