@@ -46,7 +46,7 @@ def test_a_plan_is_the_same_after_it_was_written() -> None:
 QUICK = """
 import sys
 from moe_jax.cli.main import main, run_command
-assert main(run_command, ["plan", "--preset", "nano", "--gpu", "quadro-t1000-4gb", "--json"]) == 0
+assert main(run_command, ["plan", "--json"]) == 0
 assert "jax" not in sys.modules
 """
 
@@ -56,7 +56,7 @@ def test_the_command_answers_without_jax() -> None:
     done = subprocess.run([sys.executable, "-c", QUICK], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     *_, command, last = done.stdout.splitlines()
-    assert command == "uv run --extra cuda12 train.py --preset=nano"
+    assert command == "uv run --extra cuda12 train.py --preset=seed-158m"
     assert json.loads(last)["fits"]
 
 
