@@ -5,7 +5,7 @@ import inspect
 import itertools
 import types
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def test_every_row_of_the_table_fails_for_a_mistake(operation: str) -> None:
     rows = {check.name for check in checks_of(operation)}
     for mistake in mistakes_of(operation):
         if rows:
-            with mistake:
+            with mistake, suppress(Exception):  # some checks use the function for their inputs
                 rows -= {check.name for check in checks_of(operation) if check.name in rows and refuses(check)}
     assert rows == set()
 
