@@ -28,14 +28,21 @@ class SmallStep:
         import jax
 
         failing -= 1
-        print(f"arrays in memory: {sum(x.nbytes for x in jax.live_arrays())} bytes", file=sys.stderr)
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 123 bytes.")
 
 
 def program(argv: list[str]) -> int:
+    import jax
+
     from moe_jax.training import programs
 
-    make_step = programs.make_step
+    make_step, make_params = programs.make_step, programs.Programs.initial_params
+
+    def initial_params(self: Any) -> Any:
+        print(f"arrays in memory before: {sum(x.nbytes for x in jax.live_arrays())} bytes", file=sys.stderr)
+        return make_params(self)
+
+    programs.Programs.initial_params = initial_params
     programs.make_step = lambda *given, **named: SmallStep(make_step(*given, **named))
     return run_as(Train, argv, "train.py")
 

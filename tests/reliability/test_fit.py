@@ -44,9 +44,9 @@ def test_a_first_step_without_memory_takes_the_next_settings(text: Path, tmp_pat
     assert first.returncode == 0, first.stderr
     assert first.stdout.count("the first step ran out of memory; trying the next setting") == 2
     assert chosen(tmp_path / "run") == {"batch_size": 2, "grad_accum": 4, "remat": False}
-    held = [int(size) for size in re.findall(r"arrays in memory: (\d+) bytes", first.stderr)]
-    assert len(held) == 2
-    assert held[1] < 1.2 * held[0]
+    held = [int(size) for size in re.findall(r"arrays in memory before: (\d+) bytes", first.stderr)]
+    assert len(held) == 3
+    assert max(held) < 1000
     second = runs.complete(["1", *runs.flags(text, tmp_path / "run"), "--resume"], tmp_path, SMALL_DEVICE)
     assert second.returncode == 0, second.stderr
     assert chosen(tmp_path / "run") == {"batch_size": 2, "grad_accum": 4, "remat": True}
