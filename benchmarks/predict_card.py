@@ -230,13 +230,13 @@ def largest_difference(expected: Params, found: Params) -> float:
 
 # The table of docs/gpu.md
 
-COLUMNS = ("card, preset", "setting", "MiB of a step", "ms of a step", "tokens a second", "share of product rate")
+COLUMNS = ("card, preset", "setting", "step, MiB", "step, ms", "tokens/s", "of product rate")
 
 
 def table(records: Iterable[dict[str, Any]]) -> list[str]:
     """The lines of the table, a record in each row: predicted / measured, and a dash for what nobody has measured."""
-    rows = [COLUMNS, ("---",) * len(COLUMNS), *map(row, records)]
-    return [f"| {' | '.join(cells)} |" for cells in rows]
+    head, *rows = [f"| {' | '.join(cells)} |" for cells in (COLUMNS, *map(row, records))]
+    return [head, "|---" * len(COLUMNS) + "|", *rows]
 
 
 def row(found: dict[str, Any]) -> tuple[str, ...]:
