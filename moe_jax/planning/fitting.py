@@ -11,8 +11,9 @@ from typing import Any
 import jax
 
 from moe_jax.config import ConfigError, RunConfig, UserError
+from moe_jax.model.costs import least_step_bytes
 from moe_jax.planning.device_memory import Memory
-from moe_jax.planning.ladder import Room, fitting_preset, walk
+from moe_jax.planning.ladder import Room, fitting_preset, rungs, walk
 from moe_jax.planning.plans import Plan, chosen, named
 from moe_jax.planning.target import MARGIN
 from moe_jax.system.environment import MIB
@@ -69,7 +70,7 @@ def fit(
     room = room or Room(device, math.inf, lambda *_: 0.0, kept_precision)
     plans = list(walk(asked, room, failed))
     if not plans or not plans[-1].fits(room.budget):
-        raise _nothing_fits(asked, plans, room, failed)
+        raise _nothing_fits(asked, plans, room, failed, resumed=saved is not None)
     best = plans[-1]
     record = here | {"asked": _values(asked)}
     if room.budget < math.inf:
@@ -106,7 +107,9 @@ def _reason(plans: Sequence[Plan], room: Room, failed: RunConfig | None) -> str:
     return line
 
 
-def _nothing_fits(config: RunConfig, plans: Sequence[Plan], room: Room, failed: RunConfig | None) -> UserError:
+def _nothing_fits(
+    config: RunConfig, plans: Sequence[Plan], room: Room, failed: RunConfig | None, resumed: bool
+) -> UserError:
     if not plans:
         assert failed is not None
         problem = f"the first step ran out of memory with {named(failed)}, and no other setting is left"
@@ -115,7 +118,11 @@ def _nothing_fits(config: RunConfig, plans: Sequence[Plan], room: Room, failed: 
         least, programs = "" if smallest.programs else "at least ", smallest.programs or {"step": smallest.least}
         problem = f"no setting fits {room.budget:,.0f} MiB: the smallest, {named(smallest.config)}, needs {least}"
         problem += f"{smallest.total:,.0f} for its {max(programs, key=programs.__getitem__)}"
-    ways = ["--fit any, which may take a leaner optimizer"] if config.execution.fit == "auto" else []
+    if resumed:  # model and optimizer stay
+        return UserError(f"{problem}; free memory of the device, or use another one")
+    lean = rungs(config.override({FIT: "any"}))
+    hope = config.execution.fit == "auto" and min(map(least_step_bytes, lean)) <= room.budget * MIB
+    ways = ["--fit any, which may take a leaner optimizer"] if hope else []
     fits = fitting_preset(config, room) if room.budget < math.inf else ""
     ways += [f"--preset {fits}, which fits"] if fits else ["a smaller --seq-len"]
     return UserError(f"{problem}; use {', or '.join(ways)}")
