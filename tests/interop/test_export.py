@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import time
-import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -33,21 +32,6 @@ from tests.support.hf_tokenizers import BYTE_LEVEL, made
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save(tmp_path_factory.mktemp("run"), layers=1)
-
-
-@pytest.mark.parametrize("to", ["hf", "safetensors", "gguf"])
-def test_an_export_holds_one_layer_at_a_time(to: module.Target, tmp_path: Path) -> None:
-    """Beside the weights: less than half of what is written, of a model with eight layers."""
-    if to == "gguf":
-        pytest.importorskip("gguf", reason="the extra gguf is not installed")
-    source = open_source(save(tmp_path, layers=8, width=64, expert_hidden=256))
-    tracemalloc.start()
-    files = export(source, to, "bfloat16", tmp_path / "out", "")
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    written = max(file.stat().st_size for file in files)
-    assert written > 6e6
-    assert peak < written / 2
 
 
 def command(*arguments: str) -> int:
