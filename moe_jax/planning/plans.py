@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from moe_jax.config import SECTIONS, RunConfig
 from moe_jax.planning.target import Target
+from moe_jax.system.files import json_text
 
 RECORDED = Path(__file__).with_name("plans.json")
 _TRAIN = ("batch_size", "grad_accum", "optimizer", "param_dtype")
@@ -93,7 +94,7 @@ def chosen(plans: Sequence[Plan], budget: float) -> Plan:
 def digest(config: RunConfig, target: Target) -> str:
     """What a plan depends on: every setting of the run, and the description of the card."""
     values = [value for value in config.settings() if value[0] in SECTIONS]
-    return hashlib.sha256(json.dumps([values, target.text]).encode()).hexdigest()[:16]
+    return hashlib.sha256(json_text([values, target.text]).encode()).hexdigest()[:16]
 
 
 @functools.cache
