@@ -106,6 +106,7 @@ def gguf(source: Path, form: Form) -> Path:
     import_run(Pretrained.open(source, "SOURCE"), "bfloat16", 1024, whole)
     export(open_source(whole), "gguf", "bfloat16", out, "")
     shutil.rmtree(whole)
+    weights.silence()
     settings = ffi.new("struct llama_model_quantize_params *", library.llama_model_quantize_default_params())
     settings.nthread, settings.ftype = weights.THREADS, 2 if form == "int4" else 7
     made = out / "rounded.gguf"

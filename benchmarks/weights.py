@@ -168,7 +168,7 @@ def write_model(path: Path, config: RunConfig, params: Params, tokenizer: Tokeni
 
 
 @cache
-def _silence() -> Any:
+def silence() -> Any:
     """llama.cpp prints hundreds of lines for each model that it opens. The result must outlive all models: cached."""
     bindings = importlib.import_module("llama_cpp_py_sync._cffi_bindings")
     ffi, lib = bindings.get_ffi(), bindings.get_lib()
@@ -182,7 +182,7 @@ class LlamaCpp:
 
     def __init__(self, path: Path, context: int) -> None:
         package = importlib.import_module("llama_cpp_py_sync")
-        _silence()
+        silence()
         cache = {"n_ctx": context, "n_batch": context, "type_k": _FLOAT32, "type_v": _FLOAT32}
         self._llama = package.Llama(str(path), n_threads=THREADS, verbose=False, **cache)
         self._lib = self._llama._lib  # the package's own functions sample and convert to text as well

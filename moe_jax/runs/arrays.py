@@ -23,7 +23,6 @@ from typing import TYPE_CHECKING, Any, Self
 import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from moe_jax.parallel.processes import first, several, whole
 from moe_jax.runs import manifest
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 WEIGHTS = "weights.safetensors"
 ARRAYS = "arrays"
 PARAMS, ADAPTERS = "params.", "adapters."
-_SAFETENSORS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8", "uint8": "U8"}
+_SAFETENSORS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8", "uint8": "U8"}
 _OTHER_SHAPE = "{} is stored with another shape than its manifest gives it"
 
 
@@ -188,18 +187,9 @@ def write_weights(folder: Path, leaves: dict[str, Any]) -> None:
             if first():
                 gathered[name.removeprefix(PARAMS)] = array
     if first():
-        write_safetensors(folder / WEIGHTS, gathered)
-
-
-def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], metadata: dict[str, str] | None = None) -> None:
-    """Write a new file of tensors, with the permissions of the umask: the library lets nobody else read its files.
-
-    Raises FileExistsError if there is a file of this name.
-    """
-    path.touch(exist_ok=False)
-    mode = path.stat().st_mode
-    save_file({name: np.asarray(x, order="C") for name, x in tensors.items()}, path, metadata)
-    path.chmod(mode)
+        with SafetensorsWriter(folder / WEIGHTS, gathered) as writer:
+            for array in gathered.values():
+                writer.add(array)
 
 
 class SafetensorsWriter:

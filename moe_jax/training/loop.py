@@ -73,10 +73,13 @@ def train(session: Session, signals: Signals | None = None, seconds: float = mat
 
 def check_pace(steps: int, half: float, now: float, seconds: float) -> None:
     """Raise TooSlow if a run of so many steps, after PACE_STEPS // 2 of them at `half` and PACE_STEPS of them `now`
-    (seconds of the run), does not end in `seconds`. Another start takes as long to its first steps as this one did."""
+    (seconds of the run), does not end in `seconds`, and another start would end earlier. That start takes as long to
+    its first steps as this one did."""
     pace = (now - half) / (PACE_STEPS - PACE_STEPS // 2)
-    if now + (steps - PACE_STEPS) * pace / IN_TIME > seconds:
-        raise TooSlow(pace, max(PACE_STEPS, int(IN_TIME * (seconds - now - half) / pace)))
+    fewer = max(PACE_STEPS, int(IN_TIME * (seconds - now - half) / pace))
+    left = (steps - PACE_STEPS) * pace
+    if now + left / IN_TIME > seconds and half + fewer * pace < left:
+        raise TooSlow(pace, fewer)
 
 
 def _take_step(session: Session, step: int, first: bool) -> StepReport:

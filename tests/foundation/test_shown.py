@@ -6,11 +6,13 @@ import pytest
 
 from foundation import attention, softmax
 
-pytest.importorskip("matplotlib")  # of the extra `lessons`
-from foundation.lessons.notebook import shown
-
 
 def test_what_is_shown_runs_and_gives_what_the_module_gives() -> None:
+    pytest.importorskip("matplotlib", reason="the extra lessons is not installed")
+    from foundation.lessons.notebook import (
+        shown,
+    )  # not above: it sets float64, and the tests of `moe_jax` would have it
+
     scope = {**vars(softmax)}
     text = repr(shown(softmax.softmax_forward, softmax.softmax_backward))
     exec(text, scope)

@@ -109,21 +109,25 @@ def test_patience(patience: int, bad: int, ends: bool, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    ("seconds", "left"),
+    ("steps", "seconds", "left"),
     [
-        (1000, None),  # 40 s and 980 steps of 0.5 s, which are 577 s with evaluations
-        (617, None),
-        (616, 919),  # 0.85 of (616 - 40 - 35) s
-        (60, loop.PACE_STEPS),
+        (1000, 1000, None),  # 40 s and 980 steps of 0.5 s, which are 577 s with evaluations
+        (1000, 617, None),
+        (1000, 616, None),  # another start would end no earlier
+        (1000, 560, 824),  # 0.85 of (560 - 40 - 35) s
+        (1000, 60, loop.PACE_STEPS),
+        (loop.PACE_STEPS, 30, None),  # it is over
+        (110, 60, None),  # 45 s are left, as long as another start of the fewest steps would take
+        (111, 60, loop.PACE_STEPS),
     ],
 )
-def test_a_run_that_is_too_slow_for_its_time_gets_fewer_steps(seconds: float, left: int | None) -> None:
+def test_a_run_that_is_too_slow_for_its_time_gets_fewer_steps(steps: int, seconds: float, left: int | None) -> None:
     """Ten steps took 5 s, after 35 s until then: compiling, and ten steps."""
     if left is None:
-        loop.check_pace(1000, 35.0, 40.0, seconds)
+        loop.check_pace(steps, 35.0, 40.0, seconds)
     else:
         with pytest.raises(loop.TooSlow, match=r"a step takes 0\.50 s") as slow:
-            loop.check_pace(1000, 35.0, 40.0, seconds)
+            loop.check_pace(steps, 35.0, 40.0, seconds)
         assert slow.value.steps == left
 
 
@@ -177,11 +181,11 @@ def test_a_run_without_time_starts_again_with_the_fewest_steps(
         out=str(tmp_path / "run"),
         model=tiny.config(layers=1, vocab_size=257),
         data=DataConfig(source=str(tmp_path / "text.txt"), tokenizer="byte", eval_tokens=64),
-        train=TrainConfig(steps=40, batch_size=2, log_every=1, eval_every=40, save_every=40),
+        train=TrainConfig(steps=10**6, batch_size=2, log_every=1, eval_every=10**6, save_every=10**6),
     )
     with saved_run.quick_training(tmp_path / "cache", samples=False):
         session = trained(config, Start(config), Process(Signals(), []), seconds=1e-3)
-    assert "with 20 steps instead of 40" in capsys.readouterr().out
+    assert "with 20 steps instead of 1,000,000" in capsys.readouterr().out
     saved = load_config(tmp_path / "run")
     assert saved is not None
     assert saved.train.steps == session.config.train.steps == 20

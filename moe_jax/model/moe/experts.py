@@ -98,7 +98,7 @@ class Experts(nnx.Module):
         (`_rows_at_once`).
         """
 
-        def one_row_at_a_time(rows: Array, group_expert: Array) -> Array:
+        def on_cpu(rows: Array, group_expert: Array) -> Array:
             w_out = self.w_out[...]
             if wanted is None and isinstance(w_out, QuantizedMatrix) and w_out.bits == 4:
                 hidden = [quantized_vectors_matmul(rows, w[...], group_expert) for w in self._input_matrices()]  # pyright: ignore[reportArgumentType]
@@ -113,7 +113,7 @@ class Experts(nnx.Module):
 
             return jax.lax.fori_loop(0, wanted.sum(), one, jnp.zeros_like(rows))
 
-        return jax.lax.platform_dependent(rows, group_expert, cpu=one_row_at_a_time, default=self._rows_at_once)
+        return jax.lax.platform_dependent(rows, group_expert, cpu=on_cpu, default=self._rows_at_once)
 
     def _rows_at_once(self, rows: Float[Array, "G D"], group_expert: Int[Array, " G"]) -> Float[Array, "G D"]:
         """Each product is one multiplication and one sum, so that XLA fuses the gather of the matrices into them and
