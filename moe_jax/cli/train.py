@@ -255,9 +255,9 @@ def trained(config: RunConfig, start: Start, process: Process, seconds: float = 
             train(session, process.signals, seconds)
             return session
         except TooSlow as slow:
-            again = f"so the run starts again, with {slow.steps:,} steps instead of {config.train.steps:,}"
+            again = f"the run starts again, with {slow.steps:,} steps instead of {config.train.steps:,}"
             config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=slow.steps))
-            seconds, message = math.inf, f"{slow}, {again}"
+            seconds, message = math.inf, f"{slow}, too long for --minutes: {again}"
         except FirstStepOutOfMemory:
             failed = session.config
             if not failed.execution.fitted:

@@ -38,7 +38,7 @@ class ExportSource:
         return self.config.data.format == "chat"
 
     def hollow(self) -> "ExportSource":
-        """The same source with zeros that take no memory in place of its weights: what is made of it has the shapes."""
+        """The same source, whose weights are zeros that take no memory. Tensors made of it have the right shapes."""
         zeros = {name: np.broadcast_to(np.float32(0), weight.shape) for name, weight in self.weights.items()}
         return dataclasses.replace(self, weights=zeros)
 

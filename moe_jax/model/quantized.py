@@ -154,7 +154,8 @@ def _by_columns(product: Callable[[Array, QuantizedMatrix], Array], x: Array, ma
 def quantized_vectors_matmul(
     x: Float[Array, "K D"], matrices: QuantizedMatrix, experts: Int[Array, " K"]
 ) -> Float[Array, "K F"]:
-    """x[k] @ matrices[experts[k]] for each k, in the dtype of x, without copies of codes: in 4 bits side by side."""
+    """x[k] @ matrices[experts[k]] for each k, in the dtype of x. Codes are not copied. Products with codes of 4 bits
+    are computed side by side, the others one after another."""
     wide = at_least_float32(x.dtype)
     if matrices.bits == 4:
         return _sum_of_groups(x.astype(wide), matrices, experts).astype(x.dtype)
@@ -219,7 +220,7 @@ def _sum_of_groups(
     codes = matrix.codes.reshape(*matrix.codes.shape[:-2], rows.shape[1], -1, outputs)
 
     def of_all(part: Array, *index: Any) -> Array:
-        """part[index], or part[experts, index]. It is part of the loop, and nothing is copied."""
+        """part[index], or part[experts, index]. XLA reads it inside the loop and copies nothing."""
         return part.at[index if experts is None else (experts, *index)].get(mode="clip")
 
     if matrix.bits == 8:

@@ -72,9 +72,11 @@ def train(session: Session, signals: Signals | None = None, seconds: float = mat
 
 
 def check_pace(steps: int, half: float, now: float, seconds: float) -> None:
-    """Raise TooSlow if a run of so many steps, after PACE_STEPS // 2 of them at `half` and PACE_STEPS of them `now`
-    (seconds of the run), does not end in `seconds`, and another start would end earlier. That start takes as long to
-    its first steps as this one did."""
+    """Raise TooSlow if the run will not end within `seconds`, and if another start with fewer steps would end earlier.
+
+    `half` and `now` are the seconds of the run after PACE_STEPS // 2 and PACE_STEPS of its `steps`. Another start is
+    assumed to take `half` until its steps have their pace.
+    """
     pace = (now - half) / (PACE_STEPS - PACE_STEPS // 2)
     fewer = max(PACE_STEPS, int(IN_TIME * (seconds - now - half) / pace))
     left = (steps - PACE_STEPS) * pace
