@@ -150,7 +150,9 @@ class Doctor(Command):
     def execute(self) -> int:
         """0 if nothing is damaged or missing, or if all damage was repaired."""
         if self.gpu == bool(self.run):
-            raise ConfigError(f"--run {self.run or 'RUN'}: give either the folder of a run, or --gpu to look at the card")
+            raise ConfigError(
+                f"--run {self.run or 'RUN'}: give either the folder of a run, or --gpu to look at the card"
+            )
         if self.gpu:
             return self._examine_card()
         folder = run_folder(self.run)
