@@ -219,7 +219,7 @@ def _evenness(runs: Sequence[_Metrics]) -> Any:
         axes.plot(steps, load_entropy(values).mean(1), color=COLOURS[i % len(COLOURS)], label=run.name, linewidth=1.4)
     axes.set_xlim(left=0)
     axes.set_ylim(0, 1.02)
-    if len(runs) > 1:
+    if routed and len(runs) > 1:
         axes.legend(frameon=False)
     return figure if routed else None
 
