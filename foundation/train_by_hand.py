@@ -1,8 +1,8 @@
 """`python -m foundation.train_by_hand [--steps N]`: the MoE language model, by hand, beside autodiff.
 
-A model of 4 layers of width 128 with 8 experts, 2 per token, learns the text below in float64. (The preset `nano`
-has 3 such layers.) A token is a character. Two copies start alike. One is trained by the hand-derived gradient of
-`transformer.py`, the other by automatic differentiation, which is called through `parity.py` alone. If the
+A model of 4 layers of width 128 with 8 experts, 2 per token, learns the stories of `stories.txt` in float64. (The
+preset `nano` has 3 such layers.) A token is a character. Two copies start alike. One is trained by the hand-derived
+gradient of `transformer.py`, the other by automatic differentiation, which is called through `parity.py` alone. If the
 derivations are right, the two loss curves are one curve.
 """
 
@@ -10,6 +10,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -21,16 +22,10 @@ from foundation.optimizers import adam_init, adam_update
 from foundation.parity import autodiff_value_and_gradient
 from foundation.transformer import ModelSize, init_params, loss_and_gradient, loss_forward, model_forward
 
-TEXT = """ The miller had eight daughters, and each could do one thing well. The first ground the wheat, the
-second baked the bread, the third mended the wheel when the river broke it. The fourth counted the coins,
-the fifth sang, the sixth told the weather, the seventh wrote the letters, and the eighth knew which of her
-sisters to ask. When a stranger came to the mill with a question, it was the eighth who met him at the door.
-She listened, she thought for a moment, and she sent him to two of the others; never to all of them, for
-there was work to do. If too many came at once for the same sister, the last of them had to go home as they
-had come. So the eighth learned to share the strangers out, and in the evening, when the wheel stood still,
-the sisters told her what had become of each of them, so that the next day she might send them better.
-"""
-
+STORIES = Path(__file__).with_name("stories.txt")
+"""One story a line, from the grammar of the embedded corpus of `moe_jax`."""
+VALIDATION_STORIES = 40
+"""The last ones, which no step sees."""
 STEPS = 50
 BATCH, POSITIONS = 4, 64
 LEARNING_RATE = 3e-3
@@ -39,22 +34,31 @@ CONFIG = ModelConfig(heads=4, top_k=2, capacity_factor=1.25)
 SIZE = ModelSize(vocabulary=0, width=128, layers=4, experts=8, hidden=128)
 
 
+def stories() -> tuple[str, str]:
+    """The stories that this folder carries, and those for validation."""
+    lines = STORIES.read_text(encoding="utf-8").splitlines(keepends=True)
+    return "".join(lines[:-VALIDATION_STORIES]), "".join(lines[-VALIDATION_STORIES:])
+
+
 class Corpus(NamedTuple):
-    """The text as token ids: one for each different character."""
+    """A text as token ids: one for each different character."""
 
     tokens: Int[Array, " N"]
     alphabet: str
 
 
 def corpus() -> Corpus:
-    """The text that this file carries."""
-    alphabet = "".join(sorted(set(TEXT)))
-    return Corpus(jnp.array([alphabet.index(c) for c in TEXT]), alphabet)
+    """The stories, without those for validation."""
+    text, _ = stories()
+    alphabet = "".join(sorted(set(text)))
+    return Corpus(jnp.array([alphabet.index(c) for c in text]), alphabet)
 
 
-def batch(tokens: Int[Array, " N"], step: int, positions: int = POSITIONS) -> Int[Array, "B window"]:
-    """BATCH windows of positions + 1 tokens of the text, chosen by the step alone."""
-    starts = jax.random.randint(jax.random.fold_in(jax.random.key(1), step), (BATCH,), 0, len(tokens) - positions)
+def batch(
+    tokens: Int[Array, " N"], step: int, positions: int = POSITIONS, windows: int = BATCH
+) -> Int[Array, "B window"]:
+    """Windows of positions + 1 tokens of the text, chosen by the step alone."""
+    starts = jax.random.randint(jax.random.fold_in(jax.random.key(1), step), (windows,), 0, len(tokens) - positions)
     return tokens[starts[:, None] + jnp.arange(positions + 1)]
 
 
@@ -113,7 +117,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--steps {arguments.steps}: must be at least 2")
     jax.config.update("jax_enable_x64", True)
 
-    print(f"{len(TEXT)} characters, {len(corpus().alphabet)} of them different; {SIZE}, {CONFIG}")
+    tokens, alphabet = corpus()
+    print(f"{len(tokens)} characters, {len(alphabet)} of them different; {SIZE}, {CONFIG}")
     curves = {}
     for label, gradient in (("by hand", loss_and_gradient), ("by autodiff", by_autodiff)):
         start = time.perf_counter()
@@ -125,7 +130,7 @@ def main(argv: list[str] | None = None) -> int:
     for step in sorted({*range(0, arguments.steps, 10), arguments.steps - 1}):
         a, b = by_hand.losses[step], automatic.losses[step]
         print(f"  {step:>4}   {a:.12f}   {b:.12f}   {abs(a - b):.1e}")
-    window = batch(corpus().tokens, arguments.steps)
+    window = batch(tokens, arguments.steps)
     output, _ = model_forward(by_hand.params, window[:, :-1], CONFIG)
     difference = largest_difference(by_hand, automatic)
     print(f"\nlargest difference {difference:.1e} (allowed {TOLERANCE:.0e})")

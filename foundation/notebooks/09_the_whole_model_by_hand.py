@@ -53,7 +53,7 @@
 from foundation import train_by_hand as lesson
 from foundation import transformer
 from foundation.block import ModelConfig, block_backward
-from foundation.lessons.notebook import check, jax, jnp, pictures, shown
+from foundation.lessons.notebook import check, jax, jnp, np, pictures, shown
 from foundation.parity import max_relative_error
 
 shown(transformer.model_backward, block_backward)
@@ -79,8 +79,8 @@ assert error < 1e-10
 
 # %% [markdown]
 # How large are the gradients? Here is the root mean square of each array, at the start.
-# The parameters of the mixture (red and blue) get gradients of $10^{-4}$ to $2 \cdot
-# 10^{-4}$, a sixth or less of what the matrices of attention get. There are three
+# The matrices of the mixture (red and blue) get gradients of $6 \cdot 10^{-5}$ to $2
+# \cdot 10^{-4}$, less than a seventh of what those of attention get. There are three
 # reasons. Each expert sees only a part of the tokens. Its answer is multiplied by a
 # gate. And its matrices start small, so the product of three of them is tiny. An
 # optimizer that takes steps in proportion to the gradient would hardly move them. Adam
@@ -105,7 +105,16 @@ hand = lesson.train(transformer.loss_and_gradient, STEPS, size, 32, config)
 automatic = lesson.train(lesson.by_autodiff, STEPS, size, 32, config)
 print(f"largest difference {lesson.largest_difference(hand, automatic):.1e} nats")
 assert lesson.largest_difference(hand, automatic) < 1e-9
-pictures.twice(hand.losses, automatic.losses, "training loss (nats per character)")
+difference = np.abs(np.array(hand.losses) - np.array(automatic.losses))
+pictures.curves(
+    {
+        "two curves": {"by hand": hand.losses, "by autodiff": automatic.losses},
+        "their difference": {"by hand - by autodiff": np.maximum(difference, 1e-17)},
+    },
+    xlabel="step",
+    ylabel="nats per character",
+    log=(False, True),
+)
 
 # %% [markdown]
 # ## Causal, at a fixed length

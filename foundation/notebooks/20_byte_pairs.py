@@ -6,7 +6,8 @@
 # is counting, done well. Yet it decides how long a text is for the model, what a number
 # such as "2.1 nats a token" means, and why a model cannot spell.
 #
-# The code is `foundation/byte_pairs.py`. The project trains and applies such a
+# The code is `foundation/byte_pairs.py`. The model of chapter 7 reads such pieces, and
+# not letters: so it sees a whole story at once. The project trains and applies such a
 # tokenizer in `moe_jax/data/tokenizers.py`, with fast libraries. Here is what they do.
 #
 # ## Step 1: two bad answers
@@ -123,12 +124,11 @@ def measured(pairs):
 
 
 rows = np.array([measured(pairs[:n]) for n in range(len(pairs) + 1)])
-pictures.panels_of_curves(
-    {
-        "tokens for each byte": ({"measured": rows[:, 0]}, "pairs learned", "", False),
-        "bits for each token": ({"measured": rows[:, 1]}, "pairs learned", "", False),
-        "bits per byte": ({"measured": rows[:, 2]}, "pairs learned", "", False),
-    }
+names = ("tokens for each byte", "bits for each token", "bits per byte")
+pictures.curves(
+    {name: {"measured": rows[:, n]} for n, name in enumerate(names)},
+    xlabel="pairs learned",
+    markers=True,
 )
 print(f"bytes: {rows[0, 1]:.2f} bits a token, {rows[0, 2]:.2f} bits per byte")
 print(f"40 pairs: {rows[-1, 1]:.2f} bits a token, {rows[-1, 2]:.2f} bits per byte")

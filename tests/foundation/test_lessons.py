@@ -1,11 +1,15 @@
 """Training by hand follows training by autodiff, and would part from it where a gradient is wrong."""
 
+import math
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from foundation import train_by_hand
 from foundation.transformer import ModelSize, loss_and_gradient
+from moe_jax.data.synthetic.stories import generate, sample
 
 
 @pytest.mark.runs
@@ -24,6 +28,16 @@ def test_a_curve_has_at_least_two_losses(capsys: pytest.CaptureFixture[str]) -> 
         train_by_hand.main(["--steps", "1"])
     assert caught.value.code == 2
     assert "--steps 1: must be at least 2" in capsys.readouterr().err
+
+
+def test_the_stories_are_of_the_embedded_grammar_and_chapter_7_names_the_cost_of_its_dice() -> None:
+    count = train_by_hand.VALIDATION_STORIES
+    text, unseen = train_by_hand.stories()
+    assert text.splitlines() == list(generate(0, "train", len(text.splitlines())))
+    assert unseen.splitlines() == list(generate(0, "valid", count))
+    bits = sum(sample(0, "valid", i).bits for i in range(count))
+    chapter = Path("foundation/notebooks/07_a_transformer_that_writes.py").read_text()
+    assert f"GRAMMAR = {bits * math.log(2) / len(unseen):.3f} *" in chapter
 
 
 @pytest.mark.slow
