@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 from book import museum, one_token
 from book.conf import REPOSITORY
+from foundation.chapters import PATH, part
 from moe_jax.pages.assembly import filled
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,9 +50,20 @@ def assemble(source: Path) -> None:
             target = source / path.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
-    shutil.copyfile(ROOT / "book" / "index.md", source / "index.md")
+    index = (ROOT / "book" / "index.md").read_text(encoding="utf-8")
+    (source / "index.md").write_text(filled(index, {"path": sidebar_of_chapters()}), encoding="utf-8")
     (source / "museum.md").write_text(museum.page(), encoding="utf-8")
     (source / "one_token.md").write_text(one_token.page(), encoding="utf-8")
+
+
+def sidebar_of_chapters() -> str:
+    """The parts of the path with their chapters, in the order of `foundation/chapters.py`."""
+    parts = []
+    for name in PATH:
+        caption = name if name == "The course" else f"Elective: {name}"
+        pages = [f"foundation/notebooks/{chapter.stem}" for chapter in part(name)]
+        parts.append("\n".join(["```{toctree}", f":caption: {caption}", ":hidden:", "", *pages, "```"]))
+    return "\n\n".join(parts)
 
 
 class _Links(HTMLParser):

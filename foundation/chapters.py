@@ -1,5 +1,5 @@
-"""The chapters in order, and which operations of the table belong to each. The standard library alone, so that a
-wrong name is answered at once."""
+"""The chapters, the path through them, and which operations of the table belong to each. The standard library alone, so
+that a wrong name is answered at once."""
 
 import difflib
 from dataclasses import dataclass
@@ -69,7 +69,7 @@ CHAPTERS = (
         "07_a_transformer_that_writes",
         "Can the gradients so far train a model that writes?",
         30,
-        "3 to 6",
+        "3 to 6, 20",
         ("feed_forward", "dense_block", "dense_model"),
     ),
     Chapter(
@@ -178,7 +178,7 @@ CHAPTERS = (
         "20_byte_pairs",
         "Which pieces should a text be cut into?",
         25,
-        "7",
+        "4",
         ("pair_counts", "replaced", "learn", "encode", "spelled"),
         ("data/tokenizers.py",),
     ),
@@ -190,7 +190,22 @@ CHAPTERS = (
         ("text_log_probs", "expected_reward", "group_baseline", "kl", "reverse_kl", "dpo", "clipped"),
     ),
 )
+PATH = {
+    "The course": ("0", "1", "2", "3", "4", "5", "6", "20", "7", "8", "9"),
+    "Training": ("10", "13", "17"),
+    "Inference": ("11", "12", "15", "18"),
+    "Experts": ("14", "16"),
+    "Systems": ("19",),
+    "Alignment": ("21",),
+}
+"""The order in which to read: a course, then electives, each by itself. The README and the book's sidebar follow it."""
 OPERATIONS = tuple(operation for chapter in CHAPTERS for operation in chapter.operations)
+
+
+def part(name: str) -> tuple[Chapter, ...]:
+    """The chapters of a part of the path, in its order."""
+    numbered = {chapter.number: chapter for chapter in CHAPTERS}
+    return tuple(numbered[number] for number in PATH[name])
 
 
 class UnknownName(Exception):

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from book import museum
-from book.build import PAGES, ROOT, broken_links
+from book.build import PAGES, ROOT, broken_links, sidebar_of_chapters
 from foundation.challenges.bugs import BUGS
+from foundation.chapters import CHAPTERS, PATH
 
 
 def test_every_bug_is_shown_once_with_its_change_and_what_catches_it() -> None:
@@ -43,6 +44,15 @@ def test_public_cases_come_first_and_are_of_bugs_that_are_planted() -> None:
 @pytest.mark.parametrize("pattern", PAGES)
 def test_every_pattern_finds_pages(pattern: str) -> None:
     assert list(ROOT.glob(pattern))
+
+
+def test_the_sidebar_has_every_chapter_once_and_tokens_beside_the_model_that_writes() -> None:
+    sidebar = sidebar_of_chapters()
+    stems = re.findall(r"^foundation/notebooks/(.+)$", sidebar, flags=re.MULTILINE)
+    assert sorted(stems) == [chapter.stem for chapter in CHAPTERS]
+    assert stems[7:9] == ["20_byte_pairs", "07_a_transformer_that_writes"]
+    assert re.findall(r"^:caption: (?:Elective: )?(.+)$", sidebar, flags=re.MULTILINE) == list(PATH)
+    assert "{{path}}" in (ROOT / "book/index.md").read_text()
 
 
 def test_a_link_without_a_page_and_an_anchor_without_a_place_are_found(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from foundation.chapters import CHAPTERS, Chapter
+from foundation.chapters import CHAPTERS, PATH, Chapter, part
 from foundation.lessons.questions import EXERCISES
 from tests.support import short_form
 
@@ -30,7 +30,6 @@ def test_notebook_executes_and_is_up_to_date(source: Path, monkeypatch: pytest.M
     sys.modules.pop("build", None)
 
 
-@pytest.mark.notebooks
 @pytest.mark.notebooks
 def test_ten_minutes_open_the_model_of_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is trained."""
@@ -105,12 +104,13 @@ def test_a_chapter_and_the_production_code_that_it_proves_name_each_other(chapte
         assert f"`moe_jax/{file}`" in notebook, file
 
 
-def test_the_front_door_lists_the_chapters() -> None:
+def test_the_front_door_lists_the_path() -> None:
     rows = [line for line in (ROOT / "foundation/README.md").read_text().splitlines() if "](notebooks/" in line]
-    assert len(rows) == len(CHAPTERS)
-    for row, c in zip(rows, CHAPTERS, strict=True):
-        link = f"[{c.stem}](notebooks/{c.stem}.ipynb)"
-        assert row == f"| {c.number} | {c.question} | {c.minutes} | {c.needs} | {link} |"
+    path = [(name, chapter) for name in PATH for chapter in part(name)]
+    for row, (name, c) in zip(rows, path, strict=True):
+        elective = "" if name == "The course" else f" {name} |"
+        link = f"[{c.question}](notebooks/{c.stem}.ipynb)"
+        assert row == f"|{elective} {c.number} | {link} | {c.minutes} | {c.needs} |"
         assert (NOTEBOOKS / f"{c.stem}.ipynb").exists()
 
 
