@@ -42,15 +42,13 @@ def main(argv: list[str] | None = None) -> int:
         prog="python -m foundation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="only these operations or chapters")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
     arguments = parser.parse_args(argv)
     try:
         operations = selected(arguments.names)
     except UnknownName as error:
         print(error, file=sys.stderr)
         return 2
-    table = importlib.import_module("foundation.table")
-    return table.show(operations, arguments.json)
+    return importlib.import_module("foundation.table").show(operations)
 
 
 if __name__ == "__main__":

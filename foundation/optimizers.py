@@ -1,9 +1,9 @@
 """What turns a gradient into a step: SGD, Adam, AdamW, Muon.
 
 Each is `NAME_init(params) -> state` and `NAME_update(grads, state, params, ...) -> (params, state)`, on any
-tree of arrays. SGD has no state: `sgd_update(grads, params, lr) -> params`. Each is equal to its optax counterpart
-step by step (`tests/foundation/test_foundation_optimizers.py`).
-Chapter 10 asks where these steps come from: `steepest.py`. Adafactor is in `adafactor.py`.
+tree of arrays. SGD has no state: `sgd_update(grads, params, lr) -> params`. Adam and Muon step as those of `moe_jax`
+do (`tests/foundation/test_against_production.py`). Chapter 10 asks where these steps come from: `steepest.py`.
+Adafactor is in `adafactor.py`.
 
 Sources: Adam: Kingma and Ba 2015, algorithm 1. AdamW:
 Loshchilov and Hutter 2019, algorithm 2. Muon: Jordan et al. 2024 ("Muon: an optimizer for hidden layers in

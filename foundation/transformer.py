@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from foundation.block import (
     BlockCache,
@@ -224,25 +224,3 @@ def _attention_params(qkv_key: Array, out_key: Array, size: ModelSize, heads: in
 def _norm_params(width: int, bias: bool) -> dict:
     scale = {"scale": jnp.ones(width)}
     return {**scale, "bias": jnp.zeros(width)} if bias else scale
-
-
-def dropout_masks(
-    key: Array, config: ModelConfig, layers: int, stream: tuple[int, int, int]
-) -> dict[str, Bool[Array, "B T D"] | list[dict[str, Bool[Array, "..."]]]]:
-    """Keep masks for `model_forward`, drawn at the configuration's rate; `stream` is (B, T, D)."""
-    batch, positions, _ = stream
-    weights = (batch, config.heads, positions, positions)
-    key, embedding_key = jax.random.split(key)
-    keep = 1.0 - config.dropout
-
-    def block_masks(layer_key: Array) -> dict[str, Bool[Array, "..."]]:
-        shapes = {"weights": weights, "attention": stream, "moe": stream}
-        keys = jax.random.split(layer_key, len(shapes))
-        return {
-            name: jax.random.bernoulli(k, keep, shape) for k, (name, shape) in zip(keys, shapes.items(), strict=True)
-        }
-
-    return {
-        "embedding": jax.random.bernoulli(embedding_key, keep, stream),
-        "blocks": [block_masks(k) for k in jax.random.split(key, layers)],
-    }

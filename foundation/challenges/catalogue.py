@@ -1,10 +1,8 @@
-"""What can be derived: for each operation its functions, and hints, the last of which is nearly the answer.
+"""What can be derived: for each operation its module, and hints, the last of which is nearly the answer.
 
 The standard library alone, so that a wrong name is answered at once.
 """
 
-from foundation.challenges.catalogue_of_systems import SYSTEM_CHALLENGES
-from foundation.challenges.catalogue_of_training import TRAINING_CHALLENGES
 from foundation.challenges.challenge import Challenge
 
 
@@ -218,6 +216,104 @@ CHALLENGES: dict[str, Challenge] = {
             "d_h: scatter gates d_y into [B, E C + 1, D] along slot, and throw the last slot, nowhere, away.",
         ),
     ),
-    **TRAINING_CHALLENGES,
-    **SYSTEM_CHALLENGES,
+    "divergence": Challenge(
+        "adafactor",
+        "divergence",
+        (
+            "w = r c^T: w_ij depends on r_i and c_j. Of v log(v / w) - v + w, only -v log w + w depends on w.",
+            "dD/dr_i = sum_j (c_j - v_ij / r_i).",
+            "sum(c) - (row sums of v) / r, and sum(r) - (column sums of v) / c.",
+        ),
+    ),
+    "flash_attention": Challenge(
+        "flash_attention",
+        "flash_attention",
+        (
+            "The gradients are those of attention; only P is computed again, tile by tile: e^(scores - logsumexp).",
+            "softmax_backward needs the row sum of d_P P. It equals the row sum of d_o o, so it is known at once.",
+            "d_q adds over tiles; d_k and d_v are put together. tile_scores gives the scores of a tile.",
+        ),
+    ),
+    "accumulated_loss": Challenge(
+        "micro_batches",
+        "accumulated_loss",
+        (
+            "cross_entropy_backward gives the gradient of one micro-batch's own mean.",
+            "The loss is the sum of share times mean. So each mean gets the cotangent d_loss times its share.",
+            "Put the gradients together along axis 0.",
+        ),
+    ),
+    "grouped_balance": Challenge(
+        "micro_batches",
+        "grouped_balance",
+        (
+            "f counts choices, so it is a constant. P of a group is a mean over the sequences and tokens of the group.",
+            "E / G in front, 1 / (tokens of a group) from the mean: E f / (B T) in all.",
+            "Each of the B / G sequences of a group gets the f of its group; every token of it the same.",
+        ),
+    ),
+    "upcycled": Challenge(
+        "upcycling",
+        "upcycled",
+        (
+            "The layer's backward pass is moe_backward(d_y, d_balance, d_z, cache); both losses have the cotangent 0.",
+            "It gives d_x and a dict with the gradients of the router and of the E copies of each matrix.",
+            "The router's gradient is a result; the copies' go through copy_experts_backward. Order: d_x, d_dense, "
+            "d_router.",
+        ),
+    ),
+    "importance_loss": Challenge(
+        "balancing",
+        "importance_loss",
+        (
+            "L = E Q / S^2 - 1, with S the sum of all I and Q the sum of their squares. Both depend on every I_e.",
+            "dL/dI_e = 2 E I_e / S^2 - 2 E Q / S^3.",
+            "I_e is a sum over tokens, so every token's p_te gets the gradient of I_e: broadcast to [T, E].",
+        ),
+    ),
+    "coded_product": Challenge(
+        "small_weights",
+        "coded_product",
+        (
+            "y_o = s_o u_o with u = x @ codes. Both x and the scales have a gradient; codes have none.",
+            "d_u = d_y * scale, so d_x = d_u @ codes.T.",
+            "d_scale_o is the sum over tokens of d_y_to u_to: u is in the cache.",
+        ),
+    ),
+    "all_gather": Challenge(
+        "collectives",
+        "all_gather",
+        (
+            "Part s of every rank's output came from rank s. How many copies of x_s are there?",
+            "d_x_s is the sum over ranks r of part s of d_y_r. Split the last axis of d_y into parts first.",
+            "jnp.sum(d_y, axis=0).reshape(len(d_y), -1), which is a reduce_scatter.",
+        ),
+    ),
+    "expert_parallel": Challenge(
+        "collectives",
+        "expert_parallel",
+        (
+            "Walk the forward pass backwards: combine, all_to_all, expert, all_to_all, dispatch.",
+            "d_results = place^T (gate d_y), swap the first two axes, and the experts have d_answers.",
+            "d_weights = rows^T d_answers, where the expert is. d_answers W^T, swapped again, are d_rows at home.",
+        ),
+    ),
+    "expected_reward": Challenge(
+        "preferences",
+        "expected_reward",
+        (
+            "dJ/d log pi(y) = pi(y) r(y): J is a sum of exp(log pi) r.",
+            "A baseline changes nothing in the end, because sum_y pi(y) d log pi(y) = 0.",
+            "text_log_probs_backward(d_value * exp(log_pi) * (reward - value), cache of text_log_probs).",
+        ),
+    ),
+    "dpo": Challenge(
+        "preferences",
+        "dpo",
+        (
+            "L = log(1 + exp(-m)), so dL/dm = -sigmoid(-m) = -1 / (1 + exp(m)).",
+            "dm/d chosen = beta and dm/d rejected = -beta. The loss is a mean over pairs.",
+            "d_chosen = -d_loss * beta / (1 + exp(margin)) / (number of pairs), and d_rejected its negative.",
+        ),
+    ),
 }

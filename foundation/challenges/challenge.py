@@ -9,20 +9,15 @@ class Unusable(Exception):
 
 @dataclass(frozen=True)
 class Challenge:
-    """One backward pass to derive, or one function."""
+    """One backward pass to derive."""
 
     module: str
     """File of foundation that holds both functions."""
     name: str
-    """NAME_forward is given, NAME_backward is to be written; with a task, NAME alone."""
+    """NAME_forward is given, NAME_backward is to be written."""
     hints: tuple[str, ...]
     spread: bool = False
     """Several outputs: the checks hold their cotangents in one tuple, and the function takes them one by one."""
-
-    task: str = ""
-    """What a function gives that has no gradient: its answers are held against an oracle. A backward pass has none."""
-    results: tuple[str, ...] = ()
-    """Names of that function's results."""
 
     @property
     def forward(self) -> str:
@@ -32,4 +27,4 @@ class Challenge:
     @property
     def backward(self) -> str:
         """Name of the function to write."""
-        return self.name if self.task else f"{self.name}_backward"
+        return f"{self.name}_backward"

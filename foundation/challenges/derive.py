@@ -10,7 +10,6 @@ command lists what can be derived. When you have written the function:
 import argparse
 import sys
 from pathlib import Path
-from typing import Any
 
 from foundation.challenges.catalogue import CHALLENGES
 from foundation.challenges.challenge import Challenge
@@ -81,8 +80,6 @@ def stub(operation: str, challenge: Challenge) -> str:
     from foundation.challenges.reference import Reference
 
     reference = Reference.of(challenge)
-    if reference.forward is None:
-        return _function_stub(operation, challenge, reference)
     forward = textwrap.indent(inspect.getsource(reference.forward).rstrip(), "# ", lambda line: True)
     results = ", ".join(f"d_{name}" for name in reference.inputs(operation))
     answer = f"({results})" if "," in results else results
@@ -109,32 +106,6 @@ def stub(operation: str, challenge: Challenge) -> str:
         f"def {challenge.backward}({arguments}):",
         *(f"    {line}" for line in reference.unpacking(operation)),
         f"    return None  # {answer}",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _function_stub(operation: str, challenge: Challenge, reference: Any) -> str:
-    """The text of the learner's file, for a function that has no gradient."""
-    import inspect
-    import textwrap
-
-    given = inspect.signature(reference.backward).parameters.values()
-    arguments = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default!r}" for p in given)
-    lines = [
-        f'"""Write {operation}.',
-        "",
-        *textwrap.wrap(challenge.task, 100),
-        "",
-        f"    {_check(operation)}          what is wrong with it, if anything",
-        f"    {_check(operation)} --hint   the next hint",
-        '"""',
-        "",
-        *reference.imports(),
-        "",
-        "",
-        f"def {challenge.backward}({arguments}):",
-        f"    return None  # {', '.join(challenge.results)}",
         "",
     ]
     return "\n".join(lines)

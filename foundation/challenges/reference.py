@@ -15,7 +15,7 @@ from foundation.challenges.challenge import Challenge
 from foundation.challenges.diagnosis import Finding, Named, judge
 from foundation.challenges.mistakes import made_on_purpose
 from foundation.checks import checks_of
-from foundation.parity import AnyCheck, OracleCheck, both_answers, gradient_by_autodiff, random_like
+from foundation.parity import Check, gradient_by_autodiff, random_like
 
 GIVES_AWAY = {"_rotate"}
 """Helpers whose name in the stub would be the answer."""
@@ -23,29 +23,27 @@ GIVES_AWAY = {"_rotate"}
 
 @dataclass(frozen=True)
 class Reference:
-    """Both functions of one operation, and the module that they are in. A function with a task has no other."""
+    """Both functions of one operation, and the module that they are in."""
 
     module: Any
-    forward: Callable[..., Any] | None
+    forward: Callable[..., Any]
     backward: Callable[..., Any]
 
     @classmethod
     def of(cls, challenge: Challenge) -> "Reference":
         """Found by name."""
         module = importlib.import_module(f"foundation.{challenge.module}")
-        backward = inspect.unwrap(getattr(module, challenge.backward))
-        return cls(module, None if challenge.task else inspect.unwrap(getattr(module, challenge.forward)), backward)
+        forward, backward = (inspect.unwrap(getattr(module, name)) for name in (challenge.forward, challenge.backward))
+        return cls(module, forward, backward)
 
     def inputs(self, operation: str) -> list[str]:
         """Names of what is differentiated: the first parameters of the forward pass."""
-        count = len(next(checks_of(operation)).inputs)
-        return list(inspect.signature(self.forward or self.backward).parameters)[:count]
+        count = len(next(gradient_checks_of(operation)).inputs)
+        return list(inspect.signature(self.forward).parameters)[:count]
 
     def unpacking(self, operation: str) -> list[str]:
         """The lines of the backward pass that take the cache apart, or the names of its parts: they are given."""
-        check = next(checks_of(operation))
-        if isinstance(check, OracleCheck):
-            return []
+        check = next(gradient_checks_of(operation))
         _, cache = check.forward(*check.inputs)
         if hasattr(cache, "_fields"):
             return [f"# the cache: {', '.join(f'cache.{name}' for name in cache._fields)}"]
@@ -82,9 +80,8 @@ def cases_of(operation: str, challenge: Challenge) -> Iterator[Case]:
     """The cases of an operation, made one at a time."""
     reference = Reference.of(challenge)
     inputs = reference.inputs(operation)
-    names = list(challenge.results) or [f"d_{name}" for name in inputs]
-    asked_for = type(next(checks_of(operation)))  # an operation may have checks of its forward pass, too
-    for check in (check for check in checks_of(operation) if isinstance(check, asked_for)):
+    names = [f"d_{name}" for name in inputs]
+    for check in gradient_checks_of(operation):
         arguments, right = _arguments_and_right(check, challenge)
         known = [Named(name, np.asarray(value)) for name, value in zip(inputs, check.inputs, strict=True)
                  if value is not None]  # fmt: skip
@@ -97,10 +94,12 @@ def _mistakes(function: Callable[..., Any], arguments: tuple) -> list[tuple[str,
     return list(made_on_purpose(function, arguments))
 
 
-def _arguments_and_right(check: AnyCheck, challenge: Challenge) -> tuple[tuple, tuple]:
-    if isinstance(check, OracleCheck):
-        _, right = both_answers(check)
-        return (*check.inputs, *check.constants), right if isinstance(right, tuple) else (right,)
+def gradient_checks_of(operation: str) -> Iterator[Check]:
+    """Its checks but those of the forward pass, which have an oracle."""
+    return (check for check in checks_of(operation) if isinstance(check, Check))
+
+
+def _arguments_and_right(check: Check, challenge: Challenge) -> tuple[tuple, tuple]:
     out, cache = check.forward(*check.inputs)
     d_out = random_like(0, out)
     return (*d_out, cache) if challenge.spread else (d_out, cache), gradient_by_autodiff(check, d_out)

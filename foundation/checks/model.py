@@ -97,7 +97,8 @@ def model_checks() -> Iterator[Check]:
 
 
 def model_masks(config: ModelConfig, layers: int) -> Any:
-    """Dropout masks of the shapes that `transformer.dropout_masks` gives. To run it would compile each of its draws."""
-    draws = Draws("model/masks")
-    shapes = jax.eval_shape(lambda: transformer.dropout_masks(jax.random.key(0), config, layers, (2, 5, 4)))
-    return as_jax(jax.tree.map(lambda mask: draws.keep(*mask.shape), shapes))
+    """Dropout masks for two sequences of five positions."""
+    draws, stream = Draws("model/masks"), (2, 5, 4)
+    shapes = {"weights": (2, config.heads, 5, 5), "attention": stream, "moe": stream}
+    blocks = [{name: draws.keep(*shape) for name, shape in shapes.items()} for _ in range(layers)]
+    return as_jax({"embedding": draws.keep(*stream), "blocks": blocks})

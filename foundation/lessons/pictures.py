@@ -211,20 +211,6 @@ def sizes(names: Sequence[str], values: Sequence[float], title: str) -> None:
     plt.show()
 
 
-def twice(by_hand: Sequence[float], automatic: Sequence[float], ylabel: str) -> None:
-    """Two loss curves on top of each other, and below them their difference."""
-    figure, (top, bottom) = plt.subplots(2, 1, figsize=(8, 5.4), sharex=True, height_ratios=[2, 1])
-    figure.set_layout_engine("constrained")
-    top.plot(by_hand, lw=6, color="#9cc3ee", label="gradient by hand")
-    top.plot(automatic, lw=1.4, color="#12355b", label="gradient by autodiff")
-    top.set_ylabel(ylabel)
-    top.legend(frameon=False)
-    difference = [max(abs(a - b), 1e-17) for a, b in zip(by_hand, automatic, strict=True)]
-    bottom.semilogy(difference, color=COLOURS[1])
-    bottom.set(xlabel="step", ylabel="difference (nats)", ylim=(1e-17, 1e-8))
-    plt.show()
-
-
 def changes(panels: Mapping[str, tuple[ArrayLike, Sequence[int]]], ylabel: str) -> None:
     """How far each logit moves (columns: its position) in several experiments (rows); white where not one bit moves."""
     figure, axes = plt.subplots(1, len(panels), figsize=(11, 3.9), squeeze=False)
@@ -240,29 +226,6 @@ def changes(panels: Mapping[str, tuple[ArrayLike, Sequence[int]]], ylabel: str) 
     axes[0][0].set_ylabel(ylabel)
     if image is not None:
         figure.colorbar(image, ax=axes[0].tolist(), label="log10 of the largest change")
-    plt.show()
-
-
-def panels_of_curves(panels: Mapping[str, tuple[Mapping[str, Curve], str, str, bool]], dashed: str = "") -> None:
-    """As `curves`, but each panel has its own (lines, label below, label beside, logarithmic or not).
-
-    A line whose name begins with `dashed` is dashed, has the colour of the line with the same place, and no label.
-    """
-    figure, axes = plt.subplots(1, len(panels), figsize=(min(11.0, 5.6 * len(panels) + 1), 3.9), squeeze=False)
-    figure.set_layout_engine("constrained")
-    for ax, (title, (lines, xlabel, ylabel, log)) in zip(axes[0], panels.items(), strict=True):
-        drawn = [(name, line, bool(dashed) and name.startswith(dashed)) for name, line in lines.items()]
-        for style in (False, True):
-            chosen = [(name, line) for name, line, is_dashed in drawn if is_dashed == style]
-            for colour, (name, line) in zip(COLOURS * 3, chosen, strict=False):
-                x, y = line if isinstance(line, tuple) else (np.arange(len(np.asarray(line))), line)
-                ax.plot(x, y, "--" if style else "o-", ms=3, lw=1.4, color=colour, label="_" if style else name)
-        if log:
-            ax.set_yscale("log")
-            ax.set_xscale("log", base=2)
-        ax.set(title=title, xlabel=xlabel, ylabel=ylabel)
-        ax.grid(alpha=0.25)
-        ax.legend(framealpha=0.85, edgecolor="none", fontsize=9)
     plt.show()
 
 

@@ -63,14 +63,6 @@ SYSTEM_EXERCISES: dict[str, Exercise] = {
         "The distance from the neighbour below, in units of the spacing: q - floor(q), with q = x / |s|.",
         "Which two neighbours has x? Where between them does it lie?",
     ),
-    "17.4": number(
-        "A gradient a little above 2^-26 becomes 0 in float16. What is the smallest k for which the scale 2^k keeps "
-        "11 of its bits?",
-        12.0,
-        "The smallest float16 with 11 bits is 2^-14.",
-        "Below which size does a float16 lose bits? How many doublings lead there from the gradient?",
-        1e-9,
-    ),
     "18.1": number(
         "A matrix of 1024 x 1024 weights in 4 bits, with a scale of 16 bits for every 32. How many bits is that a "
         "weight?",
@@ -92,14 +84,6 @@ SYSTEM_EXERCISES: dict[str, Exercise] = {
         -0.3,
         "Only w_0 + w_1 can be seen in the output.",
         "What does the output depend on, if both inputs are always the same number?",
-        1e-9,
-    ),
-    "18.4": number(
-        "H is the identity times 2. What does it cost, in L, that a weight is off by 0.5, after the others have moved "
-        "as well as they can?",
-        0.5,
-        "e^2 / H^-1[k, k]. The inputs have nothing in common, so no other weight can help.",
-        "What does a diagonal H say about the inputs? Can another weight then make up for the error?",
         1e-9,
     ),
     "19.1": number(
@@ -124,14 +108,6 @@ SYSTEM_EXERCISES: dict[str, Exercise] = {
         "2 (R - 1) messages of 1/R of the array.",
         "First the ring adds the pieces up, then it hands the sums on. How many messages is that, and how large is "
         "one?",
-        1e-9,
-    ),
-    "19.4": number(
-        "16 ranks, 1,000 tokens on each, K = 2 choices, width 512 in 2 bytes, loads even. How many bytes does a rank "
-        "send to other ranks in the first all_to_all?",
-        1_920_000.0,
-        "1,000 * 2 rows of 1,024 bytes, of which 15/16 leave.",
-        "How many rows does a rank have to send, and how large is a row? Which of them stay where they are?",
         1e-9,
     ),
     "20.1": number(
@@ -179,12 +155,5 @@ SYSTEM_EXERCISES: dict[str, Exercise] = {
         [(3,), (3,)],
         "-sum over y of ref(y) (onehot_y - pi) = pi - ref.",
         "Which of the two distributions depends on z, and which one is a constant?",
-    ),
-    "21.4": number(
-        "eps = 0.2. A text with a negative advantage has rho = 1.5. Does it still get a gradient? (1: yes, 0: no.)",
-        1.0,
-        "min(1.5 A, 1.2 A) with A below 0 is 1.5 A, the plain branch.",
-        "The smaller of two branches counts. Which one is smaller if the advantage is negative?",
-        1e-9,
     ),
 }

@@ -60,11 +60,6 @@ def _acceptance(u: jax.Array, v: jax.Array) -> jax.Array:
     return jnp.sum(jnp.minimum(_softmax(u), _softmax(v)))
 
 
-def _residual(u: jax.Array, v: jax.Array) -> jax.Array:
-    left = jnp.maximum(_softmax(u) - _softmax(v), 0.0)
-    return left / jnp.sum(left)
-
-
 def _back_through_softmax(d_p: jax.Array, p: jax.Array) -> jax.Array:
     return p * (d_p - jnp.sum(p * d_p))
 
@@ -98,13 +93,6 @@ TRAINING_EXERCISES: dict[str, Exercise] = {
         [(3, 4)],
         "The derivative in r_i is 4 - (row sum of v) / r_i. So r_i is the mean of its row.",
         "Differentiate the divergence in r_i and set it to 0. How many entries w_ij are equal to r_i?",
-    ),
-    "10.4": number(
-        "A matrix of 1024 x 4096. Adam keeps 8,388,608 numbers for it. How many does Adafactor keep?",
-        5120.0,
-        "One for each row and one for each column, and no first moment.",
-        "Which sums of the squares does Adafactor keep, and how many are there?",
-        1e-9,
     ),
     "11.1": number(
         "A query has seen scores with the largest m = 2 and l = 3. The next key has the score 5. What is l now?",
@@ -181,13 +169,6 @@ TRAINING_EXERCISES: dict[str, Exercise] = {
         "So within one sequence the first pushes away from the sequence's own favourites.",
         "In which terms of each of the two losses does one entry of P occur? What is it multiplied by?",
     ),
-    "13.4": number(
-        "Two micro-batches have gradients of length 3 and 4, at a right angle. Their mean, clipped at 1, has length 1. "
-        "How long is the mean if each is clipped at 1 before? Give four digits, or an expression.",
-        math.sqrt(0.5),
-        "Each becomes a vector of length 1; half the diagonal of a unit square. It also points elsewhere.",
-        "Draw both gradients after clipping. How long is each, and what is the angle between them?",
-    ),
     "14.1": number(
         "E copies of a network, K = 2, nothing dropped, gates that add up to 1. The dense network's weights would get "
         "the gradient G. The gradients of the E copies, added up, are how many times G?",
@@ -235,13 +216,6 @@ TRAINING_EXERCISES: dict[str, Exercise] = {
         3.3616,
         "1 + a + a^2 + a^3 + a^4.",
         "A round always gives one token. When does it give a second one, and a third?",
-    ),
-    "15.4": function(
-        "Write a function of (u, v), as in 15.2, that gives the residual law from which a rejected token is replaced.",
-        _residual,
-        [(6,), (6,)],
-        "The part of p that is above q, divided by its sum.",
-        "Accepted proposals already cover a part of p. What is left of it?",
     ),
     "16.1": number(
         "E = 8, K = 2, perfect balance. A program takes f as choices per token (it adds up to K). What does its "

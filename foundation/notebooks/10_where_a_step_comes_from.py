@@ -266,11 +266,10 @@ assert min(changes, key=lambda size: changes[size]) == "spectral"
 # with an iteration from a random start. `orthogonalize` is compared with a singular
 # value decomposition whose values went through the polynomial as plain numbers. Adam,
 # Muon and Adafactor are compared with formulas that look at the whole history of
-# gradients at once. And a test holds all of them against optax, step by step.
+# gradients at once.
 #
 # ## Exercises
-# In the terminal: `uv run python -m foundation derive divergence`, then `rank_one_fit`,
-# `steepest_step` and `orthogonalize`.
+# In the terminal: `uv run python -m foundation derive divergence`.
 
 # %%
 check("10.1", None)
@@ -280,6 +279,3 @@ check("10.2", None)
 
 # %%
 check("10.3", None)
-
-# %%
-check("10.4", None)

@@ -175,28 +175,22 @@ for first in range(0, 48, 3):
     path.append(part[2][0] / part[1][0])
 exact = jax.nn.softmax(long) @ values
 lines: dict = {f"coordinate {i}": jnp.array(path)[:, i] for i in range(3)}
-for i in range(3):
-    lines[f"whole row, {i}"] = ([0, 15], [exact[0, i]] * 2)
+lines["the whole row at once"] = ([len(path)] * 3, exact[0, :3])
 lengths = [2**n for n in range(6, 15)]
 kept = {
     "at once: P, q, k, v and o": (lengths, [t * t + 4 * 64 * t for t in lengths]),
     "tiles: q, k, v, o and L": (lengths, [(4 * 64 + 1) * t for t in lengths]),
 }
-pictures.panels_of_curves(
-    {
-        "the answer after each tile of 3 keys": (lines, "tile", "answer so far", False),
-        "numbers kept for the backward pass": (kept, "T", "numbers", True),
-    },
-    dashed="whole row",
-)
+pictures.curves({"after each tile of 3 keys": lines}, "tile", "answer", markers=True)
+pictures.curves({"kept for the backward pass": kept}, "T", "numbers", log=True, log_x=2)
 ratio = kept["at once: P, q, k, v and o"][1][6] / kept["tiles: q, k, v, o and L"][1][6]
 print(f"at T = {lengths[6]}: {ratio:.0f} times as many")
 assert max_relative_error(path[-1], exact[0]) < 1e-13
 
 # %% [markdown]
 # ## Exercises
-# In the terminal: `uv run python -m foundation derive merge_parts` asks for step 2, and
-# `derive flash_attention` for the loop of steps 4 and 5.
+# In the terminal: `uv run python -m foundation derive flash_attention` asks for steps 4
+# and 5.
 
 # %%
 check("11.1", None)

@@ -181,8 +181,6 @@ assert not caching.leaks(kinds, 4, 2, 0.75, "token, growing").any()
 # training reports how much it drops.
 #
 # ## Exercises
-# In the terminal: `uv run python -m foundation derive kept_choices` asks for all six
-# rules, and `derive decode` for the loop.
 
 # %%
 check("12.1", None)

@@ -207,6 +207,3 @@ check("13.2", None)
 
 # %%
 check("13.3", None)
-
-# %%
-check("13.4", None)

@@ -172,8 +172,6 @@ for a in (0.5, 0.8, 0.95):
 
 # %% [markdown]
 # ## Exercises
-# In the terminal: `uv run python -m foundation derive filtered_law`, then `derive
-# speculative_law`.
 
 # %%
 check("15.1", None)
@@ -183,6 +181,3 @@ check("15.2", None)
 
 # %%
 check("15.3", None)
-
-# %%
-check("15.4", None)

@@ -187,8 +187,7 @@ assert max(loads["bias, rate 0.001"][-1], loads["balance loss"][-1]) < 1.1
 # compared with its fair share.
 #
 # ## Exercises
-# In the terminal: `uv run python -m foundation derive importance_loss`, then `derive
-# biased_choice`.
+# In the terminal: `uv run python -m foundation derive importance_loss`.
 
 # %%
 check("16.1", None)

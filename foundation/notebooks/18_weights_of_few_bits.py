@@ -169,8 +169,7 @@ assert jnp.all(jnp.isfinite(d))
 # their inputs have something in common.
 #
 # ## Exercises
-# In the terminal: `uv run python -m foundation derive coded_product`, then `derive
-# moved_by_one`.
+# In the terminal: `uv run python -m foundation derive coded_product`.
 
 # %%
 check("18.1", None)
@@ -180,6 +179,3 @@ check("18.2", None)
 
 # %%
 check("18.3", None)
-
-# %%
-check("18.4", None)

@@ -215,6 +215,3 @@ check("19.2", None)
 
 # %%
 check("19.3", None)
-
-# %%
-check("19.4", None)

@@ -238,6 +238,3 @@ check("21.2", None)
 
 # %%
 check("21.3", None)
-
-# %%
-check("21.4", None)

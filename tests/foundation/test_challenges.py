@@ -18,8 +18,9 @@ from foundation.chapters import CHAPTERS, OPERATIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = {"softmax", "layernorm"}
-LONG = {"router", "decode"}
-FIRST = {next((name for name in chapter.operations if name in CHALLENGES.keys() - LONG), "") for chapter in CHAPTERS}
+FIRST = {
+    next((name for name in chapter.operations if name in CHALLENGES and name != "router"), "") for chapter in CHAPTERS
+}
 """A challenge of each chapter."""
 
 

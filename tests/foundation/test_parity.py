@@ -1,7 +1,6 @@
 """The catalogue of checks passes, and the check itself can fail."""
 
 import itertools
-import json
 from collections.abc import Iterable
 
 import jax.numpy as jnp
@@ -95,7 +94,6 @@ def test_an_answer_that_is_off_fails_against_its_oracle(capsys: pytest.CaptureFi
     off = parity.run(check(1.0 + 1e-9))
     assert not off.passed
     assert table.row(off).endswith("1.0e-09 FAILED")
-    assert table.summarise([off])["failed"] == ["power/test"]
 
 
 def test_nan_fails() -> None:
@@ -130,26 +128,18 @@ def test_relative_error_floors_a_leaf_that_is_zero_in_exact_arithmetic() -> None
 def test_the_table_reports_and_exits_by_what_fails(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(table, "all_checks", lambda: [square(1.0, 1.0)])
-    assert main(["--json"]) == 0
-    good = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert good["checks"] == 1
-    assert good["failed"] == []
-    errors = {f"max_rel_error_{kind}" for kind in ("autodiff", "finite_difference", "oracle")}
-    assert set(good) == {"checks", "failed", "only_zeros"} | errors
-    assert good["max_rel_error_oracle"] is None  # no check of this selection has an oracle
+    def said(*checks: parity.Check) -> tuple[int, str]:
+        monkeypatch.setattr(table, "all_checks", lambda: checks)
+        return main([]), capsys.readouterr().out
 
-    monkeypatch.setattr(table, "all_checks", lambda: [square(1.0, 1.0), square(1.0, 2.0)])
-    assert main(["--json"]) == 1
-    out = capsys.readouterr().out
-    assert "FAILED" in out
-    assert json.loads(out.splitlines()[-1])["failed"] == ["square/test"]
-
-    monkeypatch.setattr(table, "all_checks", lambda: [square(1.0, 1.0), square(0.0, 0.0)])
-    assert main(["--json"]) == 0
-    out = capsys.readouterr().out
+    status, out = said(square(1.0, 1.0))
+    assert (status, "1 checks, 0 failed" in out, "against autodiff" in out) == (0, True, True)
+    assert "an oracle" not in out  # no check of this selection has one
+    status, out = said(square(1.0, 1.0), square(1.0, 2.0))
+    assert (status, "2 checks, 1 failed" in out, out.count(" FAILED")) == (1, True, 1)
+    status, out = said(square(1.0, 1.0), square(0.0, 0.0))
+    assert status == 0
     assert "1 would fail with a wrong factor; the right numbers of 1 are all 0" in out
-    assert json.loads(out.splitlines()[-1])["only_zeros"] == ["square/test"]
 
 
 def test_a_selection_is_by_operation_or_by_chapter() -> None:

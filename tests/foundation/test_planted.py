@@ -19,7 +19,7 @@ from foundation.challenges.mistakes import changed
 from foundation.challenges.planting import Bug, exchanged, planted
 from foundation.chapters import OPERATIONS
 from foundation.checks import checks_of
-from tests.foundation import test_foundation_forward, test_foundation_optimizers
+from tests.foundation import test_foundation_forward
 from tests.support import short_form
 
 pytestmark = pytest.mark.planted
@@ -41,8 +41,7 @@ def refuses(check: parity.Check) -> bool:
 
 def runs_of(test_name: str) -> Iterator[Callable[[], None]]:
     """The test with each set of its parameters."""
-    modules = (test_foundation_forward, test_foundation_optimizers)
-    test = next(getattr(module, test_name) for module in modules if hasattr(module, test_name))
+    test = getattr(test_foundation_forward, test_name)
     marks = [mark for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
     if not marks:
         yield test
