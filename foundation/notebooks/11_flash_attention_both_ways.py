@@ -153,12 +153,12 @@ assert max_relative_error(left, right) < 1e-13
 
 # %% [markdown]
 # ## What it looks like, and what it saves
-# Left: the answer of one query after each tile, three coordinates. The dashed lines are
+# First, the answer of one query after each tile, three coordinates. The last dots are
 # the answer of the whole row. The estimate may jump when a tile brings a new largest
 # score, because then everything before shrinks by $e^{m_1 - m}$. It is exact at the
 # last tile and means nothing before.
 #
-# Right: numbers that are kept for the backward pass, for one head of width 64. The
+# Then numbers that are kept for the backward pass, for one head of width 64. The
 # matrix grows with $T^2$, and the rest grows with T. At T = 4096 the ratio is about 17.
 # Without tiles the inputs and the output are kept as well, so that line is the sum.
 
