@@ -1,22 +1,14 @@
-"""Adafactor: Adam's second moment in R + C numbers instead of R C.
+"""Adafactor: Adam's second moment v, [R, C], in R + C numbers. Derived in chapter 10.
 
-Adam divides each entry of a gradient by the root of a running mean of its square, v, [R, C]. That is as much memory as
-the parameters. Adafactor keeps two vectors, and uses r c^T in place of v. Which two? Measure the distance of two
-positive matrices by the divergence
+Of all products r c^T, the one that is nearest to v in the divergence
 
     D(v, w) = sum_ij  v_ij log(v_ij / w_ij) - v_ij + w_ij
 
-which is 0 for w = v and positive otherwise, because t - 1 - log t >= 0 for t = w / v. With w = r c^T:
-
-    dD/dr_i = sum_j (c_j - v_ij / r_i) = sum_j c_j - (sum_j v_ij) / r_i
-    dD/dc_j = sum_i (r_i - v_ij / c_j) = sum_i r_i - (sum_i v_ij) / c_j
-
-Both are 0 where r_i = (row sum of v) / sum(c) and c_j = (column sum of v) / sum(r). So
+is where both gradients are 0, dD/dr_i = sum(c) - (row sum i) / r_i and dD/dc_j = sum(r) - (column sum j) / c_j:
 
     w_ij = (row sum i) (column sum j) / (sum of all)
 
-A squared distance would need a singular value decomposition. This one needs sums alone. And sums are linear in v, so
-they can be averaged over the steps: the factors of the running mean are the running means of the factors.
+Sums are linear in v, so the factors of the running mean are the running means of the factors.
 
 Source: Shazeer and Stern 2018, section 3 (the divergence and its minimum) and algorithms 4 and 5; section 6 (clipping),
 section 7.2 (the decay 1 - t^-0.8).

@@ -1,4 +1,4 @@
-"""Four ways to keep experts busy, and which of them has a gradient.
+"""Four ways to keep experts busy, and which of them has a gradient. Derived in chapter 16.
 
 With p, [T, E], the router's probabilities, and f_e the share of all T K choices that went to expert e:
 
@@ -9,24 +9,10 @@ With p, [T, E], the router's probabilities, and f_e the share of all T K choices
                    score that chooses, and not to the gate
     expert choice  each expert takes its C tokens                 none is needed      they are made equal
 
-**Importance.** CV^2 is the variance of I over its squared mean. With S = sum_e I_e and Q = sum_e I_e^2,
-
-    L = E Q / S^2 - 1        dL/dI_e = 2 E (I_e / S^2 - Q / S^3)
-
-It is 0 where all I are equal, and knows nothing of f: probabilities of 0.51 and 0.49 that lean the same way for every
-token have almost equal I, while one expert gets every token.
-
-**Balance.** f counts choices, so it is a constant to the derivative. It is divided by T K, so that it adds up to 1, and
-the loss is 1 at perfect balance for every K (not its minimum: see `router.py`). Divided by T alone it would be K there
-(OLMoE #45).
-
-**Bias.** The choice is made by p + b, and the gate is p of what was chosen. If b were in the gate, the output would be
-scaled by it. The step has the size `rate` whatever the distance, so loads end by swinging around their fair share.
-
-**Expert choice.** Equal by construction; chapter 12 shows that it cannot be cached.
+With S = sum_e I_e and Q = sum_e I_e^2, importance is E Q / S^2 - 1, and its gradient in I_e 2 E (I_e / S^2 - Q / S^3).
 
 Sources: Shazeer et al. 2017, equations 6 and 7; Fedus et al. 2021, equations 4 to 6; Wang et al. 2024, equation 3 and
-algorithm 1; Zhou et al. 2022, section 3.2.
+algorithm 1; Zhou et al. 2022, section 3.2. f divided by T alone, in the field: OLMoE #45.
 """
 
 import jax.numpy as jnp

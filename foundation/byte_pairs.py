@@ -1,25 +1,12 @@
-"""Byte-pair encoding from scratch: which pieces should a text be cut into?
+"""Byte-pair encoding from scratch. Derived in chapter 20.
 
-A model reads whole numbers, so a text is cut into pieces that have numbers. Bytes always work, and make a text long.
-Words make it short, and leave no number for a new one. Byte pairs lie between. Begin with bytes. Find the pair of
-neighbours that is the most frequent, give it a new number, and replace it everywhere. Do this as often as you like. The
-list of pairs is the **tokenizer**.
+Begin with bytes. The most frequent pair of neighbours gets a new number and is replaced everywhere, from left to right,
+as often as one likes. The list of pairs is the tokenizer. Each place counts: "aaa" has (a, a) twice, and becomes (aa,
+a). Of equally frequent pairs the one with the smaller numbers is taken. No pair spans two words, so each different word
+is counted once, times its occurrences.
 
-**Counting.** Neighbours are counted at every place, so "aaa" has the pair (a, a) twice, though only one of the two can
-be replaced. That is what the programs in use do. Of equally frequent pairs the one with the smaller numbers is taken.
-A text is cut into words before, and no pair spans two words; so it is enough to count each different word once and
-multiply.
-
-**Replacing** goes from left to right, and a replaced place is not looked at again: "aaa" becomes (aa, a).
-
-**Encoding.** A new word is encoded by the same replacements in the same order. It need not go through the whole list.
-Replace, as long as there is any pair of the list in the word, the one that was learned *first*. Both give the same. A
-replacement makes new pairs only with the new number, and a pair with this number was learned later. So the earliest
-pair that is present only ever moves to the back of the list, and a pair once passed never comes again.
-
-**Nothing is lost.** Each number stands for a string of bytes, that of a pair for its left and then its right one. So a
-text can be spelled out again, whatever the list is. And scores can be compared between tokenizers, if they are divided
-by bytes. A loss by token cannot: with larger pieces there are fewer tokens, and each is harder to guess.
+A new word is encoded by the pair in it that was learned *first*, again and again. That is the same as going through the
+whole list: a replacement makes new pairs only with the new number, and those were learned later.
 
 Sources: Gage 1994; Sennrich et al. 2016, section 3.2 and algorithm 1; Radford et al. 2019, section 2.2 (bytes).
 """

@@ -1,22 +1,11 @@
-"""What may be cached: when an output is a function of the text before it.
+"""What may be cached: when an output is a function of the text before it. Derived in chapter 12.
 
-While a model writes, the text grows by one token a step. If what was computed for position t never changes again, it
-can be kept, and a step costs one token's work. So output t must be a function of the tokens 0 ... t and of nothing
-else. Two things can spoil that, and they are tested apart:
+Attention under a causal mask is such a function: keys and values are kept, each key turned by its own position. The
+slots of experts are given by a rule: of the tokens that want an expert, the C first in a queue get one. Two tests, for
+an output t:
 
-    content     change a token after t: output t must not move
-    length      cut the text after t: output t must not move
-
-**Attention** passes both tests under a causal mask. Key and value s are functions of the stream at s, so they are kept;
-a query is used once, so it is not. With rotary positions a key is turned by its own position s, which does not change
-either. Scores see the difference of two positions only. So a shift of *all* positions is invisible, and a shift of the
-new ones against the kept ones is not.
-
-**Slots** of experts are given by a rule: an expert has C of them, and of the tokens that want it, those with the
-highest priority get one. Token t keeps its slot if fewer than C tokens are before it in the queue. So
-
-    content     passes if no later token can be before an earlier one, for any text
-    length      passes if, besides, C does not depend on the tokens after t
+    content     change a token after t: passes if no later token can be before an earlier one, for any text
+    length      cut the text after t: passes if, besides, C does not depend on the tokens after t
 
     rule              order of the queue                       C             content   length
     none              -                                        no limit      passes    passes
@@ -25,9 +14,6 @@ highest priority get one. Token t keeps its slot if fewer than C tokens are befo
     choice            rank of the choice, position             from T        fails     fails
     batch             rank, largest probability, position      from T        fails     fails
     expert            probability (all tokens want it)         from T        fails     fails
-
-A model that is trained with the rule "token" is causal at a fixed length. It may be cached only if writing drops
-nothing, which is the rule "none".
 
 Sources: Pope et al. 2022, section 2.1 (what is cached); Su et al. 2021, equation 16 (scores see the distance); Lepikhin
 et al. 2020, algorithm 1 (choice); Riquelme et al. 2021, section 4 (batch); Zhou et al. 2022, section 3.2 (expert).

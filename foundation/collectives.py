@@ -1,8 +1,7 @@
-"""Collectives and their adjoints: what a gradient does on its way back through many devices.
+"""Collectives and their adjoints. Derived in chapter 19.
 
-Here a device is an index. An array [R, ...] holds what each of R devices has, so a collective is a function of ordinary
-arrays, and its adjoint is found as always. Every collective is linear: with the matrix A its adjoint has A^T. Entry
-(output of rank r, input of rank s) becomes (input of rank s, output of rank r). Who sent, receives.
+A device is an index: an array [R, ...] holds what each of R devices has. Every collective is linear, so its adjoint is
+the transposed matrix: who sent, receives.
 
     forward                                          backward
     copy_to_all     y_r = x                          d_x = sum_r d_y_r                 a sum
@@ -11,20 +10,10 @@ arrays, and its adjoint is found as always. Every collective is linear: with the
     reduce_scatter  y_r = sum_s part r of x_s        d_x_s = (d_y_0, ..., d_y_(R-1))   all_gather
     all_to_all      part s of y_r = part r of x_s    the same with r and s exchanged   all_to_all
 
-**The factor R.** After an all_reduce every rank has the same sum, and computes the same loss L from it. There is one
-loss, not R. A program that lets each rank start its backward pass with d_L = 1 differentiates the sum of R equal
-losses, and every gradient is R times too large. An optimizer that divides by the gradient's size hides this, and
-clipping shows it.
-
-**Data parallelism** is copy_to_all: all ranks use the same weights on their own tokens, so the gradients are added up.
-
-**Expert parallelism** is two all_to_alls. Rank e has expert e. Each rank sorts its rows by expert, [E, C, D], and part
-e goes to rank e. The expert works on the rows of all ranks at once, and the results go back the same way. In the
-backward pass the gradients of the results travel to the experts, and those of the rows travel home. The gradient of an
-expert's weights is whole where the expert is: nothing has to be added up.
-
-**What is sent.** A ring adds up in 2 (R - 1) steps. In each, every rank sends 1/R of the array to the next rank. So a
-rank sends 2 (R - 1) / R times the array, which hardly depends on R. An all_to_all sends (R - 1) / R.
+After an all_reduce there is one loss, not R: whoever starts each rank with d_L = 1 gets R times the gradient. Data
+parallelism is copy_to_all of the weights. Expert parallelism is two all_to_alls around the experts, rank e with expert
+e. The gradient of an expert's weights is whole where the expert is. A ring sends 2 (R - 1) / R of the array from each
+rank, an all_to_all (R - 1) / R.
 
 Sources: Patarasuk and Yuan 2009, section 3 (the ring); Lepikhin et al. 2020, section 3.2 (all_to_all around experts);
 the factor in the field: jax #3970.

@@ -1,25 +1,16 @@
-"""Attention in tiles of keys, forward and backward, without the matrix of weights.
+"""Attention in tiles of keys, forward and backward, without the matrix of weights. Derived in chapter 11.
 
-Attention needs softmax(S) v for a row of scores S, and a softmax needs the whole row: its largest entry, and its sum.
-In tiles the row is seen piece by piece. Of each piece of keys keep three things for each query,
+Of each piece of keys keep three things for each query, and merge two pieces by bringing both to the larger m:
 
-    m = max_s S_s        l = sum_s e^(S_s - m)        o = sum_s e^(S_s - m) v_s
-
-so that o / l is the answer for that piece alone. Two pieces are merged by bringing both to the larger m:
-
+    m = max_s S_s        l = sum_s e^(S_s - m)                  o = sum_s e^(S_s - m) v_s
     m = max(m1, m2)      l = l1 e^(m1 - m) + l2 e^(m2 - m)      o = o1 e^(m1 - m) + o2 e^(m2 - m)
 
-This is associative, and (-inf, 0, 0) is its zero. So any number of tiles can be merged in any order. What must be kept
-for the backward pass is o / l and L = m + log l, the logsumexp of the row: with it P_s = e^(S_s - L), computed again,
-tile by tile. The gradients of attention.py are
+The answer is o / l. Kept for the backward pass are the answer and L = m + log l: P_s = e^(S_s - L), tile by tile. With
+W = P keep / (1 - rate), the weights after dropout, the gradients are those of attention.py,
 
     d_v = W^T d_o        d_P = (d_o v^T) keep / (1 - rate)        d_S = P (d_P - rowsum(d_P P))
 
-where W = P keep / (1 - rate) are the weights after dropout. The row sum looks as if it needed the whole row too. But
-
-    rowsum(d_P P)_t = sum_s W_ts <d_o_t, v_s> = <d_o_t, sum_s W_ts v_s> = <d_o_t, o_t>
-
-so it is known before the first tile, dropout or not. Note that l sums *undropped* weights, and o dropped ones.
+and rowsum(d_P P)_t = <d_o_t, o_t> is known before the first tile. l sums *undropped* weights, and o dropped ones.
 
 Sources: Milakov and Gimelshein 2018, section 3 (the running softmax); Dao et al. 2022, section 3.1 and appendix B.
 """

@@ -1,28 +1,12 @@
-"""Are n micro-batches one batch?
+"""Are n micro-batches one batch? Derived in chapter 13.
 
-A batch that does not fit into memory is cut into micro-batches. Each gives a loss and a gradient, and these are added
-up, or **accumulated**. A gradient is linear in the loss. So the accumulated gradient is that of the whole batch where
-the *loss* of the whole batch is the sum of what the micro-batches add up. Three cases.
+The accumulated gradient is that of the whole batch where the *loss* of the whole batch is the sum of what the
+micro-batches add up.
 
-**A mean over tokens.** Micro-batch i has n_i counted tokens, whose losses sum to x_i. The whole batch has the loss
-
-    L = (x_1 + ... + x_M) / (n_1 + ... + n_M)
-
-and not the mean of the means, (x_1 / n_1 + ... + x_M / n_M) / M, unless all n_i are equal: the mean of means gives
-each *micro-batch* the same weight, and so a token of a short one a larger weight than a token of a long one. With
-n = n_1 + ... + n_M the right weight of a micro-batch's mean is its share n_i / n:
-
-    L = sum_i (n_i / n) L_i            d_z in micro-batch i = (n_i / n) d_L (p - onehot) / n_i
-
-**A mean over sequences of any function of a sequence.** All sequences count alike, so the mean of means is exact where
-all micro-batches have equally many. The balance loss of this project is such a mean: f and P are those of a sequence.
-
-**A product of means.** The balance loss of other programs takes f and P over the whole batch. With F_b and P_b for
-sequence b, and a bar for the mean over sequences,
-
-    mean_b F_b P_b = Fbar Pbar + cov_b(F, P)
-
-so the loss of the parts is not the loss of the whole: the covariance over the parts is added. No weights repair this.
+    a mean over n tokens        L = sum_i (n_i / n) L_i, so d_z in micro-batch i = (n_i / n) d_L (p - onehot) / n_i
+    a mean over sequences       the mean of means, where all have equally many: the balance loss of this project
+    a product of means          mean_b F_b P_b = Fbar Pbar + cov_b(F, P): the balance loss of f and P over a batch is
+                                not the loss of its parts, and no weights repair this
 
 Sources: Fedus et al. 2021, equations 4 to 6 (the balance loss); the faults in the field: torchtune #1875, transformers
 #34191 and #35203.

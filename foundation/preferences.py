@@ -1,44 +1,22 @@
-"""Learning from rewards and from preferences, without a single sample: every text is enumerated.
+"""Learning from rewards and from preferences, without a sample: every text is enumerated. Derived in chapter 21.
 
-A policy pi gives each text y a probability, pi(y) = prod_t p(y_t | y_(t-1)), with p the softmax of a table of logits.
-With few tokens and short texts, all texts can be listed, and every expectation is a sum. So what is usually estimated
-can be derived and checked exactly.
+A policy gives each text pi(y) = prod_t p(y_t | y_(t-1)), with p the softmax of a table of logits. Its score s(y) = d
+log pi(y) / d z has the mean 0. So a baseline b changes no expected gradient:
 
-**The score.** d log p_v / d z = onehot_v - p, so with s(y) = d log pi(y) / d z, and since the probabilities add up to
-1,
+    reward            J = sum_y pi(y) r(y)        dJ = sum_y pi(y) (r(y) - b) s(y)
+    a group of G      b = the group's mean        E[gradient] = (1 - 1/G) dJ: a text's own reward is in its b
 
-    sum_y pi(y) s(y) = 0
+A term that keeps pi near a reference is estimated with rho = ref / pi by k1 = -log rho, k2 = (log rho)^2 / 2 or k3 =
+rho - 1 - log rho. As losses, with the samples held fixed, they descend
 
-**Reward.** J = sum_y pi(y) r(y) has the gradient sum_y pi(y) (r(y) - b) s(y), for *every* constant b: b sum pi s = 0.
+    k1: nothing at all        k2: KL(pi || ref)        k3: KL(ref || pi)
 
-**A group as its own baseline.** Draw G texts and let b be the mean of their rewards, as GRPO does. Each text's own
-reward is in its b. The G - 1 others are independent of it and average to nothing, so the expected gradient is
+DPO has w chosen and l rejected, L = -log sigmoid(m) with m = beta [log pi(w)/ref(w) - log pi(l)/ref(l)], so
 
-    E[1/G sum_i (r_i - mean r) s_i] = (1 - 1/G) dJ
-
-It has the right direction and is a little short. Dividing by the group's standard deviation, as GRPO does too, has no
-such identity: it weighs each question by how little its answers differ.
-
-**Which KL?** A term that keeps pi near a reference is estimated from samples of pi, with rho = ref / pi, by
-
-    k1 = -log rho        k2 = (log rho)^2 / 2        k3 = rho - 1 - log rho
-
-As *numbers*, k1 and k3 average to KL(pi || ref). As *losses*, the samples are held fixed and only k is differentiated:
-
-    k1: sum pi s = 0: nothing at all
-    k2: sum pi (log pi - log ref) s = d KL(pi || ref)
-    k3: sum pi (1 - rho) s = -sum ref s = d KL(ref || pi)
-
-**Preferences.** If the chosen text w is preferred to the rejected l with the probability sigmoid(r_w - r_l), and pi
-should maximise E r - beta KL(pi || ref), then pi is in proportion to ref exp(r / beta), so r = beta log(pi / ref) +
-const, and the constant leaves the difference. What is left is a loss on pi alone, DPO:
-
-    L = -log sigmoid(m),  m = beta [log pi(w)/ref(w) - log pi(l)/ref(l)]
     dL/d log pi(w) = -beta sigmoid(-m)        dL/d log pi(l) = beta sigmoid(-m)
 
-**A clip.** With rho = pi / pi_old and the advantage A, PPO maximises min(rho A, clip(rho, 1 - eps, 1 + eps) A). The
-minimum takes the clipped branch, which has no gradient, only where rho has already moved in A's favour by more than
-eps.
+PPO maximises min(rho A, clip(rho, 1 - eps, 1 + eps) A), here with rho = pi / pi_old and the advantage A: the clipped
+branch, without a gradient, is taken only where rho has moved in A's favour by more than eps.
 
 Sources: Williams 1992, theorem 1; Rafailov et al. 2023, section 4; Schulman et al. 2017, equation 7; Schulman 2020
 (k1, k2, k3); Shao et al. 2024, section 4.1; Liu et al. 2025, section 3 (the bias of GRPO). In the field: TRL #6503.

@@ -1,34 +1,13 @@
-"""Why can a small step vanish? Numbers with 8 bits of mantissa.
+"""Numbers with 8 bits of mantissa: rounded to nearest, rounded by a draw, summed, and scaled. Derived in chapter 17.
 
-A float32 has 1 bit for the sign, 8 for the exponent and 23 for the mantissa, whose leading 1 is not stored. A bfloat16
-is the upper half of these 32 bits: 7 stored bits of mantissa, 8 with the leading 1. So the bfloat16 numbers in
-[2^e, 2^(e+1)) lie 2^(e-7) apart. Read as integers, the patterns of one sign are in the order of the magnitudes, and
-neighbours differ by 1, also where the exponent changes.
+A bfloat16 is the upper half of a float32. In [2^e, 2^(e+1)) its numbers lie 2^(e-7) apart. Read as integers, the
+patterns of one sign are in the order of the magnitudes, and neighbours differ by 1, also where the exponent changes.
 
-**To nearest.** Cut off the lower half, and add 1 to the upper half if the lower half is more than a half of 2^16. If it
-is exactly a half, take the even neighbour. Adding 0x7FFF, and the last bit of the upper half, before the cut does all
-of this by one carry. With s the spacing on the side of the step, a weight w does not move for a step smaller than
-s / 2. Below a power of two, s is half of what it is above. Any step below w / 512 is lost, however often it is taken.
-
-**By a draw.** Instead, add a random number that is uniform in {0, ..., 2^16 - 1}, and cut. Let `lower` be the number
-in the lower half. The sum carries for `lower` of the 2^16 draws, so x goes up with the probability lower / 2^16. This
-is its distance from the lower neighbour in units of the spacing. With f this fraction,
-
-    E[rounded x] = (1 - f) down + f (down + s) = down + f s = x
-
-exactly. One step is still lost or doubled; the *sum* of many steps is right on average. Its variance is f (1 - f) s^2
-for each step, so after n steps the error is about s sqrt(n f (1 - f)), beside a distance of n f s.
-
-**Long sums.** A running sum in bfloat16 stops to grow when its terms are below half its spacing: 1 + 1 + 1 + ... ends
-at 256. So products are rounded on the way in, and summed in float32.
-
-**Fewer exponents.** A float16 has 11 bits of mantissa but only 5 of exponent. Below 2^-14 its spacing stays 2^-24, so
-small gradients lose bits, and vanish below 2^-25. Multiply the loss by S = 2^k: by the chain rule every gradient is
-multiplied by S. Rounding keeps the leading 11 bits, wherever the point is, so with a power of two
-
-    round(S g) / S = round to 11 bits of g
-
-and S cancels *exactly*, while S |g| is from 2^-14 to 65504. With another S the digits change.
+    to nearest     add 0x7FFF and the last bit of the upper half, then cut: a carry rounds, a tie goes to the even one
+    by a draw      add a uniform number of 16 bits, then cut: x goes up with probability lower / 2^16, so E = x exactly
+    running sum    stops to grow where the terms are below half its spacing: ones add up to 256
+    float16        11 bits, 5 of exponent: below 2^-14 the spacing stays 2^-24
+    scale 2^k      round(S g) / S = round to 11 bits of g, while S |g| is from 2^-14 to 65504
 
 Sources: Gupta et al. 2015, section 3 (stochastic rounding); Kalamkar et al. 2019, section 3 (bfloat16); Micikevicius
 et al. 2018, sections 3.2 and 3.3 (loss scaling, sums in float32).

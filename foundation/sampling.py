@@ -1,27 +1,17 @@
-"""From logits to a token, and how a small model may guess for a large one without changing what is written.
+"""From logits to a token, and a small model that guesses for a large one. Derived in chapter 15.
 
-**Which law?** A model gives logits z, [V]. A temperature divides them. Filters then leave out unlikely tokens, and what
-is left is divided by its sum:
+A temperature divides the logits. Filters look at the softmax of the result, and a token must pass all of them:
 
     top-k     the k likeliest
     top-p     the fewest likeliest that together reach p: a token stays if the mass *before* it is below p
     min-p     those with at least min-p times the largest probability
 
-Each filter looks at the law after temperature, and a token must pass all of them. Call the result p. It is the law that
-the text has to follow.
+What is left is divided by its sum: p. A draft with a law q of its own proposes x, which is accepted with probability
+min(1, p_x / q_x), or else replaced from the residual (p - q)+ / sum (p - q)+. Token x comes out with
 
-**Speculative decoding.** A draft model, with a law q of its own, proposes a token x. It is accepted with probability
-min(1, p_x / q_x). If it is rejected, another is drawn from the residual r = (p - q)+ / sum (p - q)+. Token x comes out
+    min(p_x, q_x) + (p_x - q_x)+ = p_x            whatever q is
 
-    q_x min(1, p_x / q_x)  +  P(rejected) r_x  =  min(p_x, q_x) + (p_x - q_x)+  =  p_x
-
-because P(rejected) = 1 - sum min(p, q) = sum (p - q)+ cancels the divisor of r. So the law is p, *whatever q is*. A bad
-draft costs time and changes nothing. It is accepted with the probability sum min(p, q) = 1 - (the sum of |p - q|) / 2.
-
-**A whole round.** The draft proposes n tokens, each after the one before, and the large model judges all in one pass.
-Up to the first rejection they stay. Then comes one token from the residual, or, if all n were accepted, one more from p
-itself. By induction over positions each token has the law of the large model given the text before it. If each is
-accepted with probability a, a round gives 1 + a + ... + a^n tokens, on average.
+A round of n proposals, each accepted with probability a, gives 1 + a + ... + a^n tokens on average.
 
 Sources: Holtzman et al. 2020, section 3.1 (top-p); Nguyen et al. 2024 (min-p); Leviathan et al. 2023, section 2.3,
 theorem 3.5 and equation 1; Chen et al. 2023, algorithm 2.

@@ -1,34 +1,17 @@
-"""How few bits does a weight need, and which way should it be rounded?
+"""Weights of few bits, and which way to round them. Derived in chapter 18.
 
-**Codes.** A weight is stored as a whole number times a scale, w ~ s q, with q from -m to m. For 8 bits m is 127, for 4
-bits 7. With s = max |w| / m nothing is cut off, and rounding to nearest is wrong by at most s / 2. With one scale for
-a whole matrix, its largest entry would spoil all others. So each output has its own, or each group of inputs of an
-output.
+A weight is a whole number times a scale, w ~ s q, with q from -m to m: m is 127 for 8 bits, 7 for 4. The scale max |w|
+/ m is one for each output, or for each group of inputs of an output. It leaves the sum of the product:
 
-**The product.** The scale of an output does not depend on the input, so it leaves the sum:
+    y_o = s_o sum_d x_d q_do            d_x = (d_y s) q^T     d_s_o = sum_t d_y_to (x q)_to
 
-    y_o = sum_d x_d s_o q_do = s_o sum_d x_d q_do            d_x = (d_y s) q^T     d_s_o = sum_t d_y_to (x q)_to
+What should be small is the error of the outputs. With stored weights v, tokens X [T, D] and H = X^T X / T,
 
-A product reads 1 byte for each weight, and multiplies by the scale once for each output.
+    L = (v - w)^T H (v - w)             dL/dv = 2 H (v - w)
 
-**What should be small?** Not the error of the weights, but that of the outputs. For one output with weights w and
-stored weights v, over tokens X, [T, D], and with H = X^T X / T,
-
-    L = |X (v - w)|^2 / T = (v - w)^T H (v - w)             dL/dv = 2 H (v - w)
-
-**One weight.** Fix v_k, which is wrong by e = v_k - w_k. How should the others move? Minimise d^T H d over d = v - w
-with d_k = e. With a multiplier, 2 H d = mu e_k, so d is in proportion to column k of H^-1, and d_k = e gives
-
-    d = e H^-1[:, k] / H^-1[k, k]                             L = e^2 / H^-1[k, k]
-
-**GPTQ.** Round the weights in turn. After each, the free ones move by this rule. A fixed weight leaves the problem.
-What is left has the matrix H without row and column k. Its inverse comes from H^-1 by one step of elimination,
-
-    H^-1 - H^-1[:, k] H^-1[k, :] / H^-1[k, k]
-
-**Few tokens.** H has at most the rank T. An expert that has seen fewer tokens than D has no H^-1: many v give the same
-outputs, and the rule divides by zero. A multiple of the identity is added to H. It asks for small changes where
-the tokens do not care.
+If weight k is off by e, the others make L least with d = e H^-1[:, k] / H^-1[k, k], and then L = e^2 / H^-1[k, k].
+GPTQ rounds the weights in turn, moves the free ones so, and takes weight k out: H^-1 - H^-1[:, k] H^-1[k, :] / H^-1[k,
+k]. With fewer tokens than D, H has no inverse, and a multiple of the identity is added.
 
 Sources: Hassibi and Stork 1993, section 2; Frantar et al. 2023, equations 2 and 3 and section 3.3; Dettmers et al.
 2022, section 2.

@@ -1,20 +1,13 @@
-"""Which step is steepest: it depends on how long a step is said to be.
+"""Which step is steepest: it depends on how long a step is said to be. Derived in chapter 10.
 
-To first order a step d changes the loss by <g, d>, with g the gradient. Among all steps of size 1, the steepest makes
-this as small as it gets. "Size" is a norm, and each norm has an answer of its own:
+Of all steps d of size 1, the steepest makes <g, d> as small as it gets, with g the gradient:
 
     size of d                       steepest d       <g, d> is then minus
     root of the sum of squares      -g / |g|         |g|             (gradient descent)
     largest entry                   -sign(g)         sum |g|         (Adam, where gradients do not change)
     largest singular value          -U V^T           sum of the singular values of g = U S V^T         (Muon)
 
-The last column is the dual norm of g,  |g|* = max { <g, d> : size of d <= 1 }.  Let d(g) be the step that attains the
-maximum. Then the gradient of the dual norm *is* d(g): for another gradient h, |h|* >= <h, d(g)>, with equality at
-h = g. So |h|* - <h, d(g)> has its minimum 0 at h = g, and its gradient there, grad |g|* - d(g), is 0.
-
-The third row in detail. <g, d> = tr(S U^T d V). With R = U^T d V this is sum_i s_i R_ii, and no entry of R is larger
-than the largest singular value of d, which is at most 1. So R_ii = 1 for all i is the best there is, and d = U V^T
-attains it: all singular values of the step are 1.
+The last column is the dual norm of g. Its gradient *is* the step that attains it, up to the sign.
 
 Sources: Bernstein and Newhouse 2024 ("Old optimizer, new norm"), propositions 1 to 3; Kingma and Ba 2015, section 2.1.
 """

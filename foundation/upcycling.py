@@ -1,28 +1,14 @@
-"""Upcycling: a mixture of experts that starts as copies of one trained network.
+"""Upcycling: a mixture of experts that starts as copies of one trained network. Derived in chapter 14.
 
-Every expert is a copy of a dense feed-forward network h, and the router starts at random. If the gates of a token's K
-experts add up to 1 and none is dropped, y = sum_e g_e h(x) = h(x): the function is the dense one. What does the router
-learn from? Its gates get d_g_e = <d_y, h_e> (chapter 8). All h_e are equal, so all d_g_e are, and
-
-    d_z_S = g (d_g - <g, d_g>) = g (c - c sum(g)) = 0            K > 1, gates divided, no drops
-
-The softmax's Jacobian removes constants. The router gets *exactly nothing* from the task. Three things change that:
+Every expert is the dense network h. If a token's gates add up to 1 and none is dropped, y = h(x), and the router gets
+*exactly nothing*: all d_g_e = <d_y, h_e> are one number c, and d_z_S = g (c - c sum(g)) = 0. Three things change that:
 
     K = 1               g = p_s:           d_z = p_s c (onehot(s) - p)
     gates not divided   g = p_S:           d_z = p (d_p - <p, d_p>), with d_p = c on S and 0 elsewhere
     a dropped choice    its h_e is 0:      d_g is c on what is kept and 0 on what is dropped, no constant
 
-In the first two y is not h(x) but h(x) times a number below 1: the router raises this number if c < 0, that is, if more
-of h lowers the loss, and lowers it if c > 0. In the third it prefers experts with free slots if c < 0, and full ones if
-c > 0. None of these says which expert is *better*, for none is.
-
-The experts do learn from the start. Expert e collects g_e times the gradient of each token that came to it, so the
-copies part, and as soon as they have, d_g is no constant any more:
-
-    d_g_e - <g, d_g> = <d_y, h_e - sum_j g_j h_j>
-
-to first order in proportion to how far they have parted. Copying has the adjoint "sum", so the experts' gradients add
-up to the dense network's where nothing is dropped and gates add up to 1.
+What the router then learns depends on the sign of c, and none of it says which expert is better. The experts do learn:
+expert e collects g_e times the gradient of its tokens. Copying has the adjoint "sum".
 
 Source: Komatsuzaki et al. 2023, section 3; the vanishing gradient: derived here.
 """
