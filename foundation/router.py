@@ -1,43 +1,24 @@
-"""The router: which K of E experts a token is sent to, with which weight, and the losses that keep it honest.
+"""The router: which K of E experts a token is sent to, with which weight, and two losses. Derived in chapter 8.
 
 Forward, for one token with stream x:
 
     z = x W                     logits, [E]
     p = softmax(z)              probabilities over all E experts
     S = the K largest logits    a choice: piecewise constant, so its derivative is 0 wherever it exists
-    g = p_S / sum(p_S)          gates; for K = 1 this would be the constant 1, so there the gate is p itself
+    g = p_S / sum(p_S)          gates; for K = 1, and in models that do not divide (OLMoE), g = p_S
 
-Some models leave out the division for every K (OLMoE): then g = p_S, and the gates sum to less than 1.
+Backward, with d_z = 0 outside S in the first line, since there the gates are a softmax of the chosen logits alone:
 
-Backward through the gates. Since p_S / sum(p_S) = softmax(z_S), the softmax over the chosen logits alone,
+    divided         d_z_S = g (d_g - <g, d_g>)
+    not divided     d_z = p (d_p - <p, d_p>),  with d_p = d_g at the chosen experts and 0 elsewhere
 
-    K > 1:  d_z_S = g (d_g - <g, d_g>),  and d_z = 0 outside S
-    K = 1:  d_z   = p_s d_g (onehot(s) - p), which does reach the other logits
+The balance loss is E sum_e f_e P_e in a sequence of T tokens, with f_e the share of the (token, choice) pairs that went
+to e, and P_e the mean probability of e. f counts, so it is a constant to the derivative. The loss is 1 at perfect
+balance for every K, and below 1 where f and P put the experts in different orders. The z-loss is the mean of
+logsumexp(z)^2.
 
-and gates that are not divided are K entries of p, so the softmax's own rule takes their gradients at once:
-
-    g = p_S:  d_z = p (d_p - <p, d_p>),  with d_p = d_g at the chosen experts and 0 elsewhere
-
-So with K > 1 and the division the task tells an expert that was not chosen nothing: neither its weights nor its router
-column get a gradient from that token. The others improve, an expert that is never chosen does not. So a few experts
-may end with all tokens. Hence the balance loss,
-
-    L_balance = E sum_e f_e P_e       f_e = share of the (token, choice) pairs of a sequence that went to e
-                                      P_e = mean probability of e in that sequence
-
-which is 1 at perfect balance. It is at least 1 where f and P put the experts in the same order. Where they do not, it
-can be below 1: for p = (0.51, 0.49) three times and (0.05, 0.95) once, with K = 1, it is 0.895. f counts choices, so it
-is a constant to the derivative; all the gradient goes through P:  dL/dp_te = E f_e / T, the same for each token, and
-proportional to how popular e is. The logits get it through the softmax,
-
-    dL/dz_te = p_te (E / T) (f_e - sum_j p_tj f_j)
-
-so there the push has a factor p_te: a popular expert that this token gives no probability to is not pushed at all.
-And the z-loss,
-
-    L_z = mean over tokens of logsumexp(z)^2,    dL/dz = 2 logsumexp(z) p / tokens
-
-which keeps logits small, where float arithmetic is fine-grained.
+    balance         dL/dz_te = p_te (E / T) (f_e - sum_j p_tj f_j)
+    z               dL/dz_te = 2 logsumexp(z_t) p_te / T
 
 Sources: Shazeer et al. 2017, equations 3 to 5 (top-K gates); Lepikhin et al. 2020, algorithm 1 (gates
 renormalised over the chosen); Fedus, Zoph and Shazeer 2021, section 2.1 (K = 1) and equations 4 to 6

@@ -185,21 +185,6 @@ def histograms(panels: Mapping[str, Mapping[str, ArrayLike]], xlabel: str, ylabe
     plt.show()
 
 
-def balance(losses: ArrayLike, shares: ArrayLike) -> None:
-    """The balance loss over the steps, and each expert's share of the choices as a band."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.9))
-    figure.set_layout_engine("constrained")
-    left.plot(np.asarray(losses), color=COLOURS[0])
-    left.axhline(1.0, color="grey", ls="--", lw=1)
-    left.set(xlabel="step", ylabel="balance loss", title="1 is perfect balance")
-    bands = np.asarray(shares).T
-    steps = bands.shape[1]
-    right.stackplot(range(steps), bands, colors=plt.colormaps["viridis"](np.linspace(0, 1, len(bands))))
-    right.set(xlabel="step", ylabel="share of the choices", title="each band one expert")
-    right.set(xlim=(0, steps - 1), ylim=(0, 1))
-    plt.show()
-
-
 def sizes(names: Sequence[str], values: Sequence[float], title: str) -> None:
     """A bar for each parameter: red for routers, blue for experts, green for the rest."""
     _, ax = plt.subplots(figsize=(9, 6.6), layout="constrained")

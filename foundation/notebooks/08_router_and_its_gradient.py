@@ -104,20 +104,6 @@ pictures.heatmaps(
 )
 
 # %% [markdown]
-# The boxed formulas by themselves, for token 0, without the code of `router.py`:
-
-# %%
-z = W[0]
-K = 2
-routing, cache = router_forward(x, W, K)
-d_g = jax.random.normal(jax.random.key(4), routing.gates.shape)
-S, g, d = routing.experts[0, 0], routing.gates[0, 0], d_g[0, 0]
-d_z = jnp.zeros(E).at[S].set(g * (d - jnp.sum(g * d)))
-print("step 3:     ", jnp.round(d_z, 4))
-print("router.py:  ", jnp.round(router_backward(d_g, zero, zero, cache)[1][0], 4))
-assert jnp.max(jnp.abs(d_z - router_backward(d_g, zero, zero, cache)[1][0])) < 1e-15
-
-# %% [markdown]
 # ## Dropped choices
 # To run fast, each expert has a fixed number of **slots** for a sequence, its capacity
 # $C$. Slots are given token by token. A choice that finds its expert full is
@@ -214,8 +200,8 @@ for name, formula in {"balance": balance, "z": calm}.items():
 # %% [markdown]
 # ## Descending on the balance loss
 # A router that starts with a lean, and no task: gradient descent on the balance loss
-# and a little z-loss, by the formulas above. Each band on the right is one expert's
-# share of the choices.
+# and a little z-loss, by the formulas above. At 1 the loss is balanced; 1/8 is an even
+# share.
 
 # %%
 E, T, D = 8, 64, 16
@@ -238,7 +224,10 @@ for _ in range(150):
     W, (now, share) = descend(W)
     balances.append(float(now))
     shares.append(np.asarray(share))
-pictures.balance(balances, shares)
+each = {f"expert {e}": np.array(shares)[:, e] for e in range(E)}
+pictures.curves(
+    {"balance loss": {"": balances}, "share of the choices": each}, xlabel="step"
+)
 print(f"balance loss {balances[0]:.3f} -> {balances[-1]:.3f}")
 assert balances[-1] < balances[0]
 

@@ -188,12 +188,12 @@ assert abs(gap - experts * jnp.sum(covariance)) < 1e-14
 # %% [markdown]
 # ## What else is not linear
 # Anything between the gradient and the sum must be linear too. **Clipping** shortens a
-# gradient that is longer than a limit. Clipping each micro-batch and then averaging is
-# not clipping the average (exercise 13.4). So clip once, after the sum. **Adam**
-# squares gradients: its update comes after the sum. **Dropout** and router noise draw
-# random numbers. For the micro-batches to be the batch, sequence $i$ must draw the same
-# numbers in both. So its random key is made from $i$, its place in the *whole* batch. A
-# test of the project then compares the two.
+# gradient that is longer than a limit. Take gradients of length 3 and 4 at a right
+# angle. Their mean, clipped at 1, has length 1. Clipped before, it has length 0.71. So
+# clip once, after the sum. **Adam** squares gradients: its update comes after the sum.
+# **Dropout** and router noise draw random numbers. For the micro-batches to be the
+# batch, sequence $i$ must draw the same numbers in both. So its random key is made from
+# $i$, its place in the *whole* batch. A test of the project then compares the two.
 #
 # ## Exercises
 # In the terminal: `uv run python -m foundation derive accumulated_loss`, then `derive
