@@ -170,7 +170,6 @@ def test_foundation_and_moe_jax_never_import_each_other(modules: dict[str, str])
 def test_foundation_is_made_of_jax_numpy_alone() -> None:
     """Pictures aside. Further packages are what results are compared with, and what reads a run's files."""
     further = {
-        "foundation.notebooks.05_attention": {"flax"},
         "foundation.notebooks.06_normalisation_and_positions": {"flax"},
         "foundation.checks.pieces": {"tokenizers"},
         "foundation.trained.tokens": {"tiktoken"},

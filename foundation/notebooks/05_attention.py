@@ -31,8 +31,6 @@
 # score is $3 / \sqrt 3 = 1.73$.
 
 # %%
-from flax import nnx
-
 from foundation import attention
 from foundation.lessons.notebook import check, jax, jnp, pictures, shown
 from foundation.parity import max_relative_error
@@ -201,30 +199,6 @@ for rotary in (False, True):
     _, d_params = attention.multi_head_backward(d_y, cache)
     largest = jnp.max(jnp.abs(d_params["qkv"]["bias"][8:16]))
     print(f"rotated keys: {rotary!s:<5}  largest gradient of the bias {largest:.1e}")
-
-# %% [markdown]
-# ## Against Flax
-# The same weights in `flax.nnx.MultiHeadAttention` give the same output:
-
-# %%
-layer = nnx.MultiHeadAttention(
-    2, 8, decode=False, use_bias=False, param_dtype=float, rngs=nnx.Rngs(0)
-)
-kernels = jnp.split(params["qkv"]["kernel"], 3, axis=1)
-weights = {
-    name: {"kernel": kernel.reshape(8, 2, 4)}
-    for name, kernel in zip(("query", "key", "value"), kernels, strict=True)
-}
-weights["out"] = {"kernel": params["out"]["kernel"].reshape(2, 4, 8)}
-nnx.update(layer, nnx.State(weights))
-mask = nnx.make_causal_mask(jnp.ones(x.shape[:2]))
-# Sowing the weights takes Flax's plain path; the other one has a softmax in float32.
-theirs = layer(x, mask=mask, sow_weights=True)
-plain = {**params, "qkv": {"kernel": params["qkv"]["kernel"]}}
-ours, _ = attention.multi_head_forward(x, plain, 2)
-difference = jnp.max(jnp.abs(ours - theirs))
-print(f"largest difference {difference:.1e}")
-assert difference < 1e-12
 
 # %% [markdown]
 # ## Exercises

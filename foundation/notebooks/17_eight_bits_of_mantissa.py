@@ -170,13 +170,6 @@ assert rounding.through_scale(g[2], jnp.array(2.0**20)) == whole
 assert rounding.through_scale(g[2], jnp.array(1000.0)) != whole
 
 # %% [markdown]
-# ## How these are checked
-# None of these functions has a useful derivative: each is flat almost everywhere. So
-# there is nothing to compare with `jax.grad`. They are held against other ways to the
-# same answer. `uv run python -m foundation 17` rounds *every* bfloat16 pattern with six
-# different lower halves, and compares it with another library's cast. It takes all
-# draws. It computes in fractions, where nothing is ever rounded.
-#
 # ## The answer
 # A step vanishes when it is smaller than half the spacing of the number that it is
 # added to. A random rule makes it count on average. A wider type makes it count in

@@ -156,12 +156,6 @@ print(f"without help they would move by {0.1 * jnp.sqrt(jnp.mean(x[:, 0] ** 2)):
 assert jnp.all(jnp.isfinite(d))
 
 # %% [markdown]
-# ## How these are checked
-# The product and the output error have gradients, and are held against autodiff and
-# differences. Codes are held against a search of all codes. The rule for one weight is
-# held against the conditions of Lagrange, solved as one linear system. GPTQ is held
-# against a new least-squares problem after every single rounding.
-#
 # ## The answer
 # 8 bits are enough with one scale for each output. 4 bits need a scale for each group.
 # And a weight should be rounded so that the *outputs* stay, which is often not to the

@@ -192,12 +192,6 @@ assert " all-reduce(" not in compiled
 # The compiled program says the same as the derivation. It has all-to-alls, two on the
 # way there and two on the way back, and not one all-reduce.
 #
-# ## How these are checked
-# Each adjoint is held against autodiff and differences, as ever, because with ranks as
-# an axis nothing is special. Each forward pass is held against a list of messages:
-# every number is sent by itself, and added up where it arrives. Experts on many ranks
-# are held against experts on one.
-#
 # ## The answer
 # A gradient goes back along the same wires. Where the forward pass copied, the backward
 # pass adds; where it added, it copies; and where it exchanged, it exchanges. Count

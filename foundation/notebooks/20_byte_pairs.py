@@ -141,13 +141,6 @@ assert rows[-1, 2] < rows[0, 2]
 # that flatters: words have become one piece each, and the list has learned this one
 # text by heart. So judge a tokenizer on a text that it has not seen.
 #
-# ## How these are checked
-# `uv run python -m foundation 20` uses words of two and three letters, because there
-# pairs overlap, tie and come back all the time. Counts and replacements are held
-# against Python's own strings. The list of pairs is held against the `tokenizers`
-# library, which the project uses. The fast way of encoding is held against the slow
-# one.
-#
 # ## The answer
 # Into the pieces that pay for their number: the most frequent pair of what is already
 # there, again and again. And count in bytes whatever you compare.
