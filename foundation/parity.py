@@ -5,18 +5,13 @@ A backward pass is a function of a cotangent, so it is tested with a random one,
 
     f(inputs) = <d_out, forward(inputs)>        has the gradient        backward(d_out, cache)
 
-A cotangent of ones would miss much: under it the gradient of a softmax is 0, right or wrong.
-
 Autodiff shares the forward pass with the hand-written one, so it judges the backward pass alone, to rounding.
 Finite differences know nothing of either. They are central and of fourth order,
 
     f'(x) = (8 (f(x + h) - f(x - h)) - (f(x + 2h) - f(x - 2h))) / 12h + O(h^4),    h = 1e-4
 
-Two errors meet here. Truncation is about h^4 = 1e-16 times the fifth derivative. Rounding is about 1e-16 |f| / h =
-1e-12 |f|, and it counts relative to the gradient's largest entry: where that is small, more is left. The worst check
-of the table is at 3.0e-8, and 1e-6 is allowed. The two-point form (f(x + h) - f(x - h)) / 2h passes too, with h = 3e-6
-(worst 8.5e-8 of the first 86 checks). Its window is narrow: truncation falls with h^2, rounding grows with 1 / h. Four
-points leave a wide one, so that one h serves every operation.
+Chapter 0 weighs their two errors. Rounding is about 1e-16 |f| / h, and it counts relative to the gradient's largest
+entry. The worst check of the table is at 3.0e-8, and 1e-6 is allowed. One h serves every operation.
 
 Errors are relative to the largest entry, not elementwise: an entry that is 0 in exact arithmetic (the gradient of a
 key bias, where keys are not rotated) is rounding noise in all three.

@@ -6,8 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from foundation.exercises import Exercise, function, number
-from foundation.lessons.questions_of_systems import SYSTEM_EXERCISES
-from foundation.lessons.questions_of_training import TRAINING_EXERCISES
+from foundation.lessons.questions_of_electives import ELECTIVE_EXERCISES
 
 
 def _jacobian_transposed(A: jax.Array, d_y: jax.Array) -> jax.Array:
@@ -335,6 +334,5 @@ EXERCISES: dict[str, Exercise] = {
         "sqrt(D) times the sum of the three, and from the head the sum over positions of d_l times x.",
         "The row is used 3 + N times. What does each use multiply it by?",
     ),
-    **TRAINING_EXERCISES,
-    **SYSTEM_EXERCISES,
+    **ELECTIVE_EXERCISES,
 }
