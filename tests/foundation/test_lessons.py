@@ -1,7 +1,6 @@
 """Training by hand follows training by autodiff, and would part from it where a gradient is wrong."""
 
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +35,7 @@ def test_the_stories_are_of_the_embedded_grammar_and_chapter_7_names_the_cost_of
     assert text.splitlines() == list(generate(0, "train", len(text.splitlines())))
     assert unseen.splitlines() == list(generate(0, "valid", count))
     bits = sum(sample(0, "valid", i).bits for i in range(count))
-    chapter = Path("foundation/notebooks/07_a_transformer_that_writes.py").read_text()
+    chapter = (train_by_hand.STORIES.parent / "notebooks/07_a_transformer_that_writes.py").read_text()
     assert f"GRAMMAR = {bits * math.log(2) / len(unseen):.3f} *" in chapter
 
 
