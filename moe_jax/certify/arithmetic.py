@@ -134,6 +134,6 @@ def part_products(programs: Programs, batch: int, devices: int = 1) -> dict[str,
     if jax.default_backend() == "cpu":
         form = cross_entropy.cpu_form()
     columns = -(-model.vocab_size // form.columns) * form.columns
-    rows = math.prod(cross_entropy.token_blocks(batch * model.seq_len, columns, form))
+    rows = math.prod(cross_entropy.token_blocks(batch * model.seq_len, columns))
     cudnn = programs.attention.implementation == "cudnn"
     return step_products(programs.config, batch, devices, cudnn) | {"head": 6 * model.width * columns * rows}

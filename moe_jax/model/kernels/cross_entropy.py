@@ -1,11 +1,12 @@
 """Cross-entropy, one block of tokens after another, so that the whole array of logits `[N, V]` never exists.
 
-There are two forms. They differ in what a block costs (`Form`); the platform that a program is compiled for chooses.
+Blocks are large, because each one reads and writes the gradient of the whole head. There are two forms of a block
+(`Form`); the platform that a program is compiled for chooses.
 
-    CPU    small blocks, whose logits stay in the cache
-    GPU    large blocks: each one reads and writes the gradient of the whole head. The head is padded once to a multiple
-           of 128 columns, because the products of a GPU need aligned rows: an odd vocabulary (GPT-2's 50,257) would be
-           padded in every block. logsumexp(z) reads z once, and softmax(z) is exp(z - logsumexp(z))
+    CPU    exp(z - max z) is computed once, for logsumexp(z) and softmax(z)
+    GPU    the head is padded once to a multiple of 128 columns, because the products of a GPU need aligned rows: an odd
+           vocabulary (GPT-2's 50,257) would be padded in every block. logsumexp(z) reads z once, and softmax(z) is
+           exp(z - logsumexp(z))
 
 In the compiled step of `seed-158m` for an RTX 3050, the traffic of head and loss fell from 39 to 14 GB.
 """
@@ -24,10 +25,9 @@ from moe_jax.model.quantized import QuantizedMatrix
 
 Implementation = Literal["blocked", "reference"]
 
-LOGITS_BYTES = 32 * 2**20
-"""CPU: most bytes that the float32 logits of one block may take. Their gradient takes the same number again."""
-GPU_LOGITS_BYTES = 128 * 2**20
-"""GPU: the same. 512 tokens of GPT-2's vocabulary. The gradient of the logits takes half of it in bfloat16."""
+LOGITS_BYTES = 128 * 2**20
+"""Most bytes that the float32 logits of one block may take: 667 tokens of GPT-2's vocabulary. In bfloat16 the gradient
+of the logits takes half of it."""
 GPU_COLUMNS = 128
 """The padded vocabulary of a GPU is a multiple of this."""
 
@@ -35,21 +35,19 @@ GPU_COLUMNS = 128
 class Form(NamedTuple):
     """How a block of tokens is computed."""
 
-    logits_bytes: int
-    """Most bytes of the float32 logits of one block."""
     columns: int
     """The head is padded with zeros to a multiple of so many columns. Their logits are -inf."""
     one_pass: bool
-    """logsumexp(z) is one reduction (`_logsumexp_in_one_pass`), and softmax(z) is exp(z - logsumexp(z)). Otherwise both
-    take the maximum first, and then the sum of exp(z - max z)."""
+    """logsumexp(z) is one reduction (`_logsumexp_in_one_pass`). Otherwise the maximum comes first, then the sum of
+    exp(z - max z)."""
 
 
 def cpu_form() -> Form:
-    return Form(LOGITS_BYTES, 1, one_pass=False)
+    return Form(1, one_pass=False)
 
 
 def gpu_form() -> Form:
-    return Form(GPU_LOGITS_BYTES, GPU_COLUMNS, one_pass=True)
+    return Form(GPU_COLUMNS, one_pass=True)
 
 
 def token_losses(logits: Float[Array, "*N V"], targets: Int[Array, "*N"]) -> Float[Array, "*N"]:
@@ -61,8 +59,15 @@ def _at_targets(logits: Float[Array, "*N V"], targets: Int[Array, "*N"]) -> Floa
     return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
 
 
-def _logsumexp(z: Float[Array, "N V"], form: Form) -> Float[Array, " N"]:
-    return _logsumexp_in_one_pass(z) if form.one_pass else jax.nn.logsumexp(z, axis=-1)
+def _softmax(z: Float[Array, "N V"], form: Form) -> tuple[Float[Array, " N"], Float[Array, "N V"]]:
+    """(logsumexp(z), softmax(z))."""
+    if form.one_pass:
+        logsumexp = _logsumexp_in_one_pass(z)
+        return logsumexp, jnp.exp(z - logsumexp[:, None])
+    most = z.max(axis=-1, keepdims=True)
+    powers = jnp.exp(z - most)
+    total = powers.sum(axis=-1, keepdims=True)
+    return (most + jnp.log(total))[:, 0], powers / total
 
 
 def _logsumexp_in_one_pass(z: Float[Array, "N V"]) -> Float[Array, " N"]:
@@ -89,9 +94,9 @@ def blocked_token_losses(
 
         def block(inputs: tuple[Array, Array]) -> Array:
             z = _logits(inputs[0], weight, head.shape[1])
-            return _logsumexp(z, form) - _at_targets(z, inputs[1])
+            return _softmax(z, form)[0] - _at_targets(z, inputs[1])
 
-        blocks, rows = token_blocks(hidden.shape[0], weight.shape[1], form)
+        blocks, rows = token_blocks(hidden.shape[0], weight.shape[1])
         losses = jax.lax.map(block, (_in_blocks(hidden, blocks, rows), _in_blocks(targets, blocks, rows)))
         return losses.reshape(-1)[: hidden.shape[0]]
 
@@ -141,14 +146,13 @@ def _logits(hidden: Float[Array, "N D"], weight: Float[Array, "D P"], vocabulary
     return z if weight.shape[1] == vocabulary else jnp.where(jnp.arange(weight.shape[1]) < vocabulary, z, -jnp.inf)
 
 
-def token_blocks(tokens: int, columns: int, form: Form) -> tuple[int, int]:
-    """(number of blocks, tokens of a block): the fewest blocks whose logits take at most `form.logits_bytes`, of equal
-    size.
+def token_blocks(tokens: int, columns: int) -> tuple[int, int]:
+    """(number of blocks, tokens of a block): the fewest blocks whose logits take at most LOGITS_BYTES, of equal size.
 
     Equal blocks without padding are taken if they are at most twice as many as needed. Else (a prime number of tokens
     would give blocks of one token) the last block is padded.
     """
-    most = max(form.logits_bytes // (4 * columns), 1)
+    most = max(LOGITS_BYTES // (4 * columns), 1)
     needed = -(-tokens // most)
     for blocks in range(needed, min(2 * needed, tokens) + 1):
         if tokens % blocks == 0:
@@ -202,7 +206,7 @@ def _cross_entropy(
     count, vocabulary = hidden.shape[0], head.shape[1]
     wide = at_least_float32(hidden.dtype)
     weight = _padded_head(head, hidden.dtype, form)
-    blocks, rows = token_blocks(count, weight.shape[1], form)
+    blocks, rows = token_blocks(count, weight.shape[1])
     # The weight of each token, only if there is padding: 1, or 0 for a row of padding. The gradients need no weight: a
     # row of padding is zero, so it adds nothing to d_head, and its own gradient is cut off.
     token_weight = None if blocks * rows == count else _in_blocks(jnp.ones(count, wide), blocks, rows)
@@ -212,12 +216,11 @@ def _cross_entropy(
     def block(d_head: Array, inputs: tuple[Array, Array, Array | None]) -> tuple[Array, tuple[Array, Array]]:
         h, target, token_weight = inputs
         z = _logits(h, weight, vocabulary)
-        logsumexp = _logsumexp(z, form)
+        logsumexp, softmax = _softmax(z, form)
         losses = logsumexp - _at_targets(z, target)
         loss = losses.sum() if token_weight is None else (losses * token_weight).sum()
         if not with_gradients:
             return d_head, (loss, jnp.zeros((0, h.shape[1]), h.dtype))
-        softmax = jnp.exp(z - logsumexp[:, None]) if form.one_pass else jax.nn.softmax(z, axis=-1)
         d_z = softmax - jax.nn.one_hot(target, z.shape[1], dtype=wide)
         if weights is not None and token_weight is not None:
             d_z = d_z * (token_weight if loss_scale is None else token_weight * loss_scale.astype(wide))[:, None]

@@ -50,22 +50,18 @@ def test_logsumexp_in_one_pass(float64: None) -> None:
 
 def test_the_blocks_of_a_gpu_for_gpt_2s_vocabulary() -> None:
     """50,257 columns are filled up to 393 x 128 = 50,304. 2^27 bytes are 667 tokens; 8,192 tokens are 16 times 512."""
-    assert cross_entropy.gpu_form() == (2**27, 128, True)
     form = cross_entropy.gpu_form()
+    assert form == (128, True)
     assert cross_entropy._padded_head(jnp.zeros((1, 50257)), jnp.dtype("bfloat16"), form).shape == (1, 50304)
-    assert cross_entropy.token_blocks(8192, 50304, form) == (16, 512)
+    assert cross_entropy.token_blocks(8192, 50304) == (16, 512)
 
 
-def test_the_blocks_of_a_cpu_by_hand() -> None:
-    """2^25 bytes are 166 tokens of GPT-2's vocabulary: 8,192 tokens need 50 blocks, and 64 divide them evenly. Of a
-    prime number, the last block is filled up. A block has a token at least, however large the vocabulary."""
-    form = cross_entropy.cpu_form()
-    assert form == (2**25, 1, False)
-    assert cross_entropy.token_blocks(8192, 50257, form) == (64, 128)
-    five = form._replace(logits_bytes=5 * 4 * 17)
-    found = [cross_entropy.token_blocks(n, 17, five) for n in (1, 4, 5, 6, 10, 11, 12, 23)]
+def test_blocks_by_hand(small_blocks: None) -> None:
+    """With room for 5 tokens, 6 need 2 blocks, of 3 each. Of a prime number, the last block is filled up. A block has a
+    token at least, however large the vocabulary."""
+    found = [cross_entropy.token_blocks(n, VOCABULARY) for n in (1, 4, 5, 6, 10, 11, 12, 23)]
     assert found == [(1, 1), (1, 4), (1, 5), (2, 3), (2, 5), (3, 4), (3, 4), (5, 5)]
-    assert cross_entropy.token_blocks(7, 18, form._replace(logits_bytes=70)) == (7, 1)
+    assert cross_entropy.token_blocks(7, 100) == (7, 1)
 
 
 def test_without_a_gradient_the_loss_is_the_same(small_blocks: None, float64: None) -> None:
