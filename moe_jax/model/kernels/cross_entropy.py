@@ -1,7 +1,6 @@
 """Cross-entropy, one block of tokens after another, so that the whole array of logits `[N, V]` never exists.
 
-Blocks are large, because each one reads and writes the gradient of the whole head. There are two forms of a block
-(`Form`); the platform that a program is compiled for chooses.
+Blocks are large, because each one reads and writes the gradient of the whole head. The platform decides their `Form`.
 
     CPU    exp(z - max z) is computed once, for logsumexp(z) and softmax(z)
     GPU    the head is padded once to a multiple of 128 columns, because the products of a GPU need aligned rows: an odd
@@ -26,8 +25,7 @@ from moe_jax.model.quantized import QuantizedMatrix
 Implementation = Literal["blocked", "reference"]
 
 LOGITS_BYTES = 128 * 2**20
-"""Most bytes that the float32 logits of one block may take: 667 tokens of GPT-2's vocabulary. In bfloat16 the gradient
-of the logits takes half of it."""
+"""Most bytes of the float32 logits of one block: 667 tokens of GPT-2's vocabulary."""
 GPU_COLUMNS = 128
 """The padded vocabulary of a GPU is a multiple of this."""
 
@@ -38,8 +36,7 @@ class Form(NamedTuple):
     columns: int
     """The head is padded with zeros to a multiple of so many columns. Their logits are -inf."""
     one_pass: bool
-    """logsumexp(z) is one reduction (`_logsumexp_in_one_pass`). Otherwise the maximum comes first, then the sum of
-    exp(z - max z)."""
+    """logsumexp(z) is one reduction (`_logsumexp_in_one_pass`). Otherwise the maximum is taken first."""
 
 
 def cpu_form() -> Form:
