@@ -31,7 +31,7 @@ from moe_jax.planning.plans import Plan, named
 from moe_jax.planning.target import CARDS_PER_HOST, Target
 from moe_jax.system.environment import MIB
 from moe_jax.system.terminal import working
-from moe_jax.training.evaluate import EVALUATION_ROWS
+from moe_jax.training.evaluate import evaluation_rows
 from moe_jax.training.programs import Programs
 
 OPTIMIZERS_BY_STATE: tuple[OptimizerKind, ...] = ("adamw", "adamw-bf16", "adamw-8bit", "adafactor")
@@ -149,7 +149,7 @@ def plan_between(config: RunConfig, room: Room) -> dict[str, float]:
     """MiB of the programs that run between training steps, including what stays in memory: the optimizer state and,
     while it works on the merged weights, the weights with their adapters.
 
-    Prefill is not among them: it computes one row of what evaluation computes for EVALUATION_ROWS.
+    Prefill is not among them: it computes one row of what evaluation computes for several.
     """
     programs = Programs.of(config, room.device, kept_precision=room.kept_precision)
     params, seq_len = programs.param_shapes, config.model.seq_len
@@ -157,7 +157,7 @@ def plan_between(config: RunConfig, room: Room) -> dict[str, float]:
     waiting = _mib(state_shapes.optimizer)
     if state_shapes.adapters is not None:
         waiting += _mib(state_shapes.params) + _mib(state_shapes.adapters)
-    e = next(evaluation_windows(np.zeros(2, np.int32), seq_len=seq_len, batch_size=EVALUATION_ROWS))
+    e = next(evaluation_windows(np.zeros(2, np.int32), seq_len=seq_len, batch_size=evaluation_rows(seq_len)))
     decoder = programs.decoder()
     prompt = jax.ShapeDtypeStruct((1, seq_len), jnp.int32)
     length = jax.ShapeDtypeStruct((), jnp.int32)

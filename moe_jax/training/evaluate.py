@@ -28,8 +28,8 @@ from moe_jax.model.transformer import Params, merge
 from moe_jax.runs.load import LoadedRun
 from moe_jax.system.terminal import step_progress
 
-EVALUATION_ROWS = 16
-"""Rows of one evaluation batch."""
+EVALUATION_ROWS, EVALUATION_TOKENS = 16, 8_192
+"""Most rows and tokens of one evaluation batch. A row of a longer context has a batch of its own."""
 TRACED_TOKENS = 2_048
 """First tokens of the stream that a snapshot routes, at most."""
 SHOWN_TOKENS = 512
@@ -50,6 +50,11 @@ class Evaluation:
     """Predicted tokens. Of conversations, those of the answers only."""
     bytes: int
     """UTF-8 bytes of the documents. Of conversations, those of the answers only."""
+
+
+def evaluation_rows(seq_len: int) -> int:
+    """Rows of one evaluation batch."""
+    return max(min(EVALUATION_ROWS, EVALUATION_TOKENS // seq_len), 1)
 
 
 type EvaluationStep = Callable[[Params, ArrayLike, ArrayLike, ArrayLike, ArrayLike], tuple[Array, Array]]
@@ -89,7 +94,8 @@ def evaluate(
 
     `what` names the work in a progress line; without it there is none.
     """
-    batches = list(evaluation_windows(tokens, seq_len=seq_len, batch_size=EVALUATION_ROWS, answers=answers))
+    rows = evaluation_rows(seq_len)
+    batches = list(evaluation_windows(tokens, seq_len=seq_len, batch_size=rows, answers=answers))
     results = []
     with step_progress(what, len(batches)) if what else nullcontext() as advance:
         for batch in batches:
@@ -100,8 +106,8 @@ def evaluate(
     nats = math.fsum(float(n) for n, _ in results)
     size = text_bytes(tokens, token_bytes, answers)
     count = len(tokens) - 1 if answers is None else int(answers[1:].sum())
-    rows = sum(int(batch.weights.any(1).sum()) for batch in batches)
-    dropped = math.fsum(float(d) for _, d in results) / max(rows, 1)
+    scored = sum(int(batch.weights.any(1).sum()) for batch in batches)
+    dropped = math.fsum(float(d) for _, d in results) / max(scored, 1)
     return Evaluation(nats / max(count, 1), nats / math.log(2) / max(size, 1), dropped, count, size)
 
 
