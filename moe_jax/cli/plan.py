@@ -113,8 +113,8 @@ class Plan(RunCommand):
             _print_row(plan, budget)
         plan = plans.chosen(tried, budget)
         programs = ", ".join(f"{name} {mib:,.0f} MiB" for name, mib in plan.programs.items())
-        say(f"\n{programs}, with all that is in memory beside it" if programs else "")
-        say(f"attention in training: {plan.attention}")
+        compiled = f"{programs}, with all that is in memory beside it", f"attention in training: {plan.attention}"
+        say("", *(compiled if programs else ()))
         return self._result(plan.summary(target.name, budget), self._print_command(plan.fits(budget)))
 
     def _walk(self, config: RunConfig, target: "Target", budget: float) -> Iterator[plans.Plan]:

@@ -2,6 +2,7 @@
 marker `plan` compile pairs again: `uv run --isolated --extra gpu-plan pytest -m plan`."""
 
 import dataclasses
+import itertools
 import json
 import subprocess
 import sys
@@ -9,9 +10,9 @@ import sys
 import pytest
 
 from moe_jax.cli.main import main, run_command
-from moe_jax.config.presets import preset, with_vocabulary
+from moe_jax.config.presets import PRESETS, preset, with_vocabulary
 from moe_jax.planning.plans import RECORDED, Plan, recorded
-from moe_jax.planning.target import load_target
+from moe_jax.planning.target import described_gpus, load_target
 from tests.support import short_form
 from tests.support.programs import compiled_for_gpu
 
@@ -19,8 +20,9 @@ PAIRS = [tuple(key.split()) for key in json.loads(RECORDED.read_text())]
 
 
 def test_what_is_recorded_is_of_the_presets_and_cards_as_they_are() -> None:
-    """After a change of a preset or of a description `benchmarks/record_plans.py` records it again. The last plan is
-    the one that fits, or nothing fits."""
+    """Of each preset on each card. After a change of one `benchmarks/record_plans.py` records it again. The last plan
+    is the one that fits, or nothing fits."""
+    assert set(PAIRS) == set(itertools.product(PRESETS, described_gpus()))
     for name, gpu in PAIRS:
         config, target = with_vocabulary(preset(name)), load_target(gpu)
         plans, jaxlib = recorded(config, target)
@@ -63,6 +65,16 @@ def test_the_command_answers_without_jax() -> None:
 def test_flags_that_change_nothing_are_looked_up_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(run_command, ["plan", "--preset", "nano", "--gpu", "quadro-t1000-4gb", "--batch-size", "8"]) == 0
     assert "recorded with jaxlib " in capsys.readouterr().out
+
+
+def test_where_nothing_fits_the_smallest_setting_is_the_last(capsys: pytest.CaptureFixture[str]) -> None:
+    """In float32 the weights, gradients and moments alone are more than a small card without tensor cores has, so
+    nothing is compiled of which more could be said."""
+    assert main(run_command, ["plan", "--preset", "max-4gb", "--gpu", "quadro-t1000-4gb"]) == 1
+    *_, smallest, empty, advice, result = capsys.readouterr().out.splitlines()
+    assert [*smallest.split()[2:4], smallest.split()[-1]] == ["1", "32", "no"]
+    assert (empty, advice.partition(":")[0]) == ("", "no setting fits")
+    assert json.loads(result)["total_mib"] > 2402
 
 
 @pytest.mark.parametrize(("name", "gpu"), short_form(PAIRS, [("nano", "quadro-t1000-4gb")]))
