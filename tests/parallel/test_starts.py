@@ -10,7 +10,7 @@ import pytest
 
 from moe_jax.config import DataConfig, RunConfig
 from moe_jax.data.token_store import TokenStore, prepare_token_store
-from moe_jax.interop.pretrained import Pretrained
+from moe_jax.interop import pretrained
 from moe_jax.parallel.layout import mesh_of
 from moe_jax.training.programs import Programs
 from moe_jax.training.start import new_start
@@ -63,16 +63,16 @@ def test_a_public_model(flag: str, mesh: str, tmp_path: Path, monkeypatch: pytes
     assert source is not None
     data = DataConfig(source=str(hugging_face.text_file(tmp_path)))
     store = prepare_token_store(data, tokenizer=source.tokenizer, progress=False, seq_len=config.model.seq_len)
-    before, most, parameter = jax.live_arrays(), [0], Pretrained._parameter
+    before, most, placed = jax.live_arrays(), [0], pretrained._placed
 
-    def counted(self: Pretrained, leaf: Any, *args: Any) -> jax.Array:
-        array = parameter(self, leaf, *args)
+    def counted(leaf: Any, parameter: Any) -> jax.Array:
+        array = placed(leaf, parameter)
         if leaf.sharding is not None:
             known = {id(a) for a in before}
             most.append(most_bytes([a for a in jax.live_arrays() if id(a) not in known]))
         return array
 
-    monkeypatch.setattr(Pretrained, "_parameter", counted)
+    monkeypatch.setattr(pretrained, "_placed", counted)
     assert_starts_as_one(source, config, mesh, store)
     programs = Programs.of(config, mesh=mesh_of(mesh))
     largest = max(x.size * x.dtype.itemsize for x in jax.tree.leaves(programs.param_shapes))
