@@ -51,9 +51,8 @@ def show(operations: tuple[str, ...]) -> int:
         ("an oracle", [o.oracle for o in outcomes], ORACLE_TOLERANCE),
     ):
         if found := [error for error in errors if error is not None]:
-            print(
-                f"  {np.max(found):.1e} against {against} (allowed {allowed:.0e})"
-            )  # Python's max would pass over a NaN
+            largest = np.max(found)  # Python's max would pass over a NaN
+            print(f"  {largest:.1e} against {against} (allowed {allowed:.0e})")
     return 1 if failed else 0
 
 

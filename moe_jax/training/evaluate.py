@@ -29,7 +29,7 @@ from moe_jax.runs.load import LoadedRun
 from moe_jax.system.terminal import step_progress
 
 EVALUATION_ROWS, EVALUATION_TOKENS = 16, 8_192
-"""Most rows and tokens of one evaluation batch. A row of a longer context has a batch of its own."""
+"""Most rows and tokens of one evaluation batch. A context of more tokens than that has a batch of its own."""
 TRACED_TOKENS = 2_048
 """First tokens of the stream that a snapshot routes, at most."""
 SHOWN_TOKENS = 512

@@ -9,9 +9,8 @@ from foundation import attention, softmax
 
 def test_what_is_shown_runs_and_gives_what_the_module_gives() -> None:
     pytest.importorskip("matplotlib", reason="the extra lessons is not installed")
-    from foundation.lessons.notebook import (
-        shown,
-    )  # not above: it sets float64, and the tests of `moe_jax` would have it
+    # Imported here, because this module sets float64, which would hold for the tests of `moe_jax` too.
+    from foundation.lessons.notebook import shown
 
     scope = {**vars(softmax)}
     text = repr(shown(softmax.softmax_forward, softmax.softmax_backward))

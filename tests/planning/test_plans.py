@@ -68,8 +68,8 @@ def test_flags_that_change_nothing_are_looked_up_too(capsys: pytest.CaptureFixtu
 
 
 def test_where_nothing_fits_the_smallest_setting_is_the_last(capsys: pytest.CaptureFixture[str]) -> None:
-    """In float32 the weights, gradients and moments alone are more than a small card without tensor cores has, so
-    nothing is compiled of which more could be said."""
+    """What the last setting needs at least is over the budget already. So it is not compiled, and nothing is said of
+    its programs or of its attention."""
     assert main(run_command, ["plan", "--preset", "max-4gb", "--gpu", "quadro-t1000-4gb"]) == 1
     *_, smallest, empty, advice, result = capsys.readouterr().out.splitlines()
     assert [*smallest.split()[2:4], smallest.split()[-1]] == ["1", "32", "no"]

@@ -209,7 +209,7 @@ BUGS = [
     ),
     Bug(
         "the GPU's softmax subtracts the largest logit only",
-        "moe_jax.model.kernels.cross_entropy:_softmax",
+        "moe_jax.model.kernels.cross_entropy:_logsumexp_and_softmax",
         "jnp.exp(z - logsumexp[:, None])",
         "jnp.exp(z - jnp.max(z, axis=-1, keepdims=True))",
         kernel_checks.check_cross_entropy,

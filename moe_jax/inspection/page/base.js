@@ -63,7 +63,8 @@ const links = new Map([...bar.querySelectorAll(".tabs a")].map((a) => [a.hash.sl
 const mark = (id) => !links.get(id).hasAttribute("aria-current") && links.forEach((link, name) => {
   if (name !== id) { link.removeAttribute("aria-current"); return; }
   link.setAttribute("aria-current", "true");
-  if (!bar.matches(":active")) link.parentElement.scrollTo({ left: link.offsetLeft - 120 });  // not under a finger
+  // A tab must not move while it is pressed: the press would end on another one, and be lost.
+  if (!bar.matches(":active")) link.parentElement.scrollTo({ left: link.offsetLeft - 120 });
 });
 // The section under a line just below the bar is read: the first one above all of them, and at the end of the page the
 // one that a link led to, if it is in view, or the last.

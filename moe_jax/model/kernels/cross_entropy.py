@@ -56,7 +56,7 @@ def _at_targets(logits: Float[Array, "*N V"], targets: Int[Array, "*N"]) -> Floa
     return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
 
 
-def _softmax(z: Float[Array, "N V"], form: Form) -> tuple[Float[Array, " N"], Float[Array, "N V"]]:
+def _logsumexp_and_softmax(z: Float[Array, "N V"], form: Form) -> tuple[Float[Array, " N"], Float[Array, "N V"]]:
     """(logsumexp(z), softmax(z))."""
     if form.one_pass:
         logsumexp = _logsumexp_in_one_pass(z)
@@ -91,7 +91,7 @@ def blocked_token_losses(
 
         def block(inputs: tuple[Array, Array]) -> Array:
             z = _logits(inputs[0], weight, head.shape[1])
-            return _softmax(z, form)[0] - _at_targets(z, inputs[1])
+            return _logsumexp_and_softmax(z, form)[0] - _at_targets(z, inputs[1])
 
         blocks, rows = token_blocks(hidden.shape[0], weight.shape[1])
         losses = jax.lax.map(block, (_in_blocks(hidden, blocks, rows), _in_blocks(targets, blocks, rows)))
@@ -213,7 +213,7 @@ def _cross_entropy(
     def block(d_head: Array, inputs: tuple[Array, Array, Array | None]) -> tuple[Array, tuple[Array, Array]]:
         h, target, token_weight = inputs
         z = _logits(h, weight, vocabulary)
-        logsumexp, softmax = _softmax(z, form)
+        logsumexp, softmax = _logsumexp_and_softmax(z, form)
         losses = logsumexp - _at_targets(z, target)
         loss = losses.sum() if token_weight is None else (losses * token_weight).sum()
         if not with_gradients:
