@@ -1,49 +1,52 @@
-"""Four ways to keep experts busy, and which of them has a gradient. Derived in chapter 16.
+"""Keeping experts busy without a loss, and the router of DeepSeek-V3. Derived in chapter 8.
 
-With p, [T, E], the router's probabilities, and f_e the share of all T K choices that went to expert e:
+With scores s, [T, E] (probabilities of a softmax, or sigmoids of the logits), and f_e the share of all T K choices that
+went to expert e:
 
-    way            what it does                                   gradient            sees the choices
-    importance     loss  CV^2 of I_e = sum_t p_te                 through I           no
-    balance        loss  E sum_e f_e P_e, P_e = I_e / T           through P alone     yes, in f
-    bias           b_e + rate sign(mean f - f_e), added to the    none                yes
-                   score that chooses, and not to the gate
-    expert choice  each expert takes its C tokens                 none is needed      they are made equal
+    choice    S_t = the K experts with the largest s_te + b_e
+    gate      g_te = scale s_te / sum of s_tj over S_t: the bias is not in it
+    step      b_e + rate sign(mean f - f_e)        a controller: nothing is differentiated
 
-With S = sum_e I_e and Q = sum_e I_e^2, importance is E Q / S^2 - 1, and its gradient in I_e 2 E (I_e / S^2 - Q / S^3).
+With s = sigmoid(z), each score depends on its own logit, s' = s (1 - s), and only the division couples the chosen ones:
 
-Sources: Shazeer et al. 2017, equations 6 and 7; Fedus et al. 2021, equations 4 to 6; Wang et al. 2024, equation 3 and
-algorithm 1; Zhou et al. 2022, section 3.2. f divided by T alone, in the field: OLMoE #45.
+    d_z_e = g_e (1 - s_e) (d_g_e - <g, d_g> / scale)    for e in S, and 0 elsewhere
+
+That is the rule of a softmax over S with one more factor, 1 - s_e.
+
+Sources: Wang et al. 2024, equation 3 and algorithm 1 (bias); DeepSeek-AI 2024 ("DeepSeek-V3"), equations 12 to 16
+(sigmoid, division, scale).
 """
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-Scalar = Float[Array, ""]
-
-
-def importance_loss_forward(probs: Float[Array, "T E"]) -> tuple[Scalar, tuple]:
-    """The squared coefficient of variation of I_e, the sum of each expert's probabilities."""
-    importance = jnp.sum(probs, axis=0)
-    loss = probs.shape[1] * jnp.sum(importance**2) / jnp.sum(importance) ** 2 - 1.0
-    return loss, (importance, probs.shape)
-
-
-def importance_loss_backward(d_loss: Scalar, cache: tuple) -> Float[Array, "T E"]:
-    """d_probs: the same for every token, since I is a sum over tokens."""
-    importance, (tokens, experts) = cache
-    total, squares = jnp.sum(importance), jnp.sum(importance**2)
-    d_importance = d_loss * 2.0 * experts * (importance / total**2 - squares / total**3)
-    return jnp.broadcast_to(d_importance, (tokens, experts))
+from foundation.activations import sigmoid_forward
 
 
 def biased_choice(
-    probs: Float[Array, "T E"], bias: Float[Array, " E"], top_k: int
+    scores: Float[Array, "T E"], bias: Float[Array, " E"], top_k: int
 ) -> tuple[Bool[Array, "T E"], Float[Array, "T E"]]:
-    """(chosen, gates): the top_k experts of each token by p + bias; gates are p of the chosen, divided by their sum."""
-    rank = jnp.argsort(jnp.argsort(-(probs + bias), axis=1, stable=True), axis=1)
+    """(chosen, gates): the top_k experts of each token by s + b; gates are s of the chosen, divided by their sum."""
+    rank = jnp.argsort(jnp.argsort(-(scores + bias), axis=1, stable=True), axis=1)
     chosen = rank < top_k
-    gates = jnp.where(chosen, probs, 0.0)
+    gates = jnp.where(chosen, scores, 0.0)
     return chosen, gates / jnp.sum(gates, axis=1, keepdims=True)
+
+
+def sigmoid_router_forward(
+    logits: Float[Array, "T E"], bias: Float[Array, " E"], top_k: int, scale: float = 1.0
+) -> tuple[Float[Array, "T E"], tuple]:
+    """The gates of sigmoid scores, 0 where an expert was not chosen. A token's gates add up to `scale`."""
+    scores, _ = sigmoid_forward(logits)
+    _, gates = biased_choice(scores, bias, top_k)
+    return scale * gates, (gates, scores, scale)
+
+
+def sigmoid_router_backward(d_gates: Float[Array, "T E"], cache: tuple) -> Float[Array, "T E"]:
+    """d_logits. The bias has no gradient."""
+    gates, scores, scale = cache
+    mean = jnp.sum(gates * d_gates, axis=1, keepdims=True)
+    return scale * gates * (1.0 - scores) * (d_gates - mean)
 
 
 def choice_fraction(chosen: Bool[Array, "T E"]) -> Float[Array, " E"]:
@@ -56,18 +59,12 @@ def bias_step(bias: Float[Array, " E"], fraction: Float[Array, " E"], rate: floa
     return bias + rate * jnp.sign(jnp.mean(fraction) - fraction)
 
 
-def balance_loss_of(probs: Float[Array, "T E"], top_k: int) -> Scalar:
-    """E sum_e f_e P_e of one sequence."""
-    chosen, _ = biased_choice(probs, jnp.zeros(probs.shape[1], probs.dtype), top_k)
-    return probs.shape[1] * jnp.sum(choice_fraction(chosen) * jnp.mean(probs, axis=0))
-
-
 def balanced_by_bias(
-    probs: Float[Array, "T E"], top_k: int, rate: float, steps: int
+    scores: Float[Array, "T E"], top_k: int, rate: float, steps: int
 ) -> tuple[Float[Array, " E"], Float[Array, " E"]]:
-    """(bias, f) after `steps` steps on the same probabilities, from a bias of zero."""
-    bias = jnp.zeros(probs.shape[1], probs.dtype)
+    """(bias, f) after `steps` steps on the same scores, from a bias of zero."""
+    bias = jnp.zeros(scores.shape[1], scores.dtype)
     for _ in range(steps):
-        chosen, _ = biased_choice(probs, bias, top_k)
+        chosen, _ = biased_choice(scores, bias, top_k)
         bias = bias_step(bias, choice_fraction(chosen), rate)
-    return bias, choice_fraction(biased_choice(probs, bias, top_k)[0])
+    return bias, choice_fraction(biased_choice(scores, bias, top_k)[0])

@@ -75,9 +75,13 @@ CHAPTERS = (
     Chapter(
         "08_router_and_its_gradient",
         "What does a router learn from, if its choice has no gradient?",
-        40,
+        50,
         "4, 7",
-        ("router", "gelu_experts", "swiglu_experts", "dispatch", "combine", "moe"),
+        (
+            *("router", "gelu_experts", "swiglu_experts", "dispatch", "combine", "moe"),
+            *("biased_choice", "sigmoid_router", "balanced_by_bias"),
+        ),
+        ("model/moe/balance.py", "model/moe/router.py"),
     ),
     Chapter(
         "09_the_whole_model_by_hand",
@@ -119,12 +123,12 @@ CHAPTERS = (
         ("training/step.py", "data/batches.py", "model/moe/balance.py"),
     ),
     Chapter(
-        "14_upcycling",
-        "What does a router learn from identical experts?",
-        25,
+        "14_from_a_trained_model",
+        "What learns in the first step, if nothing has changed yet?",
+        30,
         "8",
-        ("upcycled", "upcycled_gradient"),
-        ("training/initial_weights.py",),
+        ("upcycled", "upcycled_gradient", "low_rank", "merged"),
+        ("training/initial_weights.py", "model/low_rank.py"),
     ),
     Chapter(
         "15_sampling_and_speculative_decoding",
@@ -133,14 +137,6 @@ CHAPTERS = (
         "4",
         ("filtered_law", "accepted_mass", "speculative_law", "speculative_texts", "tokens_per_round"),
         ("inference/sampling.py",),
-    ),
-    Chapter(
-        "16_balancing_four_ways",
-        "Four ways to keep experts busy: which has a gradient?",
-        25,
-        "8, 12",
-        ("importance_loss", "biased_choice", "balance_loss_of", "balanced_by_bias"),
-        ("model/moe/balance.py", "model/moe/router.py"),
     ),
     Chapter(
         "17_eight_bits_of_mantissa",
@@ -192,9 +188,8 @@ CHAPTERS = (
 )
 PATH = {
     "The course": ("0", "1", "2", "3", "4", "5", "6", "20", "7", "8", "9"),
-    "Training": ("10", "13", "17"),
+    "Training": ("10", "13", "14", "17"),
     "Inference": ("11", "12", "15", "18"),
-    "Experts": ("14", "16"),
     "Systems": ("19",),
     "Alignment": ("21",),
 }

@@ -89,15 +89,9 @@ def test_a_chapter_begins_with_few_imports_and_shows_the_code_that_it_derives(so
     assert re.search(r"^shown\(", source.read_text(), flags=re.MULTILINE)
 
 
-NOT_IN_PRODUCTION = {"21"}
-"""Chapters of methods that `moe_jax` does not have."""
-PROVING = [c for c in CHAPTERS if int(c.number) >= 10 and c.number not in NOT_IN_PRODUCTION]
-
-
-@pytest.mark.parametrize("chapter", PROVING, ids=lambda chapter: chapter.stem)
+@pytest.mark.parametrize("chapter", [c for c in CHAPTERS if c.production], ids=lambda chapter: chapter.stem)
 def test_a_chapter_and_the_production_code_that_it_proves_name_each_other(chapter: Chapter) -> None:
     notebook = (NOTEBOOKS / f"{chapter.stem}.py").read_text()
-    assert chapter.production
     for file in chapter.production:
         named = re.sub(r"\s+", " ", (ROOT / "moe_jax" / file).read_text())
         assert f"hapter {chapter.number} of `foundation`" in named, file

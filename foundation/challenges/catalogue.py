@@ -262,13 +262,22 @@ CHALLENGES: dict[str, Challenge] = {
             "d_router.",
         ),
     ),
-    "importance_loss": Challenge(
-        "balancing",
-        "importance_loss",
+    "low_rank": Challenge(
+        "low_rank",
+        "low_rank",
         (
-            "L = E Q / S^2 - 1, with S the sum of all I and Q the sum of their squares. Both depend on every I_e.",
-            "dL/dI_e = 2 E I_e / S^2 - 2 E Q / S^3.",
-            "I_e is a sum over tokens, so every token's p_te gets the gradient of I_e: broadcast to [T, E].",
+            "Two linear maps in a row: u = x A, and u B times the scale. linear_backward is given; use it twice.",
+            "The second map gets scale d_y. It gives d_u and d_b. The first one gets d_u.",
+            "d_x has two ways: d_y kernel^T, and what comes back through A.",
+        ),
+    ),
+    "sigmoid_router": Challenge(
+        "balancing",
+        "sigmoid_router",
+        (
+            "g_e = scale s_e / S with S the sum of the chosen scores. So dg_e/ds_j = scale ([e = j] - s_e / S) / S.",
+            "s_e depends on z_e alone, with the slope s_e (1 - s_e). In the cache gates are s / S, without the scale.",
+            "d_z = scale gates (1 - scores) (d_gates - sum(gates d_gates)). gates is 0 where nothing was chosen.",
         ),
     ),
     "coded_product": Challenge(

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 
 from foundation.activations import ACTIVATIONS
 from foundation.checks.balance import balancing_checks
-from foundation.checks.batches import batch_checks, upcycling_checks
+from foundation.checks.batches import batch_checks, low_rank_checks, upcycling_checks
 from foundation.checks.choices import preference_checks
 from foundation.checks.dense import dense_checks
 from foundation.checks.devices import collective_checks
@@ -57,7 +57,8 @@ GROUPS: dict[Callable[[], Iterator[AnyCheck]], tuple[str, ...]] = {
     cache_checks: ("decode", "kept_choices", "leaks"),
     batch_checks: ("accumulated_loss", "accumulated_value", "grouped_balance", "balance_gap"),
     upcycling_checks: ("upcycled", "upcycled_gradient"),
-    balancing_checks: ("importance_loss", "biased_choice", "balance_loss_of", "balanced_by_bias"),
+    low_rank_checks: ("low_rank", "merged"),
+    balancing_checks: ("biased_choice", "sigmoid_router", "balanced_by_bias"),
     sampling_checks: ("filtered_law", "accepted_mass", "speculative_law", "speculative_texts", "tokens_per_round"),
     rounding_checks: ("nearest_bits", "drawn_bits", "mean_of_draws", "running_sum", "to_float16", "through_scale"),
     small_weight_checks: ("quantize", "coded_product", "output_error", "moved_by_one", "without", "gptq"),

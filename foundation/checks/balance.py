@@ -1,4 +1,4 @@
-"""Checks of chapter 16: balancing four ways."""
+"""Checks of the router of DeepSeek-V3, and of the bias that balances experts."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,29 +6,34 @@ from typing import Any
 import numpy as np
 
 from foundation import balancing
-from foundation.checks.inputs import Draws
+from foundation.checks.inputs import Draws, filled_with
 from foundation.parity import AnyCheck, Check, OracleCheck
 
 
 def balancing_checks() -> Iterator[AnyCheck]:
-    """The importance loss three ways; choices, fractions and bias steps against counting by hand."""
+    """Gates of sigmoids three ways; choices and bias steps against counting by hand."""
     draws = Draws("balancing")
-    probs = draws.generator.dirichlet([0.8] * 4, 6)
-    forward, backward = balancing.importance_loss_forward, balancing.importance_loss_backward
-    yield Check("importance_loss", "ordinary", forward, backward, (probs,))
-    yield Check("importance_loss", "rows that do not sum to 1", forward, backward, (3.0 * probs + 0.1,))
+    scores = draws.generator.dirichlet([0.8] * 4, 6)
     bias = draws.normal(4, std=0.2)
     for top_k in (1, 2, 4):
-        yield OracleCheck("biased_choice", f"top {top_k}", balancing.biased_choice, one_by_one, (probs, bias), (top_k,))
-        even = np.array([np.roll([0.4, 0.3, 0.2, 0.1], n) for n in range(4)])
-        yield OracleCheck(
-            "balance_loss_of", f"even, top {top_k}", balancing.balance_loss_of, lambda *_: 1.0, (even,), (top_k,)
-        )
+        inputs = (scores, bias)
+        yield OracleCheck("biased_choice", f"top {top_k}", balancing.biased_choice, one_by_one, inputs, (top_k,))
+    backward, logits = balancing.sigmoid_router_backward, 2.0 * draws.normal(6, 4)
+    for case, top_k, scale in (("top 2 of 4", 2, 2.5), ("K = E", 4, 1.0)):
+        forward = filled_with(balancing.sigmoid_router_forward, 3.0 * bias, top_k, scale)
+        margin = margin_of(logits, 3.0 * bias, top_k)
+        yield Check("sigmoid_router", case, forward, backward, (logits,), margin)
     for steps in (1, 6):
         inputs = (draws.generator.dirichlet([3.0, 1.0, 1.0, 0.5], 9),)
         yield OracleCheck(
             "balanced_by_bias", f"{steps} steps", balancing.balanced_by_bias, counted, inputs, (2, 0.05, steps)
         )
+
+
+def margin_of(logits: np.ndarray, bias: np.ndarray, top_k: int) -> float:
+    """How far the choice is from another one, in logits: the slope of a sigmoid is at most 1/4."""
+    ordered = -np.sort(-(1.0 / (1.0 + np.exp(-logits)) + bias), axis=1)
+    return 4.0 * float(np.min(ordered[:, top_k - 1] - ordered[:, top_k])) if top_k < len(bias) else float("inf")
 
 
 def one_by_one(probs: Any, bias: Any, top_k: int) -> tuple[np.ndarray, np.ndarray]:

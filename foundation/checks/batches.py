@@ -1,4 +1,4 @@
-"""Checks of chapters 13 and 14: micro-batches, and a mixture that begins as copies of one network."""
+"""Checks of chapters 13 and 14: micro-batches, and models that begin where another one ended."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from foundation import feed_forward, losses, upcycling
+from foundation import feed_forward, losses, low_rank, upcycling
 from foundation import micro_batches as micro
 from foundation.checks.inputs import Draws, filled_with, router_margin
 from foundation.parity import COMPILER_OPTIONS, AnyCheck, Check, OracleCheck
@@ -77,6 +77,30 @@ def upcycling_checks() -> Iterator[AnyCheck]:
         x, dense, router = upcycled_inputs(case)
         inputs = (x, dense, router, Draws(f"upcycled_gradient/{case}").normal(*x.shape))
         yield OracleCheck("upcycled_gradient", case, upcycled_gradient, oracle, inputs, (top_k,))
+
+
+def low_rank_checks() -> Iterator[AnyCheck]:
+    """Both thin matrices three ways, at the start too; and the product against one merged matrix."""
+    draws = Draws("low rank")
+    x, kernel, a, b = draws.normal(2, 3, 5), draws.normal(5, 4), draws.normal(5, 2), draws.normal(2, 4)
+    forward = filled_with(low_rank.low_rank_forward, kernel, 1.5)
+    for case, second in (("rank 2", b), ("at the start: B is 0", 0.0 * b)):
+        yield Check("low_rank", case, forward, low_rank.low_rank_backward, (x, a, second))
+    yield OracleCheck("merged", "as two products", by_merging, two_products, (x, kernel, a, b), (1.5,))
+
+
+def by_merging(x: Any, kernel: Any, a: Any, b: Any, scale: float) -> Any:
+    """x times one matrix."""
+    return x @ low_rank.merged(kernel, a, b, scale)
+
+
+def two_products(x: Any, kernel: Any, a: Any, b: Any, scale: float) -> np.ndarray:
+    """Rank by rank, entry by entry."""
+    thin = [
+        scale * np.outer(np.asarray(x) @ column, row)
+        for column, row in zip(np.asarray(a).T, np.asarray(b), strict=True)
+    ]
+    return np.asarray(x) @ np.asarray(kernel) + np.reshape(sum(thin), (*np.shape(x)[:-1], -1))
 
 
 def upcycled_inputs(case: str) -> tuple:

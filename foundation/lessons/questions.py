@@ -311,6 +311,14 @@ EXERCISES: dict[str, Exercise] = {
         "dL/dp_te = E f_e^2 / T. Then the softmax's rule for each token: E / T p_te (f_e^2 - sum_j p_tj f_j^2).",
         "Follow the three points of step 6. Does it matter to the derivative in p that f is squared?",
     ),
+    "8.5": number(
+        "Balance by a bias. Two experts, K = 1, and every token has the scores (0.52, 0.48). The bias begins at 0, and "
+        "its rate is 0.005. After how many steps does the choice change for the first time?",
+        5.0,
+        "Each step moves the two apart by 2 rate = 0.01. The gap is 0.04; at an exact tie the first expert is taken.",
+        "By how much does one step move each of the two biases, and in which direction? How large is the gap at first?",
+        1e-9,
+    ),
     "9.1": number(
         "T = 100, E = 10, K = 2, capacity factor 1.1. How many places has an expert?",
         22.0,

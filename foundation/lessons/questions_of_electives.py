@@ -64,11 +64,6 @@ def _back_through_softmax(d_p: jax.Array, p: jax.Array) -> jax.Array:
     return p * (d_p - jnp.sum(p * d_p))
 
 
-def _entropy_gradient(z: jax.Array) -> jax.Array:
-    p = _softmax(z)
-    return _back_through_softmax(jnp.log(p) + 1.0, p)
-
-
 def _up(x: jax.Array, s: jax.Array) -> jax.Array:
     return x / jnp.abs(s) - jnp.floor(x / jnp.abs(s))
 
@@ -220,6 +215,12 @@ ELECTIVE_EXERCISES: dict[str, Exercise] = {
         "d_g = h d_y, one number for each expert. Then the softmax's rule. If all rows of h were equal, it would be 0.",
         "Go back in two steps: from d_y to each gate, and from the gates to the logits.",
     ),
+    "14.4": number(
+        "LoRA of rank 8 on a matrix of 1024 x 4096. How many times fewer numbers are trained than in all of it?",
+        102.4,
+        "1024 * 4096 numbers against 8 * (1024 + 4096).",
+        "How many numbers have A and B together?",
+    ),
     "15.1": number(
         "Probabilities 0.5, 0.3, 0.15, 0.05, and top-p = 0.7. After the filter, what is the probability of the first "
         "token?",
@@ -242,29 +243,6 @@ ELECTIVE_EXERCISES: dict[str, Exercise] = {
         3.3616,
         "1 + a + a^2 + a^3 + a^4.",
         "A round always gives one token. When does it give a second one, and a third?",
-    ),
-    "16.1": number(
-        "E = 8, K = 2, perfect balance. A program takes f as choices per token (it adds up to K). What does its "
-        "balance loss give?",
-        2.0,
-        "f_e = K / E and P_e = 1 / E, for each of the E experts; E times the sum of f P.",
-        "At perfect balance all experts are alike. What are f and P of one expert?",
-    ),
-    "16.2": function(
-        "Another importance loss: the shares p = softmax(z) of five experts, and L = ln 5 + sum of p ln p, which "
-        "is 0 where all are equal. Write a function of z, [5], that gives dL/dz.",
-        _entropy_gradient,
-        [(5,)],
-        "dL/dp = ln p + 1. The softmax's rule takes the mean out, and the 1 with it: p (ln p - sum of p ln p).",
-        "Differentiate in p first. Which rule brings a gradient from p to z?",
-    ),
-    "16.3": number(
-        "Two experts, K = 1, and every token gives p = (0.52, 0.48). The bias begins at 0, and its rate is 0.005. "
-        "After how many steps does the choice change for the first time?",
-        5.0,
-        "Each step moves the two apart by 2 rate = 0.01. The gap is 0.04; at an exact tie the first expert is taken.",
-        "By how much does one step move each of the two biases, and in which direction? How large is the gap at first?",
-        1e-9,
     ),
     "17.1": number(
         "A weight of 1.0 is stored in bfloat16 and rounded to nearest. It gets 1,000 steps of 0.003 upwards. Where is "

@@ -8,7 +8,8 @@
 # derives every line of its backward pass, and the answers are three: from the gates,
 # from a balance loss, and from a third loss that keeps it calm.
 #
-# The code is `foundation/router.py`, `foundation/experts.py` and `foundation/moe.py`.
+# The code is `foundation/router.py`, `foundation/experts.py`, `foundation/moe.py`, and
+# for the last two steps `foundation/balancing.py`.
 #
 # ## Forward
 # For one token with stream $x$, [D], and a router matrix $W$, [D, E]:
@@ -71,8 +72,8 @@
 # gradient of $W$ *is* the gradient of the logits. Bold entries are the chosen experts.
 
 # %%
-from foundation import moe
-from foundation.lessons.notebook import check, jax, jnp, np, pictures, shown
+from foundation import balancing, moe
+from foundation.lessons.notebook import check, jax, jnp, pictures, shown
 from foundation.optimizers import sgd_update
 from foundation.router import choice_share, router_backward, router_forward
 
@@ -198,44 +199,121 @@ for name, formula in {"balance": balance, "z": calm}.items():
     assert error < 1e-14
 
 # %% [markdown]
-# ## Descending on the balance loss
-# A router that starts with a lean, and no task: gradient descent on the balance loss
-# and a little z-loss, by the formulas above. At 1 the loss is balanced; 1/8 is an even
-# share.
+# ## Step 8: a bias, and no loss
+# A balance loss pulls the router away from its task. Newer models use a **bias**
+# instead: a number $b_e$ for each expert, which takes part in the choice and in nothing
+# else. The K experts with the largest $s_e + b_e$ are chosen, where $s_e$ is the score
+# (so far $p_e$), and the gates are made from $s_e$ alone. After each step of training,
+#
+# $$b_e \leftarrow b_e + \text{rate} \cdot \operatorname{sign}(\bar f - f_e),$$
+#
+# with $\bar f = 1/E$. Nothing is differentiated here. It is a **controller**, like a
+# thermostat. Each step has the size of the rate, however near the goal is, so the loads
+# swing around their fair share. If the bias were in the gate too, it would scale the
+# layer's output, and the model would have to learn to undo that.
+#
+# ## Step 9: scores by sigmoid, as in DeepSeek-V3
+# With hundreds of experts, one softmax makes each expert compete with all others.
+# DeepSeek-V3 (256 experts, K = 8) takes the score of each by itself, $s_e = \sigma(z_e)
+# = 1 / (1 + e^{-z_e})$, chooses with a bias, and divides the chosen scores by their sum
+# $\Sigma = \sum_{j \in S} s_j$: $g_e = c\, s_e / \Sigma$, with a constant c of 2.5. Now
+# backward:
+#
+# 1. The quotient: $\partial g_e / \partial s_j = \frac{c}{\Sigma}\bigl([e = j] -
+#    \frac{s_e}{\Sigma}\bigr)$. So $d_{s_j} = \frac{c}{\Sigma}\bigl(d_{g_j} - \bar
+#    d\bigr)$, with the mean $\bar d = \sum_{e \in S} \frac{s_e}{\Sigma}\, d_{g_e}$.
+# 2. The sigmoid (chapter 3): $d_{z_j} = d_{s_j}\, s_j (1 - s_j)$.
+#
+# $$\boxed{\;d_{z_e} = g_e\,(1 - s_e)\,\bigl(d_{g_e} - \bar d\bigr)
+# \text{ for } e \in S, \qquad 0 \text{ for } e \notin S\;}$$
+#
+# It is step 3 with one more factor, $1 - s_e$. An expert whose score is near 1 is
+# *settled*: its logit hardly moves any more. And the entries no longer add up to 0, so
+# the router can raise all the chosen logits together. With K = 1 the gate is the
+# constant c, and the router gets nothing. (Its paper: arXiv 2412.19437, equations 12 to
+# 16. There the rate is 0.001, and a balance loss with the tiny weight 0.0001 remains,
+# with $s_e / \sum_j s_j$ in the place of $p_e$.)
 
 # %%
-E, T, D = 8, 64, 16
-x = jax.random.normal(jax.random.key(5), (4, T, D)).at[..., 0].set(1.0)
-lean = jnp.linspace(4.0, -4.0, E)
-W = 0.3 * jax.random.normal(jax.random.key(6), (D, E)).at[0].set(lean)
+shown(balancing.sigmoid_router_forward, balancing.sigmoid_router_backward)
+
+# %%
+z, bias = jax.random.normal(jax.random.key(7), (2, 5, E))
+gates, cache = balancing.sigmoid_router_forward(z, bias[0], 3, 2.5)
+d_g = jax.random.normal(jax.random.key(8), gates.shape)
+d_z = balancing.sigmoid_router_backward(d_g, cache)
+by_jax = jax.grad(
+    lambda z: jnp.vdot(d_g, balancing.sigmoid_router_forward(z, bias[0], 3, 2.5)[0])
+)(z)
+print(f"sigmoid router: {jnp.max(jnp.abs(d_z - by_jax)):.1e} from jax.grad")
+print("sums of the rows:", *(f"{total:.3f}" for total in d_z.sum(axis=1)))
+assert jnp.max(jnp.abs(d_z - by_jax)) < 1e-14
+
+# %% [markdown]
+# ## Side by side
+# A router that starts with a lean, and no task. First gradient descent on the balance
+# loss, by the formulas above. Then its matrix stays as it is, and a bias does the work,
+# on sigmoid scores, with three rates. The curve is the load of the busiest expert, in
+# units of its fair share.
+
+# %%
+E, T, D, STEPS = 8, 64, 16, 400
+x = jax.random.normal(jax.random.key(5), (1, T, D)).at[..., 0].set(1.0)
+lean = jnp.linspace(2.0, -2.0, E)
+W = 0.3 * jax.random.normal(jax.random.key(6), (D, E)).at[0].set(lean / 0.3)
+scores = jax.nn.sigmoid(x[0] @ W)
 
 
 @jax.jit
 def descend(W):
     routing, cache = router_forward(x, W, 2)
     no_task = jnp.zeros_like(routing.gates)
-    _, d_W = router_backward(no_task, jnp.ones(()), jnp.full((), 1e-3), cache)
-    share = choice_share(routing.experts, E, W.dtype).mean(axis=0)
-    return sgd_update(d_W, W, 0.5), (routing.balance, share)
+    _, d_W = router_backward(no_task, jnp.ones(()), zero, cache)
+    return sgd_update(d_W, W, 2.0), jnp.max(choice_share(routing.experts, E, W.dtype))
 
 
-balances, shares = [], []
-for _ in range(150):
-    W, (now, share) = descend(W)
-    balances.append(float(now))
-    shares.append(np.asarray(share))
-each = {f"expert {e}": np.array(shares)[:, e] for e in range(E)}
-pictures.curves(
-    {"balance loss": {"": balances}, "share of the choices": each}, xlabel="step"
-)
-print(f"balance loss {balances[0]:.3f} -> {balances[-1]:.3f}")
-assert balances[-1] < balances[0]
+@jax.jit
+def adjust(bias, rate):
+    f = balancing.choice_fraction(balancing.biased_choice(scores, bias, 2)[0])
+    return balancing.bias_step(bias, f, rate), jnp.max(f)
+
+
+loads = {"balance loss": []}
+for _ in range(STEPS):
+    W, busiest = descend(W)
+    loads["balance loss"].append(float(E * busiest))
+for rate in (0.01, 0.003, 0.001):
+    bias, loads[f"bias, rate {rate}"] = jnp.zeros(E), []
+    for _ in range(STEPS):
+        bias, busiest = adjust(bias, rate)
+        loads[f"bias, rate {rate}"].append(float(E * busiest))
+pictures.curves({"the busiest expert": loads}, "step", "load / fair share", level=1.0)
+for name, load in loads.items():
+    print(f"{name:<16} {load[0]:.2f} -> {load[-1]:.2f}")
+assert max(loads["bias, rate 0.001"][-1], loads["balance loss"][-1]) < 1.2
+
+# %% [markdown]
+# The larger the rate, the sooner the loads are near their fair share, and the wider
+# they swing around it. A fourth way lets each *expert* choose its tokens: all loads are
+# equal, and chapter 12 shows why such a layer cannot write.
+#
+# | way | has a gradient | sees the choices |
+# |---|---|---|
+# | balance loss | yes, through $P$ | yes, through $f$ |
+# | bias | no | yes |
+# | expert choice | no | it makes them |
+#
+# A test of gradients can say nothing about the last two. The table holds them against
+# counting: each token sorted by itself, each counter compared with its fair share. The
+# project has the first two, in `moe_jax/model/moe/balance.py` and
+# `moe_jax/model/moe/router.py`.
 
 # %% [markdown]
 # ## Exercises
 # In the terminal: `uv run python -m foundation derive router` asks for steps 3 to 7 in
-# one function. Then `derive dispatch` and `derive combine`, which move tokens to
-# experts and back. The docstring of `foundation/moe.py` derives these two.
+# one function, and `derive sigmoid_router` for step 9. Then `derive dispatch` and
+# `derive combine`, which move tokens to experts and back. The docstring of
+# `foundation/moe.py` derives these two.
 
 # %%
 check("8.1", None)
@@ -248,3 +326,6 @@ check("8.3", None)
 
 # %%
 check("8.4", None)
+
+# %%
+check("8.5", None)

@@ -8,7 +8,7 @@
 A is random and B is 0, so the adapted model starts with the function of the model, bit for bit. The adapters are a tree
 beside the parameters. They have the names of their matrices: `blocks.0.attention.qkv` has
 `blocks.0.attention.qkv_lora.a` and `.b`. Training multiplies with A and B, so it needs no gradient of W. Everything
-else works on `merged` weights, W + s A B.
+else works on `merged` weights, W + s A B. Chapter 14 of `foundation` derives the gradients.
 """
 
 from collections.abc import Callable, Mapping

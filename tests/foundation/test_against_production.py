@@ -16,6 +16,7 @@ from foundation import (
     byte_pairs,
     caching,
     flash_attention,
+    low_rank,
     micro_batches,
     moe,
     optimizers,
@@ -31,6 +32,7 @@ from moe_jax.data.tokenizers import _bpe
 from moe_jax.inference.sampling import Sampling, adjusted_logits
 from moe_jax.model.kernels import causal_attention
 from moe_jax.model.kernels.cross_entropy import mean_cross_entropy
+from moe_jax.model.low_rank import LowRank, merged
 from moe_jax.model.moe.balance import adjusted_bias, balance_loss
 from moe_jax.model.moe.layer import Mode, MoE, build_layer
 from moe_jax.model.moe.queues import queue_positions
@@ -178,6 +180,29 @@ def test_an_upcycled_router_of_production_gets_nothing_where_k_is_above_1(
     largest = float(jnp.max(jnp.abs(gradient["router"])))
     assert least <= largest <= most
     assert float(jnp.max(jnp.abs(gradient["experts"]["w_out"]))) > 1e-2
+
+
+def test_adapters_of_production_have_the_same_gradients() -> None:
+    """The module's own A and B, and the weights that it merges."""
+    x, kernel, a, b, d_y = (
+        normal(30, 2, 6, 8),
+        normal(31, 8, 5),
+        normal(32, 8, 2),
+        normal(33, 2, 5),
+        normal(34, 2, 6, 5),
+    )
+
+    def production(x: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+        adapter = LowRank(nnx.Param(kernel), 2, 1.5)
+        adapter.a, adapter.b = nnx.Param(a), nnx.Param(b)
+        rows = x.reshape(-1, 8)
+        return (rows @ kernel + adapter(rows)).reshape(d_y.shape)
+
+    theirs, back = jax.vjp(production, x, a, b)
+    ours, cache = low_rank.low_rank_forward(x, a, b, kernel, 1.5)
+    assert max_relative_error((ours, low_rank.low_rank_backward(d_y, cache)), (theirs, back(d_y))) < 1e-12
+    one = merged({"w": kernel}, {"w_lora": {"a": a, "b": b}}, 1.5)["w"]
+    np.testing.assert_allclose(low_rank.merged(kernel, a, b, 1.5), one, rtol=1e-12)
 
 
 @pytest.mark.parametrize("settings", [(0.7, 0, 1.0, 0.0), (1.0, 3, 0.8, 0.0), (1.3, 5, 0.95, 0.1), (0.0, 0, 1.0, 0.0)])

@@ -35,10 +35,13 @@ d_h, d_out, _ = linear_backward(d_y, out_cache)
 d_xg, d_g, _ = linear_backward(silu_backward(d_h * u, silu_cache), gate_cache)
 d_xi, d_i, _ = linear_backward(d_h * opened, in_cache)
 return d_xg + d_xi, d_g, d_i, d_out"""
-IMPORTANCE = """\
-total, squares = jnp.sum(importance), jnp.sum(importance**2)
-d = d_loss * 2 * experts * (importance / total**2 - squares / total**3)
-return jnp.broadcast_to(d, (tokens, experts))"""
+LOW_RANK = """\
+d_u, d_b, _ = linear_backward(scale * d_y, wide)
+d_x, d_a, _ = linear_backward(d_u, thin)
+return d_y @ kernel.T + d_x, d_a, d_b"""
+SIGMOID_ROUTER = """\
+mean = jnp.sum(gates * d_gates, 1, keepdims=True)
+return scale * gates * (1 - scores) * (d_gates - mean)"""
 
 WRONG_ANSWERS: dict[str, list[str]] = {
     "tanh": [
@@ -279,11 +282,15 @@ WRONG_ANSWERS["coded_product"] = [
     "return (d_y * scale) @ codes.T, jnp.mean(d_y * unscaled, 0)",
     "return (d_y * scale) @ codes.T, jnp.sum(d_y, 0)",
 ]
-WRONG_ANSWERS["importance_loss"] = varied(
-    IMPORTANCE,
-    (" - squares / total**3", ""),
-    ("total**3", "total**2"),
-    ("broadcast_to(d,", "broadcast_to(d / tokens,"),
+WRONG_ANSWERS["low_rank"] = varied(
+    LOW_RANK, ("scale * ", ""), ("d_y @ kernel.T + ", ""), (" + d_x", ""), ("kernel.T", "kernel.T * scale")
+)
+WRONG_ANSWERS["sigmoid_router"] = varied(
+    SIGMOID_ROUTER,
+    (" - mean", ""),
+    (" * (1 - scores)", ""),
+    ("scale * ", ""),
+    ("(1 - scores)", "scores * (1 - scores)"),
 )
 WRONG_ANSWERS["divergence"] = [
     "return d_out * -(square.sum(1) / row), d_out * -(square.sum(0) / column)",
@@ -352,10 +359,5 @@ WRONG_FUNCTIONS: dict[str, list[str]] = {
     ],
     "8.1": ["lambda z, d: d / (1 + jnp.exp(-z))", "lambda z, d: d * (1 - 1 / (1 + jnp.exp(-z)))"],
     "8.3": ["lambda z, d: (g := jnp.exp(z) / jnp.sum(jnp.exp(z))) * (d - jnp.sum(g * d))"],
-    "16.2": [
-        "lambda z: (p := jnp.exp(z) / jnp.exp(z).sum()) * (jnp.log(p) + 1)",
-        "lambda z: jnp.log(jnp.exp(z) / jnp.exp(z).sum()) + 1",
-        "lambda z: (p := jnp.exp(z) / jnp.exp(z).sum()) * jnp.log(p)",
-    ],
 }
 """{exercise: functions}, as text."""

@@ -1,5 +1,5 @@
 """Losses that keep a router balanced and its logits small, the load of its experts, and the balance bias. Pure
-functions of arrays. Chapter 16 of `foundation` compares four ways of balancing."""
+functions of arrays. Chapter 8 of `foundation` compares ways of balancing."""
 
 import jax
 import jax.numpy as jnp

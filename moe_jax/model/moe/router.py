@@ -66,7 +66,7 @@ def route(
 
     With a `bias`, the K experts with the largest p + bias are chosen. The gates still come from the logits, so the bias
     changes the choice but not the gates (Wang et al. 2024, "Auxiliary-loss-free load balancing", equation 3; chapter
-    16 of `foundation`).
+    8 of `foundation`).
 
     An expert whose logit is -inf has the probability 0. It is chosen only by a token that has fewer than K others, and
     then its gate is 0.
