@@ -81,6 +81,12 @@ def decode(x: Float[Array, "B T D"], params: dict, heads: int, prompt: int) -> F
     return jnp.concatenate(outputs, axis=1)
 
 
+def window_mask(positions: int, window: int, sinks: int = 0) -> Bool[Array, "T T"]:
+    """True where t may look at s: at the last `window` positions, itself included, and at the first `sinks` ones."""
+    t, s = jnp.arange(positions)[:, None], jnp.arange(positions)
+    return (s <= t) & ((s > t - window) | (s < sinks))
+
+
 def kept_choices(probs: Float[Array, "T E"], top_k: int, factor: float, rule: str) -> Bool[Array, "T E"]:
     """Which experts each token of one sequence gets a slot of. Raises ValueError for an unknown rule.
 

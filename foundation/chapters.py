@@ -63,7 +63,16 @@ CHAPTERS = (
         "What does a normalisation take out of a gradient, and what undoes a rotation?",
         30,
         "2",
-        ("layernorm", "rmsnorm", "normalise_heads", "embedding", "tied_head", "learned_positions", "rope"),
+        (
+            "layernorm",
+            "rmsnorm",
+            "normalise_heads",
+            "embedding",
+            "tied_head",
+            "learned_positions",
+            "rope",
+            "slowed_pairs",
+        ),
     ),
     Chapter(
         "07_a_transformer_that_writes",
@@ -109,9 +118,9 @@ CHAPTERS = (
     Chapter(
         "12_what_may_be_cached",
         "When is an output a function of the text before it?",
-        30,
+        40,
         "5, 6, 9",
-        ("decode", "kept_choices", "leaks"),
+        ("decode", "latent_attention", "absorbed", "window_mask", "kept_choices", "leaks"),
         ("inference/decode.py", "certify/causality.py", "model/moe/queues.py"),
     ),
     Chapter(
@@ -166,9 +175,11 @@ CHAPTERS = (
             "reduce_scatter",
             "all_to_all",
             "ring_all_reduce",
+            "tensor_parallel",
+            "sharded",
             "expert_parallel",
         ),
-        ("parallel/experts.py",),
+        ("parallel/experts.py", "parallel/layout.py"),
     ),
     Chapter(
         "20_byte_pairs",

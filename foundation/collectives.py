@@ -15,14 +15,21 @@ parallelism is copy_to_all of the weights. Expert parallelism is two all_to_alls
 e. The gradient of an expert's weights is whole where the expert is. A ring sends 2 (R - 1) / R of the array from each
 rank, an all_to_all (R - 1) / R.
 
-Sources: Patarasuk and Yuan 2009, section 3 (the ring); Lepikhin et al. 2020, section 3.2 (all_to_all around experts);
-the factor in the field: jax #3970.
+Tensor parallelism cuts a network's hidden columns into parts: x goes to all ranks (Megatron's f), and their outputs are
+added up (g). Each is the other's adjoint. Fully sharded data parallelism (FSDP) cuts every weight into parts, gathers
+it for a layer, forgets it, and scatters the summed gradient.
+
+Sources: Shoeybi et al. 2019, section 3 (f and g); Rajbhandari et al. 2020, section 5.3 (weights in parts); Patarasuk
+and Yuan 2009, section 3 (the ring); Lepikhin et al. 2020, section 3.2 (all_to_all around experts); the factor in the
+field: jax #3970.
 """
 
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+
+from foundation.activations import tanh_backward, tanh_forward
 
 
 def copy_to_all_forward(x: Float[Array, "..."], ranks: int) -> tuple[Float[Array, "R ..."], None]:
@@ -93,6 +100,41 @@ def ring_all_reduce(x: Float[Array, "R RN"]) -> tuple[Float[Array, "R RN"], int]
         parts = parts.at[me, place].set(have + arriving)
         sent += arriving[0].size
     return parts.reshape(x.shape), sent
+
+
+def tensor_parallel_forward(
+    x: Float[Array, "T D"], w_in: Float[Array, "R D F"], w_out: Float[Array, "R F D"]
+) -> tuple[Float[Array, "T D"], tuple]:
+    """tanh(x W_in) W_out: rank r has its own columns of W_in, and the rows of W_out that belong to them."""
+    copies, _ = copy_to_all_forward(x, len(w_in))  # f
+    h, slopes = tanh_forward(jnp.einsum("rtd,rdf->rtf", copies, w_in))
+    y = jnp.sum(jnp.einsum("rtf,rfd->rtd", h, w_out), axis=0)  # g
+    return y, (x, w_in, w_out, h, slopes)
+
+
+def tensor_parallel_backward(d_y: Float[Array, "T D"], cache: tuple) -> tuple[Array, Array, Array]:
+    """(d_x, d_w_in, d_w_out): g copies on its way back, and f adds up. Gradients of weights are not sent."""
+    x, w_in, w_out, h, slopes = cache
+    d_parts, _ = copy_to_all_forward(d_y, len(w_in))
+    d_w_out = jnp.einsum("rtf,rtd->rfd", h, d_parts)
+    d_a = tanh_backward(jnp.einsum("rtd,rfd->rtf", d_parts, w_out), slopes)
+    d_copies = jnp.einsum("rtf,rdf->rtd", d_a, w_in)
+    return copy_to_all_backward(d_copies, None), jnp.einsum("td,rtf->rdf", x, d_a), d_w_out
+
+
+def sharded_forward(x: Float[Array, "R T I"], shards: Float[Array, "R N"]) -> tuple[Float[Array, "R T O"], tuple]:
+    """y_r = x_r W on every rank's own rows. W, [I, O], lies in R parts, and is gathered for this product alone."""
+    whole, _ = all_gather_forward(shards)
+    return x @ whole.reshape(len(x), x.shape[-1], -1), (x, shards)
+
+
+def sharded_backward(d_y: Float[Array, "R T O"], cache: tuple) -> tuple[Array, Float[Array, "R N"]]:
+    """(d_x, d_shards): W is gathered once more. Its gradient is summed over the ranks, a part of it on each."""
+    x, shards = cache
+    whole, _ = all_gather_forward(shards)
+    d_x = d_y @ jnp.swapaxes(whole.reshape(len(x), x.shape[-1], -1), 1, 2)
+    d_whole = jnp.swapaxes(x, 1, 2) @ d_y
+    return d_x, all_gather_backward(d_whole.reshape(len(x), -1), None)
 
 
 class ExpertParallelCache(NamedTuple):

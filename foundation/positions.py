@@ -5,12 +5,15 @@ embedding. RoPE rotates pairs of coordinates of queries and keys by an angle pro
 with R_t the rotation at position t, <R_s q, R_t k> = <q, R_(t-s) k>, so scores see differences of positions
 only.
 
+To read longer texts than in training, slow pairs are slowed further (`slowed_pairs`). A constant 1 / factor for all
+pairs is position interpolation.
+
 A rotation is orthogonal, so its adjoint is its inverse: the backward pass rotates the gradient *back*, by
 -angle.
 
 Sources: learned table: Radford et al. 2018, section 3.1. RoPE: Su et al. 2021, section 3.2.2, equations 14
 to 16, here with the pairs (i, i + A/2) instead of (2i, 2i + 1), which is the same map up to an order of
-coordinates.
+coordinates. Longer texts: Chen et al. 2023, equation 4; Peng et al. 2024, section 3.2; Grattafiori et al. 2024, 3.1.1.
 """
 
 import jax.numpy as jnp
@@ -53,13 +56,28 @@ def rope_angles(positions: int, width: int, dtype: jnp.dtype, base: float = ROPE
     return jnp.arange(positions, dtype=dtype)[:, None] * frequencies
 
 
-def rope_forward(x: Float[Array, "*rows T A"], base: float = ROPE_BASE) -> tuple[Float[Array, "*rows T A"], tuple]:
-    """Rotates the pair (x_i, x_(i + A/2)) at position t by angle_ti:
+def slowed_pairs(
+    width: int, factor: float, trained: int, base: float = ROPE_BASE, low: float = 1.0, high: float = 4.0
+) -> Float[Array, " pairs"]:
+    """What each pair's frequency is multiplied by, for a text `factor` times as long as the `trained` one.
+
+    Pairs that turned more than `high` times within the trained length stay. Those that turned less than `low` times
+    are slowed by the factor, so that they see no new angle. Between, a blend.
+    """
+    turns = rope_angles(2, width, jnp.dtype("float64"), base)[1] * trained / (2.0 * jnp.pi)
+    kept = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+    return kept + (1.0 - kept) / factor
+
+
+def rope_forward(
+    x: Float[Array, "*rows T A"], base: float = ROPE_BASE, slowed: Float[Array, " pairs"] | float = 1.0
+) -> tuple[Float[Array, "*rows T A"], tuple]:
+    """Rotates the pair (x_i, x_(i + A/2)) at position t by angle_ti, times the pair's entry of `slowed`:
 
     y_i         = x_i cos - x_(i + A/2) sin
     y_(i + A/2) = x_i sin + x_(i + A/2) cos
     """
-    angles = rope_angles(x.shape[-2], x.shape[-1], x.dtype, base)
+    angles = rope_angles(x.shape[-2], x.shape[-1], x.dtype, base) * slowed
     return _rotate(x, angles), (angles,)
 
 

@@ -72,6 +72,7 @@ BUGS = [
         "/ width / 2",
         "test:test_rope_turns_the_first_pair_by_one_radian_a_position_anticlockwise",
     ),
+    Bug("rope: pairs that turn often are slowed", "positions.slowed_pairs", "(turns - low)", "(low - turns)"),
     Bug("attention: 1 / sqrt(A) is forgotten", "attention.attention_backward", " / math.sqrt(cache.q.shape[-1])", ""),
     Bug(
         "attention: d_k needs d_S transposed: its rows are keys",
@@ -245,6 +246,16 @@ BUGS = [
         "decoding: rotary position one off", "caching.decode_step", "heads, position)", "heads, position + 1)", "decode"
     ),
     Bug(
+        "latent attention: one key is read by all heads, and only the first one answers",
+        "latent_attention.latent_attention_backward",
+        "jnp.sum(d_k[..., width:], axis=1)",
+        "d_k[:, 0, :, width:]",
+    ),
+    Bug(
+        "absorbed: the scale of the wider keys", "latent_attention.absorbed", "(width + r.shape[-1])", "keys.shape[-1]"
+    ),
+    Bug("window: a position too many", "caching.window_mask", "s > t - window", "s >= t - window"),
+    Bug(
         "slots: batch priority under the name of token priority",
         "caching.kept_choices",
         '"token": (position,)',
@@ -323,6 +334,18 @@ BUGS = [
         "collectives.all_gather_backward",
         "reduce_scatter_forward(d_y)[0]",
         "jnp.stack([d_y[r].reshape(len(d_y), -1)[r] for r in range(len(d_y))])",
+    ),
+    Bug(
+        "tensor parallel: f only copies, so the ranks' parts of d_x are not added up",
+        "collectives.tensor_parallel_backward",
+        "copy_to_all_backward(d_copies, None)",
+        "d_copies[0]",
+    ),
+    Bug(
+        "sharded: each rank steps with the gradient of its own rows",
+        "collectives.sharded_backward",
+        "all_gather_backward(d_whole.reshape(len(x), -1), None)",
+        "jnp.stack([d.reshape(len(x), -1)[r] for r, d in enumerate(d_whole)])",
     ),
     Bug(
         "expert parallel: gradients stay at home",

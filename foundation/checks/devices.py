@@ -31,6 +31,13 @@ def collective_checks() -> Iterator[AnyCheck]:
         yield OracleCheck(
             "ring_all_reduce", f"{ranks} ranks", collectives.ring_all_reduce, summed, (draws.normal(ranks, 3 * ranks),)
         )
+    networks = draws.normal(4, 5), draws.normal(RANKS, 5, 2), draws.normal(RANKS, 2, 5)
+    forward, backward = collectives.tensor_parallel_forward, collectives.tensor_parallel_backward
+    yield Check("tensor_parallel", "3 ranks", forward, backward, networks)
+    yield OracleCheck("tensor_parallel", "on one rank", lambda *a: forward(*a)[0], unsplit, networks)
+    inputs = draws.normal(RANKS, 4, 6), draws.normal(RANKS, 10)
+    yield Check("sharded", "3 ranks", collectives.sharded_forward, collectives.sharded_backward, inputs)
+    yield OracleCheck("sharded", "on one rank", lambda *a: collectives.sharded_forward(*a)[0], gathered, inputs)
     for name, room in (("room for all", 4), ("full experts", 1)):
         place = slots(draws.generator.integers(0, RANKS, (RANKS, 4)), room)
         inputs = (draws.normal(RANKS, 4, 2), draws.normal(RANKS, 4), draws.normal(RANKS, 2, 2))
@@ -98,6 +105,16 @@ def summed(x: Any) -> tuple[np.ndarray, int]:
     """The sum, and what the ring's arithmetic says is sent: 2 (R - 1) / R of the array."""
     ranks, size = x.shape
     return np.tile(np.asarray(x).sum(0), (ranks, 1)), 2 * (ranks - 1) * size // ranks
+
+
+def unsplit(x: Any, w_in: Any, w_out: Any) -> np.ndarray:
+    """One network with all columns side by side."""
+    return np.tanh(np.asarray(x) @ np.hstack(w_in)) @ np.vstack(w_out)
+
+
+def gathered(x: Any, shards: Any) -> np.ndarray:
+    """One matrix, and the rows of all ranks."""
+    return np.asarray(x) @ np.reshape(shards, (x.shape[-1], -1))
 
 
 def on_one_rank(x: Any, gate: Any, weights: Any, place: Any) -> np.ndarray:

@@ -7,6 +7,7 @@ import numpy as np
 from foundation import (
     activations,
     attention,
+    caching,
     dropout,
     embedding,
     grouped_heads,
@@ -17,7 +18,7 @@ from foundation import (
     softmax,
 )
 from foundation.checks.inputs import Draws, filled_with
-from foundation.parity import Check
+from foundation.parity import AnyCheck, Check, OracleCheck
 
 
 def activation_checks() -> Iterator[Check]:
@@ -111,7 +112,7 @@ def norm_checks() -> Iterator[Check]:
     yield Check("layernorm", "no bias, mean of 4", norms.layernorm_forward, norms.layernorm_backward, inputs)
 
 
-def embedding_and_position_checks() -> Iterator[Check]:
+def embedding_and_position_checks() -> Iterator[AnyCheck]:
     """Lookup with repeated and with unused rows, the tied head, learned positions, RoPE."""
     draws = Draws("embedding and positions")
     table = draws.normal(7, 4)
@@ -128,6 +129,25 @@ def embedding_and_position_checks() -> Iterator[Check]:
         yield Check("learned_positions", case, forward, backward, (draws.normal(2, length, 4), draws.normal(5, 4)))
     for case, shape in (("heads", (2, 2, 5, 4)), ("one position", (1, 6)), ("one pair", (7, 2))):
         yield Check("rope", case, positions.rope_forward, positions.rope_backward, (draws.normal(*shape),))
+    forward = filled_with(positions.rope_forward, 50.0, positions.slowed_pairs(8, 4.0, 16, 50.0))
+    yield Check("rope", "slow pairs slowed", forward, positions.rope_backward, (draws.normal(5, 8),))
+    for case, constants in (("base 10,000", (16, 8.0, 512)), ("base 50", (8, 4.0, 16, 50.0))):
+        yield OracleCheck("slowed_pairs", case, positions.slowed_pairs, pair_by_pair, (), constants)
+
+
+def pair_by_pair(width: int, factor: float, trained: int, base: float = positions.ROPE_BASE) -> np.ndarray:
+    """Each pair by itself: the positions of one whole turn, its wave length, against the trained length."""
+    slowed = []
+    for pair in range(width // 2):
+        wave = 2.0 * np.pi * base ** (2 * pair / width)
+        if wave < trained / 4.0:
+            slowed.append(1.0)
+        elif wave > trained:
+            slowed.append(1.0 / factor)
+        else:
+            smooth = (trained / wave - 1.0) / 3.0
+            slowed.append(smooth + (1.0 - smooth) / factor)
+    return np.array(slowed)
 
 
 def grouped_head_checks() -> Iterator[Check]:
@@ -151,6 +171,7 @@ def attention_checks() -> Iterator[Check]:
         ("no mask", (2, 4, 3), None, 1.0),
         ("causal", (2, 4, 3), attention.causal_mask(4), 1.0),
         ("a row sees nothing", (2, 4, 3), padding, 1.0),
+        ("a window of 2 and a sink", (2, 5, 3), caching.window_mask(5, 2, 1), 1.0),
         ("one position", (1, 3), attention.causal_mask(1), 1.0),
         ("saturated", (2, 4, 3), attention.causal_mask(4), 6.0),
     ):

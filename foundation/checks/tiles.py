@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from foundation import attention, caching
+from foundation import attention, caching, latent_attention
 from foundation import flash_attention as flash
 from foundation.checks.inputs import Draws, filled_with
 from foundation.parity import COMPILER_OPTIONS, AnyCheck, Check, OracleCheck
@@ -79,6 +79,15 @@ def cache_checks() -> Iterator[AnyCheck]:
         params = {"qkv": {"kernel": draws.normal(8, 24)}, "out": {"kernel": draws.normal(8, 8)}}
         inputs = (draws.normal(2, length, 8), params)
         yield OracleCheck("decode", case, caching.decode, at_once, inputs, (heads, prompt))
+    draws = Draws("latent attention")
+    shapes = {"c": (6, 3), "r": (6, 2), "q": (6, 8), "p": (6, 4), "k": (3, 8), "v": (3, 8), "out": (8, 6)}
+    inputs = (draws.normal(2, 4, 6), {name: draws.normal(*shape) for name, shape in shapes.items()})
+    forward = filled_with(latent_attention.latent_attention_forward, 2)
+    yield Check("latent_attention", "two heads", forward, latent_attention.latent_attention_backward, inputs)
+    yield OracleCheck("absorbed", "two heads", latent_attention.absorbed, with_keys, inputs, (2,))
+    for window, sinks in ((3, 0), (2, 2), (9, 1)):
+        case = f"{window} positions, {sinks} sinks"
+        yield OracleCheck("window_mask", case, caching.window_mask, place_by_place, (), (7, window, sinks))
     probs = Draws("kept_choices").generator.dirichlet([1.0] * 4, 9)
     for rule in caching.RULES:
         for factor in (0.5, 1.0):
@@ -86,6 +95,20 @@ def cache_checks() -> Iterator[AnyCheck]:
             yield OracleCheck("kept_choices", case, caching.kept_choices, served, (probs,), (2, factor, rule))
         verdict = np.array(PASSES[rule])
         yield OracleCheck("leaks", rule, caching.leaks, lambda *_, v=verdict: v, (KINDS,), (3, 2, 0.75, rule))
+
+
+def with_keys(x: Any, params: dict, heads: int) -> Any:
+    """Every head's own keys and values, made from the latent."""
+    return latent_attention.latent_attention_forward(x, params, heads)[0]
+
+
+def place_by_place(positions: int, window: int, sinks: int) -> np.ndarray:
+    """The places that are still in the cache when t is written."""
+    mask, kept = np.zeros((positions, positions)), []
+    for t in range(positions):
+        kept = [s for s in [*kept, t] if s < sinks or t - s < window]
+        mask[t, kept] = 1.0
+    return mask
 
 
 def at_once(x: Any, params: dict, heads: int, prompt: int) -> Any:

@@ -50,8 +50,6 @@
 # In the code $r$ is `rrms` for RMSNorm and `rstd` for LayerNorm.
 
 # %%
-from flax import nnx
-
 from foundation import norms, positions
 from foundation.lessons.notebook import check, jax, jnp, pictures, shown
 
@@ -100,23 +98,6 @@ pictures.histograms(
 )
 assert jnp.max(jnp.abs(cosine(d_rmsnorm, x))) < 1e-5
 assert jnp.max(jnp.abs(cosine(d_layernorm, jnp.ones_like(x)))) < 1e-12
-
-# %% [markdown]
-# Flax has a LayerNorm of its own. Its gradient, by autodiff, is ours:
-
-# %%
-layer = nnx.LayerNorm(
-    16,
-    epsilon=1e-5,
-    use_fast_variance=False,
-    dtype=jnp.float64,
-    param_dtype=jnp.float64,
-    rngs=nnx.Rngs(0),
-)
-by_jax = jax.grad(lambda x: jnp.sum(d_y * layer(x)))(x)
-error = jnp.max(jnp.abs(d_layernorm - by_jax))
-print(f"largest difference from jax.grad of Flax's layer {error:.1e}")
-assert error < 1e-12
 
 # %% [markdown]
 # ## Embedding: a look-up is a matrix product
@@ -188,6 +169,54 @@ y, cache = positions.rope_forward(x)
 error = jnp.max(jnp.abs(positions.rope_backward(y, cache) - x))
 print(f"turned and turned back: {error:.1e} from where it was")
 assert error < 1e-14
+
+# %% [markdown]
+# ## Longer texts than in training
+# A model was trained on texts of $N$ tokens. What happens at position $4N$? A pair that
+# turned many times within $N$ has seen every angle. A pair that turned only half way
+# meets angles that it has never seen, and nobody knows what the model does there. Three
+# cures change only frequencies, so the backward pass stays as it is:
+#
+# - **Interpolation**: divide every frequency by the factor $f = 4$. No angle is new.
+#   But the first pair told neighbours apart by one radian, and now by a quarter.
+# - **Another base** (often called NTK-aware): with base $\cdot f^{A/(A-2)}$ the first
+#   pair stays and the last is slowed by exactly $f$: its exponent is $-(A-2)/A$, and
+#   $(f^{A/(A-2)})^{-(A-2)/A} = 1/f$. All pairs between are slowed a little.
+# - **By turns** (YaRN, Llama 3): count the turns of pair $i$ within $N$, $n_i = N
+#   \theta_i / 2\pi$. Pairs with $n_i > 4$ stay. Pairs with $n_i < 1$ have new angles
+#   ahead, so they are divided by $f$. Between, a blend:
+#
+# $$\boxed{\;\theta_i \leftarrow \theta_i\Bigl(\kappa_i + \frac{1 -
+# \kappa_i}{f}\Bigr), \qquad \kappa_i = \operatorname{clip}\Bigl(\frac{n_i - 1}{4 - 1},
+# 0, 1\Bigr)\;}$$
+#
+# The picture has the numbers of Llama 3.1 (its `config.json`): A = 128, base 500,000, N
+# = 8,192 and f = 8.
+
+# %%
+shown(positions.slowed_pairs)
+
+# %%
+A, BASE, N, FACTOR = 128, 500_000.0, 8_192, 8.0
+by_turns = positions.slowed_pairs(A, FACTOR, N, BASE)
+frequencies = positions.rope_angles(2, A, jnp.dtype("float64"), BASE)[1]
+wider = BASE * FACTOR ** (A / (A - 2))
+by_base = positions.rope_angles(2, A, jnp.dtype("float64"), wider)[1] / frequencies
+ways = {
+    "interpolation": jnp.full(A // 2, 1 / FACTOR),
+    "another base": by_base,
+    "by turns": by_turns,
+}
+pictures.curves({"what each frequency is multiplied by": ways}, xlabel="pair")
+meet = {}
+for name, factors in {"unchanged": jnp.ones(A // 2), **ways}.items():
+    largest, seen = frequencies * factors * N * FACTOR, frequencies * N
+    meet[name] = int(jnp.sum((seen < 2 * jnp.pi) & (largest > (1 + 1e-9) * seen)))
+    stay = int(jnp.sum(factors == 1))
+    print(f"{name:<14} {stay:2} pairs stay, {meet[name]:2} meet new angles")
+assert meet["by turns"] == 0
+assert by_base[0] == 1.0
+assert abs(by_base[-1] * FACTOR - 1) < 1e-12
 
 # %% [markdown]
 # ## Exercises

@@ -9,9 +9,10 @@
 # of experts it has surprised many people: a layer can be perfectly causal in training
 # and still give other answers from a cache.
 #
-# The code is `foundation/caching.py`. The project writes with
-# `moe_jax/inference/decode.py`. Its queues are in `moe_jax/model/moe/queues.py`, and
-# `moe_jax/certify/causality.py` tests a trained model.
+# The code is `foundation/caching.py` and, for step 4, `foundation/latent_attention.py`.
+# The project writes with `moe_jax/inference/decode.py`. Its queues are in
+# `moe_jax/model/moe/queues.py`, and `moe_jax/certify/causality.py` tests a trained
+# model.
 #
 # ## Step 1: two tests, not one
 # A layer takes a text of T tokens and gives T outputs. Output $t$ is a **function of
@@ -53,7 +54,7 @@
 # error is raised. The cell below measures both.
 
 # %%
-from foundation import caching
+from foundation import caching, latent_attention
 from foundation.attention import multi_head_forward
 from foundation.lessons.notebook import check, jax, jnp, pictures, shown
 
@@ -97,7 +98,76 @@ print(f"all outputs, all positions one too high: {all_off:.1e}")
 assert all_off < 1e-13
 
 # %% [markdown]
-# ## Step 4: slots of experts
+# ## Step 4: how many bytes?
+# For each position and each layer the cache holds a key and a value of A numbers for
+# each of H heads: $2HA$ numbers. Every new token reads all of it, so it bounds both the
+# longest text and the speed. There are three ways to make it smaller.
+#
+# **Fewer key heads (GQA).** Groups of query heads share one of KV key heads (chapter
+# 5): $2\,\text{KV}\,A$ numbers.
+#
+# **A latent (MLA).** Keep one narrow vector $c = xW_c$, with C numbers, and make the
+# keys and values of all heads from it when they are needed: $k_h = c W_{k,h}$, $v_h = c
+# W_{v,h}$. A rotation may not stand between (it changes with the position), so R more
+# numbers, $r = \operatorname{rope}(x W_r)$, carry the position, as one key that all
+# heads share. That makes $C + R$ numbers. Backward there is nothing new: $c$ is used
+# for keys and for values, and $r$ by every head, so their gradients are sums,
+#
+# $$\boxed{\;d_c = \sum_h d_{k_h} W_{k,h}^\top + d_{v_h} W_{v,h}^\top, \qquad
+# d_r = \operatorname{rope}^{-1}\Bigl(\sum_h d_{k_h}\big|_{\text{last } R}\Bigr)\;}$$
+#
+# When writing, not even the keys are made: $\langle q, c\,W_k\rangle = \langle
+# q\,W_k^\top, c\rangle$ moves the matrix to the one new query. `absorbed` does this,
+# and the table holds it against the plain way.
+#
+# **A window.** Position $t$ sees the last $w$ positions alone, so the cache stops
+# growing. L layers still see $L(w - 1)$ positions back, one window each. Trained models
+# put much weight on the first tokens, because a softmax must put it somewhere. Xiao et
+# al. (2023) found that texts break down when these leave the window. So the first few
+# are kept, as **sinks**.
+
+# %%
+shown(latent_attention.latent_attention_backward, caching.window_mask)
+
+# %%
+see = caching.window_mask(16, 4, 1).astype(float)
+reach = caching.window_mask(16, 4).astype(float)
+pictures.heatmaps(
+    {
+        "window of 4, one sink": see,
+        "window of 4: 2 layers": jnp.minimum(reach @ reach, 1),
+        "3 layers": jnp.minimum(reach @ reach @ reach, 1),
+    },
+    xlabel="position that is seen",
+    ylabel="position",
+    numbers="",
+    diverging=False,
+)
+farthest = [int(jnp.max(15 - jnp.argmax(m[15] > 0))) for m in (reach, reach @ reach)]
+print("positions back, 1 and 2 layers:", farthest)
+assert farthest == [3, 6]
+
+# %% [markdown]
+# In bytes, with 16 bits a number, for shapes from the public `config.json` of each
+# model. Beside it: the same, if every head had its own keys and values in the cache.
+
+# %%
+print(f"{'model':<28}{'bytes a token':>14}{'all heads':>11}{'32,768 tokens':>15}")
+for model, layers, plain, numbers, most in (
+    ("OLMoE: 16 heads", 16, 2 * 16 * 128, 2 * 16 * 128, None),
+    ("Mixtral 8x7B: 8 of 32 (GQA)", 32, 2 * 32 * 128, 2 * 8 * 128, None),
+    ("Mistral 7B: window of 4,096", 32, 2 * 32 * 128, 2 * 8 * 128, 4_096),
+    ("DeepSeek-V3: MLA, 512 + 64", 61, 128 * (192 + 128), 512 + 64, None),
+):
+    token, whole = 2 * layers * numbers, 2 * layers * plain
+    text = token * min(32_768, most or 32_768)
+    print(f"{model:<28}{token:>14,}{whole:>11,}{text / 2**20:>11,.0f} MiB")
+kept = sum(leaf.nbytes for leaf in cache)
+print(f"the cache above: {kept} bytes for {cache.k.shape[2]} positions, in float64")
+assert kept == 2 * D * 8 * cache.k.shape[2]
+
+# %% [markdown]
+# ## Step 5: slots of experts
 # In a mixture of experts, tokens meet in a second place. Each expert has $C$ slots, and
 # the tokens that want it stand in a **queue**. The first $C$ get a slot, the others are
 # dropped (chapter 8). Whether token $t$ is served is then a question about its queue:
@@ -132,7 +202,7 @@ assert all_off < 1e-13
 # the test of length. "choice", "batch" and "expert" fail both. Only "none" and "token,
 # growing" may be cached.
 #
-# ## Step 5: all texts
+# ## Step 6: all texts
 # A test with one text can show a leak. It cannot show that there is none. So let us
 # take *all* texts: four tokens, each of one of six kinds, makes 1,296 texts. For each
 # pair of texts that differ in one token, and for each cut, compare which experts each

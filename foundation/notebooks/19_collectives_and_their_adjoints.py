@@ -7,7 +7,7 @@
 # new mathematics, only the eyes to see that a message is a matrix.
 #
 # The code is `foundation/collectives.py`. The project does this in
-# `moe_jax/parallel/experts.py`.
+# `moe_jax/parallel/experts.py` and, for weights in parts, `moe_jax/parallel/layout.py`.
 #
 # ## Step 1: a device is an index
 # Call the devices **ranks**, $r = 0, \dots, R-1$. Write $x_r$ for what rank $r$ has,
@@ -106,7 +106,44 @@ for ranks in (2, 4, 8):
     print(f"{ranks} ranks: each sends {sent / 840:.3f} times the array")
 
 # %% [markdown]
-# ## Step 5: a mixture of experts
+# ## Step 5: one layer on many ranks (Megatron's f and g)
+# A network $y = \phi(x W_1)\,W_2$ can be cut along its hidden columns. Rank $r$ has its
+# columns of $W_1$ and the rows of $W_2$ that belong to them. $\phi$ is elementwise, so
+# the ranks need not talk in the middle:
+#
+# $$y = \sum_r \phi(x W_{1,r})\, W_{2,r}.$$
+#
+# Megatron-LM calls the two ends **f** and **g**. Forward, f only hands $x$ to all
+# ranks, and g is an all-reduce. Backward they change places, as the table of step 2
+# says: g hands $d_y$ to all, and f adds up,
+#
+# $$\boxed{\;d_x = \sum_r \bigl(\phi'(x W_{1,r}) \odot d_y W_{2,r}^\top\bigr)
+# W_{1,r}^\top\;}$$
+#
+# So a network costs one all-reduce in each direction. Weights and their gradients stay
+# where they are. Attention is cut by heads in the same way.
+#
+# ## Step 6: weights in parts (FSDP)
+# Data parallelism keeps all N weights, their gradient and their moments on every rank.
+# Fully sharded, a rank keeps $N/R$ of each. Before a layer runs, an all-gather makes
+# its weights whole; then they are forgotten. On the way back they are gathered once
+# more, and the adjoint of gathering does the sum: $d_W$ of every rank goes through a
+# **reduce-scatter**, which leaves each rank the part that it steps.
+#
+# What is sent? An all-reduce is a reduce-scatter and an all-gather: $2N(R-1)/R$. FSDP
+# gathers twice and scatters once: $3N(R-1)/R$. Half as much again, for $1/R$ of the
+# memory. With Adam in float32 (16 bytes for each weight: itself, its gradient, two
+# moments) 7 billion weights take 112 GB on each rank, or 14 GB on each of 8.
+
+# %%
+shown(
+    collectives.tensor_parallel_forward,
+    collectives.tensor_parallel_backward,
+    collectives.sharded_backward,
+)
+
+# %% [markdown]
+# ## Step 7: a mixture of experts
 # Give each rank one expert. A token on rank $r$ that chooses expert $e$ must travel to
 # rank $e$, and the answer must travel back. Each rank sorts its tokens by expert into
 # rows, [E, C, D], with $C$ **slots** for each expert. An all-to-all sends part $e$ to

@@ -1,5 +1,6 @@
 """What the chapters from 10 on derive is what `moe_jax` computes: the same numbers from both."""
 
+import json
 from collections import Counter
 from typing import Any
 
@@ -20,6 +21,7 @@ from foundation import (
     micro_batches,
     moe,
     optimizers,
+    positions,
     rounding,
     sampling,
     small_weights,
@@ -27,6 +29,7 @@ from foundation import (
 from foundation.losses import IGNORE
 from foundation.parity import max_relative_error
 from moe_jax.config import ModelConfig, TrainConfig
+from moe_jax.config.rope import ORIGINAL, scaled_rotation
 from moe_jax.data.batches import MaskedBatch
 from moe_jax.data.tokenizers import _bpe
 from moe_jax.inference.sampling import Sampling, adjusted_logits
@@ -180,6 +183,13 @@ def test_an_upcycled_router_of_production_gets_nothing_where_k_is_above_1(
     largest = float(jnp.max(jnp.abs(gradient["router"])))
     assert least <= largest <= most
     assert float(jnp.max(jnp.abs(gradient["experts"]["w_out"]))) > 1e-2
+
+
+@pytest.mark.parametrize(("width", "base", "factor", "trained"), [(128, 5e5, 8.0, 8192), (8, 50.0, 4.0, 16)])
+def test_production_slows_the_same_pairs(width: int, base: float, factor: float, trained: int) -> None:
+    numbers = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0, ORIGINAL: trained}
+    theirs, _ = scaled_rotation(json.dumps({"rope_type": "llama3", **numbers}), base, width)
+    np.testing.assert_allclose(positions.slowed_pairs(width, factor, trained, base), theirs, rtol=1e-12)
 
 
 def test_adapters_of_production_have_the_same_gradients() -> None:
