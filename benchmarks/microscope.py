@@ -29,7 +29,7 @@ import weights
 import xxhash
 
 from moe_jax.benchmarks import decoding
-from moe_jax.inference.decode import Decoder, cast_once
+from moe_jax.inference.decode import NOTHING_GIVEN, Decoder, cast_once
 from moe_jax.inference.sampling import Sampling
 from moe_jax.interop.export import export
 from moe_jax.interop.imported_run import Form, import_run, rounded_part
@@ -84,7 +84,7 @@ def writing(run: LoadedRun) -> dict[str, float]:
     text = [decoder.start(params, tokens[:64], [], Sampling(), jax.random.key(0))]
 
     def write() -> Any:
-        text[0], drawn, _ = decoder.write(params, text[0], np.int32(8), np.int32(-1))
+        text[0], drawn, _ = decoder.write(params, text[0], NOTHING_GIVEN, np.int32(8), np.int32(-1))
         return drawn
 
     read, size = memory_read_benchmark()

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from moe_jax.config import Dispatch, ModelConfig, RunConfig
-from moe_jax.inference.decode import PromptState, advance
+from moe_jax.inference.slots import PromptState, advance
 from moe_jax.model.attention import Attention
 from moe_jax.model.kernels.causal_attention import Implementation
 from moe_jax.model.kernels.cross_entropy import mean_cross_entropy

@@ -11,8 +11,9 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from moe_jax.config import ModelConfig, RunConfig
-from moe_jax.inference.decode import TOKENS_AT_ONCE, Decoder, advance, prefill
+from moe_jax.inference.decode import NOTHING_GIVEN, TOKENS_AT_ONCE, Decoder
 from moe_jax.inference.sampling import Sampling
+from moe_jax.inference.slots import advance, prefill
 from moe_jax.model.costs import count_parameters, totals
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import Params, abstract_model, merge
@@ -33,7 +34,7 @@ def token_call(model: ModelConfig, params: Params) -> Callable[[], Measured]:
     def write() -> Measured:
         begin = time.perf_counter()
         again = text[0]._replace(position=jnp.asarray(half)[None])
-        written = decoder.write(params, again, count, never)
+        written = decoder.write(params, again, NOTHING_GIVEN, count, never)
         text[0] = written.slots
         np.asarray(written.tokens)  # the host reads them
         return Measured((time.perf_counter() - begin) / count)

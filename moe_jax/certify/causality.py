@@ -24,7 +24,7 @@ from flax import nnx
 
 from moe_jax.certify import Certificate
 from moe_jax.config import ModelConfig, RunConfig
-from moe_jax.inference.decode import Decoder
+from moe_jax.inference.decode import NOTHING_GIVEN, Decoder
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.costs import attention_flops, layer_flops
 from moe_jax.model.moe.layer import Mode, MoE, build_layer
@@ -266,7 +266,7 @@ def writing_causality(decoder: Decoder, params: Params, vocabulary: int) -> Cert
         cache = np.stack([[np.swapaxes(kv.key, -1, -2), kv.value] for kv in read.cache])
         seen = np.zeros(read.logits.shape[1], bool)
         text = decoder.begin(read, seen, Sampling().in_own_types(), jax.random.key(0), False)
-        after = decoder.write(params, text, np.int32(1), np.int32(-1)).slots.logits
+        after = decoder.write(params, text, NOTHING_GIVEN, np.int32(1), np.int32(-1)).slots.logits
         return np.concatenate([np.ravel(x) for x in (read.logits, after, cache[..., :n, :])]), cache[..., n:, :]
 
     pairs = [(outputs(n, tokens), outputs(n, other)) for n in places.tolist()]

@@ -56,7 +56,7 @@ def compilations(config: RunConfig, params: Params, batch_size: int, decoder: De
     length, vocabulary = config.model.seq_len, config.model.vocab_size
     rng = np.random.default_rng(0)
     evaluation = make_evaluation_step(abstract_model(config.model)[0])
-    for n in (1, length // 2):
+    for n in (1, length):
         stream = rng.integers(0, vocabulary, length + n).astype(np.int32)
         evaluate(evaluation, params, stream, seq_len=length, token_bytes=np.ones(vocabulary, np.int64))
         prompt = [int(t) for t in rng.integers(0, vocabulary, n)]

@@ -79,8 +79,8 @@ class Generate(SamplingCommand):
         environment.prepare_environment()
         with working(f"loading {self.name}; the first start compiles for some seconds"):
             run, generator, settings = self.open()
-            run.tokenizer.encode(self.prompt)  # raises for a prompt that cannot be encoded, before anything is printed
-            generator.compile()
+            prompt = run.tokenizer.encode(self.prompt)  # raises if it cannot be encoded, before anything is printed
+            generator.compile(1 + len(prompt))
         for number in range(self.num_stories):
             if self.num_stories > 1:
                 print(f"--- {number + 1}")
@@ -114,10 +114,11 @@ class Chat(SamplingCommand):
     def _begin(self, person: bool) -> "conversation.Chat":
         with working(f"loading {self.name}; the first start compiles for some seconds"):
             from moe_jax.inference import chat
+            from moe_jax.inference.decode import SHORT_PROMPT
 
             run, generator, settings = self.open()
-            generator.compile()
-        tuned = run.converses
+            tuned = run.converses
+            generator.compile(SHORT_PROMPT if tuned else 1)  # a question comes with its roles
         if person:
             self._greet(run.checkpoint.step, tuned)
         if not tuned:

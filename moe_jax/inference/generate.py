@@ -28,10 +28,10 @@ class TextGenerator:
         short = seq_len > 4 * SHORT_PROMPT
         self._decoder = decoder or Decoder(graphdef, seq_len, tokenizer.vocab_size, short_prompts=short)
 
-    def compile(self) -> None:
-        """Compile prefill and decoding now, so that the first text does not wait for them. A text that is longer than
-        the context compiles one more program."""
-        self._decoder.compile(self._params)
+    def compile(self, prompt: int = 1) -> None:
+        """Compile what a text needs after a prompt of `prompt` tokens now, so that it does not wait for it. A text that
+        is longer than the context compiles one more program."""
+        self._decoder.compile(self._params, prompt)
 
     def pieces(self, prompt: str, settings: Sampling, *, seed: int, number: int = 0, limit: int) -> Iterator[str]:
         """The text after the prompt, one piece for each token, to the end of the text or to `limit` tokens.

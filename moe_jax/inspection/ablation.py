@@ -20,8 +20,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.config import ModelConfig, RunConfig, UserError
 from moe_jax.data.tokenizers import StreamDecoder, Tokenizer
-from moe_jax.inference.decode import PromptState, advance, draw, prefill
 from moe_jax.inference.sampling import Sampling
+from moe_jax.inference.slots import PromptState, advance, draw, prefill
 from moe_jax.inference.traced_pass import check_routed, tokens_at_once
 from moe_jax.inspection.trace import windows
 from moe_jax.model.costs import count_parameters, totals

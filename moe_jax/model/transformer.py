@@ -185,6 +185,13 @@ class Transformer(nnx.Module):
                 return rows.reshape(*hidden.shape[:-1], -1)
             return matmul_wide(hidden, head.astype(hidden.dtype))
 
+    def empty_cache(self, batch: int, places: int) -> list[KeyValue]:
+        """The keys and values of each layer, for `decode`, before any token."""
+        config = self.config
+        shape = (batch, config.key_value_heads, config.head_width, places)
+        key = jnp.zeros(shape, self.compute)
+        return [KeyValue(key, key.swapaxes(-1, -2)) for _ in self.blocks]
+
     def decode(
         self, token: Int[Array, " B"], cache: list[KeyValue], index: Int[Array, "*B"], trace: bool = False
     ) -> tuple[Float[Array, "B V"], RouterStats | None, list[KeyValue]]:

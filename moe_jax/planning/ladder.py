@@ -21,6 +21,7 @@ import numpy as np
 from moe_jax.config import MeshShape, OptimizerKind, ParamDtype, RunConfig, TrainConfig
 from moe_jax.config.presets import PRESETS, preset, with_vocabulary
 from moe_jax.data.batches import evaluation_windows
+from moe_jax.inference.decode import NOTHING_GIVEN
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.costs import count_parameters, least_step_bytes, totals
 from moe_jax.model.precision import choose_policy
@@ -159,14 +160,12 @@ def plan_between(config: RunConfig, room: Room) -> dict[str, float]:
         waiting += _mib(state_shapes.params) + _mib(state_shapes.adapters)
     e = next(evaluation_windows(np.zeros(2, np.int32), seq_len=seq_len, batch_size=evaluation_rows(seq_len)))
     decoder = programs.decoder()
-    prompt = jax.ShapeDtypeStruct((1, seq_len), jnp.int32)
     length = jax.ShapeDtypeStruct((), jnp.int32)
-    read = jax.eval_shape(decoder.prefill, params, prompt, length)
     seen, key = jax.eval_shape(lambda: (np.zeros(config.model.vocab_size, bool), jax.random.key(0)))
-    text = jax.eval_shape(decoder.begin, read, seen, Sampling().in_own_types(), key, False)
+    text = jax.eval_shape(decoder.begin_empty, params, seen, Sampling().in_own_types(), key)
     jobs: dict[str, tuple[Any, ...]] = {
         "evaluation": (programs.evaluation, params, e.inputs, e.targets, e.start, e.weights),
-        "decoding": (decoder.write, params, text, length, length),
+        "decoding": (decoder.write, params, text, NOTHING_GIVEN, length, length),
     }
     memory: dict[str, float] = {}
     for number, (name, job) in enumerate(jobs.items(), 1):

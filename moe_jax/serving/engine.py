@@ -18,8 +18,9 @@ import jax
 import numpy as np
 
 from moe_jax.data.tokenizers import StreamDecoder, Tokenizer
-from moe_jax.inference.decode import Decoder, PromptState, TokenDetails
+from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
+from moe_jax.inference.slots import PromptState, TokenDetails
 from moe_jax.model.transformer import Params
 from moe_jax.serving.texts import Event, FinishReason, Listener, Piece, TextPieces, TextRequest
 from moe_jax.system.random_keys import Purpose, purpose_key

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from moe_jax.inference import decode
-from moe_jax.inference.decode import TOKENS_AT_ONCE, Decoder, Slots, advance, cast_once, draw, prefill
+from moe_jax.inference.decode import NOTHING_GIVEN, TOKENS_AT_ONCE, Decoder, cast_once
 from moe_jax.inference.sampling import Sampling
+from moe_jax.inference.slots import Slots, advance, draw, prefill
 from moe_jax.model.attention import KeyValue
 from moe_jax.model.moe.layer import Mode, MoE
 from moe_jax.model.transformer import merge
@@ -114,7 +115,7 @@ def test_a_call_writes_as_many_tokens_as_it_is_asked_for_and_none_after_the_stop
 
     def written(most: int, stop: int) -> tuple[list[int], int]:
         text = decoder().start(params, [1], (), settings, key)
-        slots, tokens, length = decoder().write(params, text, np.int32(most), np.int32(stop))
+        slots, tokens, length = decoder().write(params, text, NOTHING_GIVEN, np.int32(most), np.int32(stop))
         return tokens[: int(length)].tolist(), int(slots.position[0])
 
     assert [written(most, NEVER) for most in (1, 3, 8)] == [(expected[:most], 1 + most) for most in (1, 3, 8)]
@@ -122,13 +123,31 @@ def test_a_call_writes_as_many_tokens_as_it_is_asked_for_and_none_after_the_stop
     assert written(8, expected[end]) == (expected[: end + 1], 2 + end)
 
 
+def test_given_tokens_are_read_as_prefill_reads_them() -> None:
+    """They are no draws: random numbers, penalty and end are those of the tokens behind them. Token 2 would end it."""
+    settings, key, prompt = Sampling(temperature=1.0, repetition_penalty=1.2), jax.random.key(2), [1, 2, 3]
+    first = np.concatenate([prompt, NOTHING_GIVEN[3:]], dtype=np.int32)
+    empty = decoder().begin_empty(parameters(), np.zeros(tiny.V, bool), settings, key)
+    a = decoder().write(parameters(), empty, first, np.int32(7), np.int32(2))
+    read = decoder().start(parameters(), prompt, (), settings, key)
+    b = decoder().write(parameters(), read, NOTHING_GIVEN, np.int32(4), np.int32(2))
+    assert a.tokens[: int(a.length)].tolist() == [*prompt, *b.tokens[: int(b.length)].tolist()]
+    assert int(a.length) > 4, "more than one draw is compared"
+    for one, other in zip(
+        (a.slots.position, a.slots.drawn, a.slots.seen), (b.slots.position, b.slots.drawn, b.slots.seen), strict=True
+    ):
+        assert np.array_equal(one, other)
+    np.testing.assert_allclose(a.slots.logits, b.slots.logits, atol=1e-5)
+
+
 def test_one_program_each_for_any_prompt_and_settings() -> None:
     """All decoders share the programs without a model: what counts is that a second text compiles nothing."""
     alone, sizes = Decoder(tiny.build(tiny.config())[0], tiny.T, tiny.V), []
-    for prompt, settings in (([1], GREEDY), ([1, 2, 3], Sampling(temperature=0)), (tiny.tokens(11).tolist(), GREEDY)):
+    whole = tiny.tokens(tiny.T).tolist()
+    for prompt, settings in ((whole, GREEDY), ([1, 2, 3], Sampling(temperature=0)), (whole[:11], GREEDY)):
         list(alone.stream(parameters(), prompt, settings=settings, key=jax.random.key(0), stop=NEVER, limit=12))
-        sizes.append([p._cache_size() for p in (alone.prefill, alone.begin, alone.write, alone._refill)])  # pyright: ignore
-    assert sizes[0] == sizes[1] == sizes[2]
+        sizes.append([p._cache_size() for p in (alone.prefill, alone.begin_empty, alone.write, alone._refill)])  # pyright: ignore
+    assert sizes[1] == sizes[2] == [1, 1, 1, sizes[0][3]], sizes
     assert (sizes[0][0], sizes[0][2]) == (1, 1), "those that hold the model"
 
 
@@ -328,7 +347,7 @@ def test_no_token_copies_the_cache() -> None:
     params, three = parameters(), decoder(3)
     text, state = decoder().start(params, [1], (), GREEDY, jax.random.key(0)), three.empty(params)
     programs = [
-        (text, decoder().write.lower(params, text, np.int32(3), np.int32(NEVER))),
+        (text, decoder().write.lower(params, text, NOTHING_GIVEN, np.int32(3), np.int32(NEVER))),
         (state, three.step.lower(params, state, np.ones(3, bool))),
     ]
     for slots, program in programs:

@@ -173,7 +173,7 @@ def test_between_the_steps_the_optimizers_state_stays() -> None:
         assert total - 100 == pytest.approx(state, rel=0.02)
     evaluation, decoding = compiled
     assert evaluation[1].shape[1] == CONFIG.model.seq_len
-    assert (decoding[1].position.shape, len(decoding)) == ((1,), 4), "the loop of several tokens"
+    assert (decoding[1].position.shape, len(decoding)) == ((1,), 5), "the loop of several tokens"
 
 
 def test_adapters_are_planned_with_their_state_and_a_masked_batch() -> None:

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.inference.decode import Decoder, PromptState, advance, draw
+from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
+from moe_jax.inference.slots import PromptState, advance, draw
 from moe_jax.runs.load import open_run
 from moe_jax.system.random_keys import Purpose, purpose_key
 from tests.reliability import runs

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import capacity
-from moe_jax.inference.decode import advance, prefill
 from moe_jax.inference.sampling import Sampling, adjusted_logits, sample
+from moe_jax.inference.slots import advance, prefill
 from moe_jax.model.attention import Attention
 from moe_jax.model.layers import dropout
 from moe_jax.model.moe.balance import balance_loss, z_loss

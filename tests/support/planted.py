@@ -175,7 +175,7 @@ BUGS = [
     ),
     Bug(
         "prefill drops tokens",
-        "moe_jax.inference.decode:prefill",
+        "moe_jax.inference.slots:prefill",
         "Mode.GENERATE",
         "Mode.TRAIN",
         checks.check_cached_decoding,

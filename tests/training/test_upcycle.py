@@ -21,7 +21,7 @@ from moe_jax.config import (
     UserError,
     load_config,
 )
-from moe_jax.inference.decode import advance, prefill
+from moe_jax.inference.slots import advance, prefill
 from moe_jax.model.costs import training_flops
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import merge
