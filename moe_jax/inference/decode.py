@@ -49,8 +49,7 @@ TOKENS_AT_ONCE = 8
 """Most tokens that a call of `Decoder.write` writes. A person sees them appear together, within milliseconds."""
 GIVEN = 32
 """Most tokens of a prompt that `Decoder.write` reads, one after another. So a text with such a beginning needs one
-program, where prefill would be another: half of the time from the command to the first word (`benchmarks/trials.md`,
-261)."""
+program. Prefill would be another, and compiling both takes twice as long (`benchmarks/trials.md`, 261)."""
 NOTHING_GIVEN = np.full(GIVEN + TOKENS_AT_ONCE, -1, np.int32)
 SHORT_PROMPT = 64
 """Tokens of a short prompt. Reading it as a prompt of T tokens would take longer, in proportion to T."""
