@@ -64,14 +64,8 @@ CHAPTERS = (
         30,
         "2",
         (
-            "layernorm",
-            "rmsnorm",
-            "normalise_heads",
-            "embedding",
-            "tied_head",
-            "learned_positions",
-            "rope",
-            "slowed_pairs",
+            *("layernorm", "rmsnorm", "normalise_heads", "embedding"),
+            *("tied_head", "learned_positions", "rope", "slowed_pairs"),
         ),
     ),
     Chapter(
@@ -148,6 +142,14 @@ CHAPTERS = (
         ("inference/sampling.py",),
     ),
     Chapter(
+        "16_what_a_step_costs",
+        "What does a step cost?",
+        30,
+        "2, 7",
+        ("step_flops", "steps_traffic", "power_law"),
+        ("model/costs.py",),
+    ),
+    Chapter(
         "17_eight_bits_of_mantissa",
         "Why can a small step vanish?",
         25,
@@ -169,15 +171,8 @@ CHAPTERS = (
         25,
         "8, 13",
         (
-            "copy_to_all",
-            "all_reduce",
-            "all_gather",
-            "reduce_scatter",
-            "all_to_all",
-            "ring_all_reduce",
-            "tensor_parallel",
-            "sharded",
-            "expert_parallel",
+            *("copy_to_all", "all_reduce", "all_gather", "reduce_scatter", "all_to_all"),
+            *("ring_all_reduce", "tensor_parallel", "sharded", "expert_parallel"),
         ),
         ("parallel/experts.py", "parallel/layout.py"),
     ),
@@ -201,7 +196,7 @@ PATH = {
     "The course": ("0", "1", "2", "3", "4", "5", "6", "20", "7", "8", "9"),
     "Training": ("10", "13", "14", "17"),
     "Inference": ("11", "12", "15", "18"),
-    "Systems": ("19",),
+    "Systems": ("16", "19"),
     "Alignment": ("21",),
 }
 """The order in which to read: a course, then electives, each by itself. The README and the book's sidebar follow it."""

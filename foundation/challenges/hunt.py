@@ -193,6 +193,9 @@ def _look(operation: str, bug: Bug) -> int:
     import jax
 
     jax.config.update("jax_enable_x64", True)
+    import numpy as np
+    from jax.tree_util import keystr, tree_leaves_with_path
+
     from foundation.challenges.diagnosis import Named, examine
     from foundation.checks import checks_of
 
@@ -203,34 +206,16 @@ def _look(operation: str, bug: Bug) -> int:
             except (ValueError, TypeError) as error:
                 print(f"{check.operation}: {check.case}\n  the function stops: {type(error).__name__}")
                 continue
-            known = [Named(_key(p), _array(leaf)) for p, leaf in _leaves(check.inputs)]
+            known = [Named(keystr(p), np.asarray(leaf)) for p, leaf in tree_leaves_with_path(check.inputs)]
             findings = [
-                examine(f"{'d' if hasattr(check, 'backward') else 'result'}{_key(path)}", ours, wanted, known)
-                for (path, wanted), (_, ours) in zip(_leaves(right), _leaves(by_hand), strict=False)
+                examine(f"{'d' if hasattr(check, 'backward') else 'result'}{keystr(path)}", ours, wanted, known)
+                for (path, wanted), (_, ours) in zip(*map(tree_leaves_with_path, (right, by_hand)), strict=False)
             ]
             wrong = [finding for finding in findings if finding.wrong]
             print(f"{check.operation}: {check.case:<40} {'' if wrong else 'ok'}")
             for finding in wrong:
                 print(f"  {finding.wrong}\n    {finding.meaning}")
     return 0
-
-
-def _key(path: Any) -> str:
-    import jax
-
-    return jax.tree_util.keystr(path)
-
-
-def _leaves(tree: Any) -> list[tuple[Any, Any]]:
-    import jax
-
-    return jax.tree_util.tree_leaves_with_path(tree)
-
-
-def _array(value: Any) -> Any:
-    import numpy as np
-
-    return np.asarray(value)
 
 
 def _functions() -> list[str]:

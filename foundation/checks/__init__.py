@@ -6,6 +6,7 @@ from foundation.activations import ACTIVATIONS
 from foundation.checks.balance import balancing_checks
 from foundation.checks.batches import batch_checks, low_rank_checks, upcycling_checks
 from foundation.checks.choices import preference_checks
+from foundation.checks.costs import cost_checks
 from foundation.checks.dense import dense_checks
 from foundation.checks.devices import collective_checks
 from foundation.checks.drawing import sampling_checks
@@ -44,14 +45,8 @@ GROUPS: dict[Callable[[], Iterator[AnyCheck]], tuple[str, ...]] = {
     block_checks: ("block",),
     model_checks: ("model",),
     step_checks: (
-        "dual_norm",
-        "steepest_step",
-        "orthogonalize",
-        "divergence",
-        "rank_one_fit",
-        "adafactor",
-        "adam",
-        "muon",
+        *("dual_norm", "steepest_step", "orthogonalize", "divergence"),
+        *("rank_one_fit", "adafactor", "adam", "muon"),
     ),
     tile_checks: ("merge_parts", "merged_output", "flash_attention"),
     cache_checks: ("decode", "latent_attention", "absorbed", "window_mask", "kept_choices", "leaks"),
@@ -60,28 +55,17 @@ GROUPS: dict[Callable[[], Iterator[AnyCheck]], tuple[str, ...]] = {
     low_rank_checks: ("low_rank", "merged"),
     balancing_checks: ("biased_choice", "sigmoid_router", "balanced_by_bias"),
     sampling_checks: ("filtered_law", "accepted_mass", "speculative_law", "speculative_texts", "tokens_per_round"),
+    cost_checks: ("step_flops", "steps_traffic", "power_law"),
     rounding_checks: ("nearest_bits", "drawn_bits", "mean_of_draws", "running_sum", "to_float16", "through_scale"),
     small_weight_checks: ("quantize", "coded_product", "output_error", "moved_by_one", "without", "gptq"),
     collective_checks: (
-        "copy_to_all",
-        "all_reduce",
-        "all_gather",
-        "reduce_scatter",
-        "all_to_all",
-        "ring_all_reduce",
-        "tensor_parallel",
-        "sharded",
-        "expert_parallel",
+        *("copy_to_all", "all_reduce", "all_gather", "reduce_scatter", "all_to_all"),
+        *("ring_all_reduce", "tensor_parallel", "sharded", "expert_parallel"),
     ),
     byte_pair_checks: ("pair_counts", "replaced", "learn", "encode", "spelled"),
     preference_checks: (
-        "text_log_probs",
-        "expected_reward",
-        "group_baseline",
-        "kl",
-        "reverse_kl",
-        "dpo",
-        "clipped",
+        *("text_log_probs", "expected_reward", "group_baseline", "kl"),
+        *("reverse_kl", "dpo", "clipped"),
     ),
 }
 """Each group of checks, with the operations that it makes checks of."""

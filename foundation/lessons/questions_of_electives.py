@@ -41,11 +41,6 @@ def _sequence_against_batch(f: jax.Array) -> jax.Array:
     return experts / sequences * (f - jnp.mean(f, axis=0))
 
 
-def _volume(z: jax.Array, c: jax.Array) -> jax.Array:
-    p = jnp.exp(z) / jnp.sum(jnp.exp(z))
-    return c * jnp.max(p) * ((p == jnp.max(p)) - p)
-
-
 def _parted(z: jax.Array, h: jax.Array, d_y: jax.Array) -> jax.Array:
     g = jnp.exp(z) / jnp.sum(jnp.exp(z))
     d_g = h @ d_y
@@ -200,14 +195,6 @@ ELECTIVE_EXERCISES: dict[str, Exercise] = {
         1e-9,
     ),
     "14.2": function(
-        "K = 1, identical experts. c = <d_y, h> is the same for whatever expert is chosen. Write the gradient of the "
-        "logits of one token as a function of (z, c), with z [5].",
-        _volume,
-        [(5,), ()],
-        "The gate is p_s, with s the largest. c p_s ([s = e] - p_e).",
-        "Which gate does a token have here? Differentiate it in the chosen logit, then in the others.",
-    ),
-    "14.3": function(
         "Later the experts have parted: the K chosen ones answer h, [3, 4], with gates g = softmax(z), z [3]. Write a "
         "function of (z, h, d_y), d_y [4], that gives the gradient of z.",
         _parted,
@@ -215,7 +202,7 @@ ELECTIVE_EXERCISES: dict[str, Exercise] = {
         "d_g = h d_y, one number for each expert. Then the softmax's rule. If all rows of h were equal, it would be 0.",
         "Go back in two steps: from d_y to each gate, and from the gates to the logits.",
     ),
-    "14.4": number(
+    "14.3": number(
         "LoRA of rank 8 on a matrix of 1024 x 4096. How many times fewer numbers are trained than in all of it?",
         102.4,
         "1024 * 4096 numbers against 8 * (1024 + 4096).",
@@ -243,6 +230,26 @@ ELECTIVE_EXERCISES: dict[str, Exercise] = {
         3.3616,
         "1 + a + a^2 + a^3 + a^4.",
         "A round always gives one token. When does it give a second one, and a third?",
+    ),
+    "16.1": number(
+        "A mixture has 3e9 parameters in matrices, and 1e9 of them are multiplied with a token. It is trained on 2e10 "
+        "tokens. How many FLOP is that?",
+        1.2e20,
+        "6 N D, with the active entries as N.",
+        "Which of the two numbers of parameters is N?",
+    ),
+    "16.2": number(
+        "A card does 990e12 FLOP/s and reads 3.35e12 bytes/s. Weights have 2 bytes. How many texts must be written at "
+        "once so that reading the weights is no longer the limit?",
+        990 / 3.35,
+        "B texts: 2 B FLOP for each weight of 2 bytes. So B FLOP a byte, against rate / bandwidth.",
+        "What is the intensity of a step in which each weight is read once and used for B tokens?",
+    ),
+    "16.3": number(
+        "L = a C^-b with b = 0.1, and no floor. By which factor must C grow to halve the loss?",
+        1024.0,
+        "C^-0.1 is halved where C is 2^10 times as large.",
+        "Write the loss of both budgets, and divide.",
     ),
     "17.1": number(
         "A weight of 1.0 is stored in bfloat16 and rounded to nearest. It gets 1,000 steps of 0.003 upwards. Where is "

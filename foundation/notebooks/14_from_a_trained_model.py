@@ -221,6 +221,3 @@ check("14.2", None)
 
 # %%
 check("14.3", None)
-
-# %%
-check("14.4", None)

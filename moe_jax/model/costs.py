@@ -1,7 +1,7 @@
 """The cost of a model, by formula: parameters by group, floating-point operations, least memory and time of
 training.
 
-It needs no jax, so the commands know it before anything starts.
+It needs no jax, so the commands know it before anything starts. Chapter 16 of `foundation` derives the formulas.
 """
 
 import math

@@ -11,8 +11,8 @@ Everything that the optimizer keeps for a parameter lies as its updates do:
                                 are whole; else whole on every device
 
 An update lies as its parameter. Two optimizers need more of a matrix than fsdp leaves on a device: Muon multiplies
-whole matrices, and the 8-bit blocks run across rows. Their updates and their state are not sharded over fsdp. Chapter 19 of `foundation`
-derives what a gradient sends.
+whole matrices, and the 8-bit blocks run across rows. Their updates and their state are not sharded over fsdp. What a
+gradient sends: chapter 19 of `foundation`.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -16,6 +16,7 @@ from foundation import (
     balancing,
     byte_pairs,
     caching,
+    costs,
     flash_attention,
     low_rank,
     micro_batches,
@@ -33,6 +34,7 @@ from moe_jax.config.rope import ORIGINAL, scaled_rotation
 from moe_jax.data.batches import MaskedBatch
 from moe_jax.data.tokenizers import _bpe
 from moe_jax.inference.sampling import Sampling, adjusted_logits
+from moe_jax.model.costs import count_parameters, totals
 from moe_jax.model.kernels import causal_attention
 from moe_jax.model.kernels.cross_entropy import mean_cross_entropy
 from moe_jax.model.low_rank import LowRank, merged
@@ -190,6 +192,13 @@ def test_production_slows_the_same_pairs(width: int, base: float, factor: float,
     numbers = {"factor": factor, "low_freq_factor": 1.0, "high_freq_factor": 4.0, ORIGINAL: trained}
     theirs, _ = scaled_rotation(json.dumps({"rope_type": "llama3", **numbers}), base, width)
     np.testing.assert_allclose(positions.slowed_pairs(width, factor, trained, base), theirs, rtol=1e-12)
+
+
+def test_production_counts_the_same_operations() -> None:
+    config = ModelConfig(width=8, heads=2, layers=2, vocab_size=11, seq_len=5, expert_hidden=6, dense="active")
+    multiplied = totals(count_parameters(config)).multiplied
+    ours, _ = costs.step_flops(2, 8, config.dense_hidden, 11, 3, 5)
+    assert ours == 6 * multiplied * 3 * 5
 
 
 def test_adapters_of_production_have_the_same_gradients() -> None:

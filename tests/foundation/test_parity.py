@@ -146,7 +146,7 @@ def test_a_selection_is_by_operation_or_by_chapter() -> None:
     assert selected(["softmax", "linear", "softmax"]) == ("softmax", "linear")
     assert selected(["4"]) == selected(["04"]) == selected(["04_softmax_and_cross_entropy.ipynb"])
     assert selected([]) == ()
-    assert len({chapter.number for chapter in CHAPTERS}) == len(CHAPTERS) == 21
+    assert len({chapter.number for chapter in CHAPTERS}) == len(CHAPTERS) == 22
 
 
 def test_a_selection_runs_alone_and_the_whole_says_how_long_it_takes(
