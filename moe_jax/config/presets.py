@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from moe_jax.config.model import Dense, ModelConfig, RoutingConfig
 from moe_jax.config.run import PresetName, RunConfig
-from moe_jax.config.train import DataConfig, ExecutionConfig, TrainConfig
+from moe_jax.config.train import DataConfig, TrainConfig
 from moe_jax.system.errors import ConfigError
 
 
@@ -70,7 +70,8 @@ def _story_cpu() -> RunConfig:
 def _story_4gb() -> RunConfig:
     """The recipe of `story-cpu`, larger, for a 4 GB card and TinyStories: 41 million tokens, as `seed-158m` has.
 
-    The sizes of its arrays add up to about 1.8 GB. This has not been measured on a card yet.
+    Compiled for an RTX 3050 it takes 1,534 MiB with remat, which `train.py` turns on there. This has not been measured
+    on a card yet.
     """
     small = _story_cpu()
     return dataclasses.replace(
@@ -81,7 +82,6 @@ def _story_4gb() -> RunConfig:
         ),
         data=DataConfig(source="tinystories", vocab_size=8192),
         train=dataclasses.replace(small.train, steps=5000, batch_size=16, eval_every=500, save_every=500),
-        execution=ExecutionConfig(remat=True),
     )
 
 
@@ -142,7 +142,6 @@ def _max_4gb() -> RunConfig:
             eval_every=500,
             save_every=500,
         ),
-        execution=ExecutionConfig(remat=True),
     )
 
 

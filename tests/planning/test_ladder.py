@@ -350,8 +350,9 @@ FITTING = [
     ("seed-158m", "h100-80gb", "bfloat16", False),
     ("story-4gb", "rtx3050-4gb", "bfloat16", True),
     ("max-4gb", "rtx3050-4gb", "bfloat16", True),
+    ("max-4gb", "rtx3060-12gb", "bfloat16", False),
 ]
-"""Preset, card, and the precision and the remat that are chosen. Two presets ask for remat themselves."""
+"""Preset, card, and the precision and the remat that are chosen."""
 
 
 @pytest.mark.parametrize(("name", "gpu", "precision", "remat"), short_form(FITTING, FITTING[:1]))
