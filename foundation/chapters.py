@@ -98,7 +98,17 @@ CHAPTERS = (
         "Steepest, in which norm?",
         30,
         "2, 4",
-        ("dual_norm", "steepest_step", "orthogonalize", "divergence", "rank_one_fit", "adafactor", "adam", "muon"),
+        (
+            "dual_norm",
+            "steepest_step",
+            "output_change",
+            "orthogonalize",
+            "divergence",
+            "rank_one_fit",
+            "adafactor",
+            "adam",
+            "muon",
+        ),
         ("training/optimizers/adafactor.py", "training/optimizers/adam.py", "training/optimizers/muon.py"),
     ),
     Chapter(

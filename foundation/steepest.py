@@ -9,7 +9,11 @@ Of all steps d of size 1, the steepest makes <g, d> as small as it gets, with g 
 
 The last column is the dual norm of g. Its gradient *is* the step that attains it, up to the sign.
 
-Sources: Bernstein and Newhouse 2024 ("Old optimizer, new norm"), propositions 1 to 3; Kingma and Ba 2015, section 2.1.
+A sign step of y = x W moves y by lr sum |x_i|, which grows with the width. So the learning rate of a width-independent
+step falls as 1 / width (muP).
+
+Sources: Yang et al. 2022 ("Tensor programs V"), table 3 (muP); Bernstein and Newhouse 2024 ("Old optimizer, new norm"),
+propositions 1 to 3; Kingma and Ba 2015, section 2.1.
 """
 
 import jax.numpy as jnp
@@ -42,3 +46,8 @@ def steepest_step(gradient: Float[Array, "I O"], size: str) -> Float[Array, "I O
     """The step of size 1 along which the loss falls fastest."""
     _, (attains,) = dual_norm_forward(gradient, size)
     return -attains
+
+
+def output_change(x: Float[Array, " I"], d_y: Float[Array, " O"], lr: float) -> Float[Array, " O"]:
+    """By how much a sign step of y = x W moves y: each of the I entries of x adds |x_i|, with the same sign."""
+    return -lr * jnp.sum(jnp.abs(x)) * jnp.sign(d_y)

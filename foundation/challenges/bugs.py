@@ -181,6 +181,7 @@ BUGS = [
         "(u @ vt,)",
         "((u * s) @ vt,)",
     ),
+    Bug("width: signs cancel in the sum", "steepest.output_change", "jnp.sum(jnp.abs(x))", "jnp.sum(x)"),
     Bug(
         "adafactor: the mean of the rows forgotten", "adafactor.adafactor_update", " / jnp.mean(row))", ")", "adafactor"
     ),

@@ -45,7 +45,7 @@ GROUPS: dict[Callable[[], Iterator[AnyCheck]], tuple[str, ...]] = {
     block_checks: ("block",),
     model_checks: ("model",),
     step_checks: (
-        *("dual_norm", "steepest_step", "orthogonalize", "divergence"),
+        *("dual_norm", "steepest_step", "output_change", "orthogonalize", "divergence"),
         *("rank_one_fit", "adafactor", "adam", "muon"),
     ),
     tile_checks: ("merge_parts", "merged_output", "flash_attention"),

@@ -27,6 +27,8 @@ def step_checks() -> Iterator[AnyCheck]:
     gradient = Draws("steepest_step").normal(2, 2)
     for size, oracle in (("entries", best_corner), ("spectral", best_turn)):
         yield OracleCheck("steepest_step", size, steepest.steepest_step, oracle, (gradient,), (size,))
+    inputs = (gradient[0], gradient[1] + 1.0)
+    yield OracleCheck("output_change", "one token", steepest.output_change, step_and_look, inputs, (0.1,))
     for case, shape in (("tall", (6, 3)), ("wide", (3, 7)), ("one column", (4, 1))):
         matrix = Draws(f"orthogonalize/{case}").normal(*shape)
         yield OracleCheck("orthogonalize", case, optimizers.orthogonalize, by_singular_values, (matrix,))
@@ -82,6 +84,13 @@ def best_turn(gradient: Any, size: str) -> np.ndarray:
         turn(g[0, 0] - g[1, 1], g[1, 0] + g[0, 1], mirrored=True),
     ]
     return min(found, key=lambda step: float(np.vdot(g, step)))
+
+
+def step_and_look(x: Any, d_y: Any, lr: float) -> np.ndarray:
+    """The output after the step less the output before it, for some matrix."""
+    x, before = np.asarray(x), np.ones((len(x), len(d_y)))
+    after = before - lr * np.sign(np.outer(x, d_y))
+    return x @ after - x @ before
 
 
 def by_singular_values(matrix: Any) -> np.ndarray:

@@ -259,6 +259,49 @@ for size in steepest.NORMS:
 assert min(changes, key=lambda size: changes[size]) == "spectral"
 
 # %% [markdown]
+# ## Step 7: a wider model, and the same learning rate? (muP)
+# Take $y = xW$ with I inputs, and one token. The gradient of $W$ is $x^\top d_y$, and a
+# sign step moves each entry by the learning rate. So the output moves by
+#
+# $$\boxed{\;\Delta y_o = -\eta \sum_{i=1}^{I} x_i \operatorname{sign}(x_i d_{y_o}) =
+# -\eta\,\lVert x\rVert_1 \operatorname{sign}(d_{y_o})\;}$$
+#
+# All I terms have one sign. At the start they had not: random weights of variance 1/I
+# make $y$ about 1, whatever the width. But the *step* adds up like I. A learning rate
+# that is right for width 64 is 16 times too large for width 1,024. **muP** (maximal
+# update parametrisation) takes $\eta \propto 1/I$ for matrices between wide layers. An
+# embedding keeps its rate: a token reads one row, so I is 1. Then the best learning
+# rate of a small model can be used for a large one. Three steps of Adam:
+
+# %%
+shown(steepest.output_change)
+
+
+# %%
+def moved(width, lr, steps=3):
+    """How far the outputs of 16 tokens move."""
+    keys = jax.random.split(jax.random.key(width), 3)
+    x, wanted = (jax.random.normal(key, (16, width)) for key in keys[:2])
+    W = before = jax.random.normal(keys[2], (width, width)) / width**0.5
+    state = optimizers.adam_init(W)
+    for _ in range(steps):
+        W, state = optimizers.adam_update(x.T @ (x @ W - wanted), state, W, lr)
+    return float(jnp.sqrt(jnp.mean((x @ (W - before)) ** 2)))
+
+
+widths = (64, 128, 256, 512, 1_024)
+same = [moved(width, 1e-3) for width in widths]
+scaled = [moved(width, 1e-3 * 64 / width) for width in widths]
+curves = {"one learning rate": (widths, same), "as 1 / width": (widths, scaled)}
+pictures.curves(
+    {"how far outputs move": curves}, "width", log=True, log_x=2, markers=True
+)
+for width, plain, mup in zip(widths, same, scaled, strict=True):
+    print(f"width {width:>5}: {plain:.3f}, with the scaled rate {mup:.3f}")
+assert same[-1] > 6 * same[0]
+assert 0.5 < scaled[-1] / scaled[0] < 2
+
+# %% [markdown]
 # ## Checked against what?
 # A step has no gradient to compare with. So the table holds it against an **oracle**:
 # an answer that was found in another way. `steepest_step` is compared with the best of
