@@ -104,17 +104,22 @@ _matmul.defvjp(_forward, _backward)
 def matmul_wide(x: Float[Array, "*N D"], weights: Float[Array, "D F"]) -> Float[Array, "*N F"]:
     """x @ weights in at least float32, for operands of one dtype.
 
-    On a GPU, the product of a single row is one multiplication and one sum, into which XLA fuses the cast of the
-    weights. A library would get a float32 copy of them, written at every token.
+    The weights of a single row are cast while they are read. Otherwise a library would get a float32 copy of them,
+    written at every token. On a GPU the product is one multiplication and one sum, into which XLA fuses the cast, and
+    on a CPU a sum of rows.
     """
     wide = at_least_float32(x.dtype)
 
     def product(x: Array, weights: Array) -> Array:
         return jnp.matmul(x, weights, precision=dot_precision(x.dtype), preferred_element_type=wide)
 
+    def in_place(x: Array, weights: Array) -> Array:
+        return _sum_of_rows(x.reshape(-1).astype(wide), weights).reshape(*x.shape[:-1], -1)
+
     if x.size > x.shape[-1]:
         return product(x, weights)
-    return jax.lax.platform_dependent(x, weights, cpu=product, default=_row_matmul)
+    on_cpu = product if x.dtype == wide else in_place
+    return jax.lax.platform_dependent(x, weights, cpu=on_cpu, default=_row_matmul)
 
 
 def _row_matmul(x: Float[Array, "*N D"], weights: Float[Array, "D F"]) -> Float[Array, "*N F"]:

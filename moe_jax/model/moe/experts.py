@@ -1,5 +1,8 @@
 """The experts: feed-forward networks without biases, applied to groups of rows."""
 
+from collections.abc import Callable
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -144,9 +147,42 @@ class Experts(nnx.Module):
 
     def _activate(self, hidden: list[Array]) -> Array:
         """The input of the last product, from the first products."""
-        if self.activation == "swiglu":
-            return jax.nn.silu(hidden[1]) * hidden[0]
-        return jax.nn.gelu(hidden[0], approximate=True)
+        function = _swiglu if self.activation == "swiglu" else _gelu
+        return function(*hidden) if hidden[0].dtype.itemsize >= 4 else _rounded_once(function, *hidden)
+
+
+def _swiglu(hidden: Array, gate: Array) -> Array:
+    return jax.nn.silu(gate) * hidden
+
+
+def _gelu(hidden: Array) -> Array:
+    return jax.nn.gelu(hidden, approximate=True)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _rounded_once(function: Callable[..., Array], *hidden: Float[Array, "*G F"]) -> Float[Array, "*G F"]:
+    """function(*hidden) of arrays narrower than float32. On a CPU it is computed in float32 and rounded at the end:
+    rounding the result of each operation, as XLA would there, takes several times as long."""
+    return jax.lax.platform_dependent(*hidden, cpu=partial(_in_float32, function), default=function)
+
+
+def _in_float32(function: Callable[..., Array], *hidden: Array) -> Array:
+    return function(*(h.astype(jnp.float32) for h in hidden)).astype(hidden[0].dtype)
+
+
+def _rounded_once_forward(function: Callable[..., Array], *hidden: Array) -> tuple[Array, tuple[Array, ...]]:
+    return _rounded_once(function, *hidden), hidden
+
+
+def _rounded_once_backward(function: Callable[..., Array], hidden: tuple[Array, ...], d_y: Array) -> tuple[Array, ...]:
+    def gradient(function: Callable[..., Array], d_y: Array, *hidden: Array) -> tuple[Array, ...]:
+        return jax.vjp(function, *hidden)[1](d_y)
+
+    on_cpu = partial(gradient, partial(_in_float32, function))
+    return jax.lax.platform_dependent(d_y, *hidden, cpu=on_cpu, default=partial(gradient, function))
+
+
+_rounded_once.defvjp(_rounded_once_forward, _rounded_once_backward)
 
 
 def _add(y: Array, adapter: LowRank | None, rows: Array, further_expert: Array | None) -> Array:

@@ -81,7 +81,9 @@ def test_products_of_one_row_write_no_matrix() -> None:
 
     weights, few_rows = jnp.zeros((4, 512, 256)), 8 * 256 * 4
     assert temporary(vector_matmul, jnp.zeros(512), weights, jnp.int32(3)) <= few_rows
-    assert temporary(matmul, jnp.zeros((1, 512), jnp.bfloat16), weights[0]) <= few_rows
+    narrow = jnp.zeros((1, 512), jnp.bfloat16)
+    assert temporary(matmul, narrow, weights[0]) <= few_rows
+    assert temporary(matmul_wide, narrow, weights[0].astype(jnp.bfloat16)) <= few_rows
 
 
 @pytest.mark.parametrize("kind", ["plain", "a group each"])
