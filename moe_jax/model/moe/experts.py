@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,8 +63,7 @@ class Experts(nnx.Module):
         def rest(
             hidden: list[Array], w_out: Array | QuantizedMatrix, adapter: LowRank | None, gate: Array | None
         ) -> Array:
-            inner = self._activate(hidden)
-            inner = inner if gate is None else gated(inner, gate)
+            inner = self._activate(hidden, gate)
             return _add(grouped_matmul(inner, w_out, further_expert), adapter, inner, further_expert)
 
         hidden = [
@@ -145,10 +145,10 @@ class Experts(nnx.Module):
     def _input_matrices(self) -> list[nnx.Param]:
         return [self.w_in, self.w_gate] if self.activation == "swiglu" else [self.w_in]
 
-    def _activate(self, hidden: list[Array]) -> Array:
-        """The input of the last product, from the first products."""
-        function = _swiglu if self.activation == "swiglu" else _gelu
-        return function(*hidden) if hidden[0].dtype.itemsize >= 4 else _rounded_once(function, *hidden)
+    def _activate(self, hidden: list[Array], gate: Array | None = None) -> Array:
+        """The input of the last product, from the first products. With a `gate`, each row is multiplied with it."""
+        function = partial(_activated, _swiglu if self.activation == "swiglu" else _gelu)
+        return function(gate, *hidden) if hidden[0].dtype.itemsize >= 4 else _rounded_once(function, gate, *hidden)
 
 
 def _swiglu(hidden: Array, gate: Array) -> Array:
@@ -159,27 +159,33 @@ def _gelu(hidden: Array) -> Array:
     return jax.nn.gelu(hidden, approximate=True)
 
 
+def _activated(function: Callable[..., Array], gate: Array | None, *hidden: Array) -> Array:
+    return function(*hidden) if gate is None else gated(function(*hidden), gate)
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rounded_once(function: Callable[..., Array], *hidden: Float[Array, "*G F"]) -> Float[Array, "*G F"]:
-    """function(*hidden) of arrays narrower than float32. On a CPU it is computed in float32 and rounded at the end:
-    rounding the result of each operation, as XLA would there, takes several times as long."""
-    return jax.lax.platform_dependent(*hidden, cpu=partial(_in_float32, function), default=function)
+def _rounded_once(
+    function: Callable[..., Array], gate: Float[Array, "*G"] | None, *hidden: Float[Array, "*G F"]
+) -> Float[Array, "*G F"]:
+    """function(gate, *hidden), where `hidden` are narrower than float32. On a CPU it is computed in float32 and rounded
+    at the end: rounding the result of each operation, as XLA would there, takes several times as long."""
+    return jax.lax.platform_dependent(gate, *hidden, cpu=partial(_in_float32, function), default=function)
 
 
-def _in_float32(function: Callable[..., Array], *hidden: Array) -> Array:
-    return function(*(h.astype(jnp.float32) for h in hidden)).astype(hidden[0].dtype)
+def _in_float32(function: Callable[..., Array], gate: Array | None, *hidden: Array) -> Array:
+    return function(gate, *(h.astype(jnp.float32) for h in hidden)).astype(hidden[0].dtype)
 
 
-def _rounded_once_forward(function: Callable[..., Array], *hidden: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _rounded_once(function, *hidden), hidden
+def _rounded_once_forward(function: Callable[..., Array], *arguments: Any) -> tuple[Array, tuple[Any, ...]]:
+    return _rounded_once(function, *arguments), arguments
 
 
-def _rounded_once_backward(function: Callable[..., Array], hidden: tuple[Array, ...], d_y: Array) -> tuple[Array, ...]:
-    def gradient(function: Callable[..., Array], d_y: Array, *hidden: Array) -> tuple[Array, ...]:
-        return jax.vjp(function, *hidden)[1](d_y)
+def _rounded_once_backward(function: Callable[..., Array], arguments: tuple[Any, ...], d_y: Array) -> tuple[Any, ...]:
+    def gradients(function: Callable[..., Array], d_y: Array, *arguments: Any) -> tuple[Any, ...]:
+        return jax.vjp(function, *arguments)[1](d_y)
 
-    on_cpu = partial(gradient, partial(_in_float32, function))
-    return jax.lax.platform_dependent(d_y, *hidden, cpu=on_cpu, default=partial(gradient, function))
+    on_cpu = partial(gradients, partial(_in_float32, function))
+    return jax.lax.platform_dependent(d_y, *arguments, cpu=on_cpu, default=partial(gradients, function))
 
 
 _rounded_once.defvjp(_rounded_once_forward, _rounded_once_backward)

@@ -246,28 +246,34 @@ def test_a_gate_of_bfloat16_rows_has_a_gradient_in_float32() -> None:
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_an_activation_of_bfloat16_is_rounded_once(activation: Activation) -> None:
+def test_a_gated_activation_of_bfloat16_is_rounded_once(activation: Activation) -> None:
     """It and its gradients are within half a unit of the last place, 2^-8. The gradients are compared with differences
     of the same formula in float64."""
     rng = np.random.default_rng(0)
-    *hidden, d_y = (jnp.asarray(rng.normal(size=500), jnp.bfloat16) for _ in range(3 if activation == "swiglu" else 2))
+    count = 2 if activation == "swiglu" else 1
+    *hidden, d_y = (jnp.asarray(rng.normal(size=(3, 200)), jnp.bfloat16) for _ in range(count + 1))
+    gate = jnp.asarray(rng.random(3), jnp.float32)
     experts = Experts(1, 2, 2, activation, 1.0, nnx.Rngs(0))
 
-    def exact(x: np.ndarray, gate: np.ndarray) -> np.ndarray:
+    @jax.jit
+    def run(hidden: list[jax.Array], gate: jax.Array, d_y: jax.Array) -> Any:
+        y, back = jax.vjp(experts._activate, hidden, gate)
+        return y, back(d_y)
+
+    def exact(*hidden: np.ndarray) -> np.ndarray:
+        x, last = hidden[0], hidden[-1]
         if activation == "swiglu":
-            return x * gate / (1 + np.exp(-gate))
+            return x * last / (1 + np.exp(-last))
         return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
-    @jax.jit
-    def run(hidden: list[jax.Array], d_y: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
-        y, back = jax.vjp(experts._activate, hidden)
-        return y, back(d_y)[0]
-
-    y, gradients = run(hidden, d_y)
-    x, gate = np.float64(hidden[0]), np.float64(hidden[-1])
-    expected = [exact(x, gate), (exact(x + 1e-6, gate) - exact(x - 1e-6, gate)) / 2e-6 * np.float64(d_y)]
-    if activation == "swiglu":
-        expected.append((exact(x, gate + 1e-6) - exact(x, gate - 1e-6)) / 2e-6 * np.float64(d_y))
-    for found, right in zip([y, *gradients], expected, strict=True):
+    y, (d_hidden, d_gate) = run(hidden, gate, d_y)
+    wide, d_wide, factor = [np.float64(x) for x in hidden], np.float64(d_y), np.float64(gate)[:, None]
+    assert d_gate.dtype == jnp.float32
+    np.testing.assert_allclose(d_gate, (exact(*wide) * d_wide).sum(1), rtol=1e-5)
+    expected = [exact(*wide) * factor]
+    for n in range(count):
+        above, below = ([x + sign * 1e-6 * (n == m) for m, x in enumerate(wide)] for sign in (1, -1))
+        expected.append((exact(*above) - exact(*below)) / 2e-6 * factor * d_wide)
+    for found, right in zip([y, *d_hidden], expected, strict=True):
         assert found.dtype == jnp.bfloat16
         np.testing.assert_allclose(np.float64(found), right, rtol=1.01 * 2**-8, atol=1e-7)
