@@ -11,7 +11,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from moe_jax.config import ModelConfig, RunConfig
-from moe_jax.inference.decode import NOTHING_GIVEN, TOKENS_AT_ONCE, Decoder
+from moe_jax.inference.decode import NOTHING_GIVEN, TOKENS_AT_ONCE, Decoder, cast_once
 from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.slots import advance, prefill
 from moe_jax.model.costs import count_parameters, totals
@@ -58,9 +58,11 @@ def batch_call(model: ModelConfig, params: Params, batch: int) -> Callable[[], A
     return decode
 
 
-def prefill_call(model: ModelConfig, params: Params, length: int) -> Callable[[], Any]:
-    """Prefill of a prompt of `length` tokens: its cache, and the logits of the next token."""
-    run = jax.jit(partial(prefill, abstract_model(model)[0]))
+def prefill_call(model: ModelConfig, params: Params, length: int, compute: str = "float32") -> Callable[[], Any]:
+    """Prefill of a prompt of `length` tokens: its cache, and the logits of the next token. The matrices are kept in the
+    dtype `compute`."""
+    graphdef = abstract_model(model, compute)[0]
+    run, params = jax.jit(partial(prefill, graphdef)), cast_once(graphdef, params)
     tokens = jax.random.randint(jax.random.key(1), (1, length), 0, model.vocab_size)
     return lambda: run(params, tokens, jnp.int32(length))
 

@@ -7,6 +7,7 @@ its standard input. For each name it runs the candidate once and prints the seco
     python -m moe_jax.benchmarks.mixtral '{"width": 512, ...}'
 """
 
+import copy
 import json
 import sys
 import time
@@ -41,9 +42,9 @@ class Shape(NamedTuple):
     weight_decay: float
     max_grad_norm: float
     threads: int
-    training_precisions: list[str]
-    """Dtypes of the products in a training step, each a candidate: `float32`, `bfloat16`. Parameters and moments are
-    float32."""
+    precisions: list[str]
+    """Dtypes of the products in a training step and a prefill, each a candidate: `float32`, `bfloat16`. Parameters and
+    moments in training are float32."""
 
 
 def build(shape: Shape) -> Any:
@@ -70,15 +71,17 @@ def build(shape: Shape) -> Any:
     return MixtralForCausalLM(config).float()
 
 
-def candidates(shape: Shape, model: Any) -> dict[str, Callable[[], Any]]:
-    """The runs by name: training step in each precision (`train-float32`) and forward pass of a batch, prefill of one
-    prompt, and decoding of one token at position T/2."""
+def candidates(shape: Shape, models: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+    """The runs by name: training step of a batch and prefill of one prompt in each precision (`train-float32`), forward
+    pass of the batch, and decoding of one token at position T/2. `models` has the model with weights of each
+    precision; the one in float32 does all but the prefills."""
     import torch  # pyright: ignore[reportMissingImports]
     from transformers import DynamicCache  # pyright: ignore[reportMissingImports]
 
     def tokens(*size: int) -> Any:
         return torch.randint(shape.vocab_size, size)
 
+    model = models["float32"]
     batch, prompt, token = tokens(shape.batch_size, shape.seq_len), tokens(1, shape.prompt), tokens(1, 1)
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -101,23 +104,26 @@ def candidates(shape: Shape, model: Any) -> dict[str, Callable[[], Any]]:
         optimizer.zero_grad()
         return loss
 
-    def evaluating(run: Callable[[], Any]) -> Callable[[], Any]:
+    def evaluating(run: Callable[[Any], Any], model: Any = model) -> Callable[[], Any]:
         def call() -> Any:
             model.eval()
             with torch.inference_mode():
-                return run()
+                return run(model)
 
         return call
 
-    def decode() -> Any:
+    def read(model: Any) -> Any:
+        return model(prompt, use_cache=True, logits_to_keep=1)
+
+    def decode(model: Any) -> Any:
         logits = model(token, past_key_values=cache, use_cache=True).logits
         cache.crop(-1)  # a run may decode more tokens than the context has positions
         return logits
 
     return {
-        **{f"train-{precision}": partial(train, precision) for precision in shape.training_precisions},
-        "forward": evaluating(lambda: model(batch, use_cache=False).logits),
-        "prefill": evaluating(lambda: model(prompt, use_cache=True, logits_to_keep=1)),
+        **{f"train-{precision}": partial(train, precision) for precision in shape.precisions},
+        "forward": evaluating(lambda model: model(batch, use_cache=False).logits),
+        **{f"prefill-{precision}": evaluating(read, models[precision]) for precision in shape.precisions},
         "decode": evaluating(decode),
     }
 
@@ -129,7 +135,8 @@ def serve(shape: Shape) -> None:
 
     torch.set_num_threads(shape.threads)
     model = build(shape)
-    runs = candidates(shape, model)
+    models = {name: model if name == "float32" else copy.deepcopy(model).bfloat16() for name in shape.precisions}
+    runs = candidates(shape, models)
     about = {
         "candidates": [f"{name} {experts}" for name in runs for experts in EXPERTS],
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -139,9 +146,10 @@ def serve(shape: Shape) -> None:
     for line in sys.stdin:
         name, experts = line.split()
         # Both implementations use one model: two models, with gradients and moments, would not fit beside ours.
-        model.set_experts_implementation(experts)
-        if model.config._experts_implementation != experts:
-            raise ValueError(f"transformers uses {model.config._experts_implementation} experts, not {experts}")
+        for chosen in models.values():
+            chosen.set_experts_implementation(experts)
+            if chosen.config._experts_implementation != experts:
+                raise ValueError(f"transformers uses {chosen.config._experts_implementation} experts, not {experts}")
         begin = time.perf_counter()
         runs[name]()
         print(json.dumps(time.perf_counter() - begin), flush=True)

@@ -1,9 +1,10 @@
 """Our model and Mixtral of Hugging Face transformers, with the same shape, timed in turn.
 
 The sizes are the preset's. The kinds of layers are Mixtral's: RMSNorm, rotary positions, SwiGLU, no biases, no dropout,
-an untied head. Both train with AdamW, gradient clipping and the balance loss. They are compared in the same precision:
-float32, and bfloat16 too if our model takes it on this machine. Mixtral takes it by PyTorch's autocast. Then each side
-is compared in its faster precision. Everything outside of training is float32 on both sides.
+an untied head. Both train with AdamW, gradient clipping and the balance loss. A training step and a prefill are
+compared in the same precision: float32, and bfloat16 too if our model takes it on this machine. Mixtral trains in it by
+PyTorch's autocast; a prefill has its weights in bfloat16 on both sides. Then each side is compared in its faster
+precision. Forward pass and decoding are float32 on both sides.
 
 In training our model has a capacity and drops what exceeds it, unless the preset's dispatch is dropless. Mixtral has no
 capacity.
@@ -71,7 +72,8 @@ def like_mixtral(config: RunConfig) -> RunConfig:
 
 
 def precisions_of(config: RunConfig) -> list[str]:
-    """The precisions in which both sides train: float32, and bfloat16 if a run of this configuration takes it here.
+    """The precisions of training steps and prefills on both sides: float32, and bfloat16 if a run of this configuration
+    takes it here.
 
     Raises UserError on a device that trains in float16.
     """
@@ -89,7 +91,7 @@ def shape_of(config: RunConfig, batch_size: int) -> Shape:
     values["top_k"] = model.routing.top_k
     prompt = min(PROMPT, model.seq_len)
     others = {"batch_size": batch_size, "prompt": prompt, "threads": usable_cores()}
-    return Shape(**(values | others), training_precisions=precisions_of(config))
+    return Shape(**(values | others), precisions=precisions_of(config))
 
 
 class Peer:
@@ -136,22 +138,26 @@ def peer(shape: Shape) -> Iterator[Peer]:
 def compare(config: RunConfig, batch_size: int, rounds: int) -> tuple[dict[str, Any], dict[str, Times]]:
     """Mixtral's time divided by ours, with the faster of its two implementations of the experts; and all times.
 
-    `train_ratio_bfloat16` is None where our model does not take bfloat16. `train_ratio_best` compares each side in its
-    faster precision.
+    The ratios in bfloat16 are None where our model does not take it. Those named `best` compare each side in its faster
+    precision.
     """
     config = like_mixtral(config)
     shape = shape_of(config, batch_size)
     trainers = {
         f"train-{precision}": RandomTokenTrainer.of(_in(config, precision), batch_size)
-        for precision in shape.training_precisions
+        for precision in shape.precisions
     }
     # A training step donates its state, so the other candidates read a copy of the parameters.
     params = jax.tree.map(jnp.copy, trainers["train-float32"].state.params)
     model = config.model
+    prefills = {
+        f"prefill-{precision}": decoding.prefill_call(model, params, shape.prompt, precision)
+        for precision in shape.precisions
+    }
     ours: dict[str, Callable[[], Any]] = {
         **trainers,
         "forward": decoding.forward_call(model, params, trainers["train-float32"].batch[0, :, :-1]),
-        "prefill": decoding.prefill_call(model, params, shape.prompt),
+        **prefills,
         "decode": decoding.token_call(model, params),
     }
     with peer(shape) as other:
@@ -162,11 +168,12 @@ def compare(config: RunConfig, batch_size: int, rounds: int) -> tuple[dict[str, 
         times = alternate({**ours, **theirs}, rounds, rest=PAUSE_SECONDS, turn=MIN_TURN_SECONDS)
         versions = other.about["versions"]
     best = {name: min(t.median for other, t in times.items() if other.startswith(f"{name} ")) for name in ours}
-    numbers: dict[str, Any] = {"train_ratio_bfloat16": None}
+    numbers: dict[str, Any] = {"train_ratio_bfloat16": None, "prefill_ratio_bfloat16": None}
     for name in ours:
         kind, _, precision = name.partition("-")
         numbers[f"{kind}_ratio" + (f"_{precision}" if precision else "")] = best[name] / times[name].median
-    numbers["train_ratio_best"] = min(best[name] for name in trainers) / min(times[name].median for name in trainers)
+    for kind, forms in {"train": trainers, "prefill": prefills}.items():
+        numbers[f"{kind}_ratio_best"] = min(best[n] for n in forms) / min(times[n].median for n in forms)
     return numbers | {"peer": versions}, times
 
 

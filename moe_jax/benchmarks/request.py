@@ -55,7 +55,9 @@ WORDS = {
     "train_ratio_bfloat16": "x as fast as Mixtral: training step, both in bfloat16",
     "train_ratio_best": "x as fast as Mixtral: training step, each in its faster precision",
     "forward_ratio": "x as fast as Mixtral: forward pass, in float32",
-    "prefill_ratio": "x as fast as Mixtral: prefill, in float32",
+    "prefill_ratio_float32": "x as fast as Mixtral: prefill, both in float32",
+    "prefill_ratio_bfloat16": "x as fast as Mixtral: prefill, both in bfloat16",
+    "prefill_ratio_best": "x as fast as Mixtral: prefill, each in its faster precision",
     "decode_ratio": "x as fast as Mixtral: decoding, in float32",
 }
 """What `print_numbers` says after a value. Other names are printed as they are, with spaces."""
