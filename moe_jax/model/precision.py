@@ -158,8 +158,8 @@ def writing_policy(kind: ComputeDtype, device: Any = None) -> Policy:
     """The policy of a model that writes texts token by token. It is that of `choose_policy`, but on a CPU `auto` is
     float32.
 
-    A product of one row takes as long as reading its matrix, so units for bfloat16 cannot help. XLA converts the matrix
-    before such a product, which takes longer than the product. `benchmarks/trials.md`, rows 78 to 80, has times.
+    A product of one row takes as long as reading its matrix, so units for bfloat16 cannot help. Weights of half the
+    size can, on a processor that converts them fast enough. `benchmarks/trials.md`, rows 78 to 80 and 263, has times.
     """
     if kind == "auto" and Card.of(device or jax.devices()[0]).platform == "cpu":
         return Policy("float32", "a CPU writes single tokens fastest in float32")

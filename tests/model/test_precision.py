@@ -76,7 +76,8 @@ def test_every_program_of_a_run(compute_dtype: str, dispatch: str) -> None:
         assert set(wide) == {"HIGHEST"}, name
         if compute_dtype == "bfloat16":
             assert len(wide) == 2 * (3 if name == "step" else 1), name
-            assert len(found) > len(wide)
+            # Decoding multiplies single rows, where the weights lie: on a CPU the library has no part in it.
+            assert name == "decoding" or len(found) > len(wide)
 
 
 @pytest.mark.parametrize("back_end", short_form(["triton", "cublas"], ["cublas"]))
