@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import DataConfig, ExecutionConfig, RunConfig, TrainConfig
+from moe_jax.inference.decode import NOTHING_GIVEN
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.moe.router import route, router_logits
 from moe_jax.model.precision import Card, choose_policy, dot_precision
@@ -68,7 +69,7 @@ def test_every_program_of_a_run(compute_dtype: str, dispatch: str) -> None:
         "step": programs.step.lower(programs.state_shapes, batch),
         "evaluation": programs.evaluation.lower(params, tokens, tokens, starts, weights),
         "prefill": decoder.prefill.lower(params, tokens, length),
-        "decoding": decoder.write.lower(params, text, length, length),
+        "decoding": decoder.write.lower(params, text, NOTHING_GIVEN, length, length),
     }
     for name, program in lowered.items():
         found = products(program.as_text())
