@@ -31,7 +31,7 @@ from moe_jax.interop.architectures import architecture_of
 from moe_jax.interop.gguf_file import GgufType, write_gguf
 from moe_jax.interop.source import ExportSource
 from moe_jax.model.precision import to_param_dtype
-from moe_jax.model.quantized import WEIGHTS, quantize
+from moe_jax.model.quantized import WEIGHTS, in_tiles, quantize
 from moe_jax.model.transformer import Params, create, split
 from moe_jax.runs.arrays import named_leaves
 from moe_jax.system.files import json_text
@@ -66,7 +66,9 @@ def in_form(params: Params, form: str) -> Params:
     """Parameters in float32 in another form. bfloat16 leaves vectors as they are."""
     if form == "float32":
         return params
-    return to_param_dtype(params, "bfloat16") if form == "bfloat16" else quantize(params, form)  # pyright: ignore[reportArgumentType]
+    if form == "bfloat16":
+        return to_param_dtype(params, form)
+    return in_tiles(quantize(params, form))  # pyright: ignore[reportArgumentType]
 
 
 def token_call(model: ModelConfig, weights: Params) -> Callable[[], Any]:

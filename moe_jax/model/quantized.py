@@ -8,21 +8,25 @@ XLA's own products on a CPU write the converted matrix to memory first. Here the
 `row_sum` on one core, or by a sum of groups on all cores: codes of 4 bits, whose conversion takes longer than reading
 them, and the many outputs of a vocabulary head.
 
+Converting fills the core's queues with work, so it does not look far ahead by itself, and memory is read at full speed
+only along its order, which the core recognises. So a run that is opened has its codes of 4 bits in tiles (`in_tiles`).
+
 A product of many rows is bound by arithmetic. There the matrix is converted first, and one matrix is converted at a
 time: the copy of one expert fits the cache.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from types import EllipsisType
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Int8, UInt8
+from jaxtyping import Array, Float, Int, Int8, Integer, UInt8
 
 from moe_jax.config import UserError
 from moe_jax.model.kernels.row_sum import row_at, row_sum
@@ -36,6 +40,10 @@ BLOCK = 4096
 """Columns that are converted at once: a vocabulary head does not fit the cache."""
 MANY = 16384
 """Outputs of a matrix from which a product of few rows is worth several cores."""
+TILE = 16
+"""Outputs of a tile: the numbers of a vector of 512 bits."""
+STREAMS = 4
+"""Distant groups whose tiles are read in turn. So the core fetches ahead in as many places."""
 _CHAINS = 8
 _OFFSET = 8
 """Codes of 4 bits are stored as 1 to 15: what is added to them."""
@@ -60,6 +68,8 @@ class QuantizedMatrix:
     scale: Any
     """float32 `[*E, 1, F]`, or bfloat16 `[*E, D / R, F]`. While jax traces, both fields may hold shapes instead of
     arrays."""
+    tiled: bool = field(default=False, metadata={"static": True})
+    """Whether the bytes of each matrix of 4 bits have the order `[D / R, F / T, R / 2, T]`: see `in_tiles`."""
 
     @property
     def bits(self) -> int:
@@ -78,6 +88,14 @@ class QuantizedMatrix:
         assert index is ..., "a quantised matrix is read whole"
         return self
 
+    @property
+    def tiles(self) -> Integer[Array, "*E groups tiles rows T"]:
+        """The codes as they lie in memory. Without tiles, all outputs are one tile. A group has R rows, or R / 2 with
+        two codes in a byte."""
+        *experts, inputs, outputs = self.shape
+        groups, width = inputs // group_size(inputs), TILE if self.tiled else outputs
+        return self.codes.reshape(*experts, groups, outputs // width, -1, width)
+
     def astype(self, dtype: DTypeLike) -> Float[Array, "*E D F"]:
         """The matrix that the codes stand for, in `dtype`. It is computed in at least float32."""
         wide = at_least_float32(dtype)
@@ -86,14 +104,21 @@ class QuantizedMatrix:
 
     def columns(self, ids: Int[Array, "*N"]) -> Float[Array, "*N D"]:
         """The weights of some outputs in float32: rows of an embedding, which is kept as `[D, V]`."""
-        chosen = QuantizedMatrix(self.codes[:, ids.reshape(-1)], self.scale[:, ids.reshape(-1)])
+        flat, tiles = ids.reshape(-1), self.tiles
+        codes = tiles[:, flat // tiles.shape[-1], :, flat % tiles.shape[-1]].reshape(flat.size, -1).T
+        chosen = QuantizedMatrix(codes, self.scale[:, flat])
         return chosen.astype(jnp.float32).T.reshape(*ids.shape, -1)
 
 
 def _integers(matrix: QuantizedMatrix) -> Int8[Array, "*E groups R F"]:
     """The codes of each group, as signed integers."""
     *experts, groups, outputs = matrix.scale.shape
-    codes = matrix.codes.reshape(*experts, groups, -1, outputs)
+    codes = matrix.codes
+    if matrix.tiled:  # In this layout and with the barrier, XLA moves vectors of codes and then converts long rows.
+        rows = matrix.tiles.swapaxes(-2, -3)
+        written = with_layout_constraint(rows, Layout(major_to_minor=tuple(range(rows.ndim))))
+        codes = jax.lax.optimization_barrier(written)
+    codes = codes.reshape(*experts, groups, -1, outputs)
     if matrix.bits == 8:
         return codes
     halves = jnp.concatenate([codes & 15, codes >> 4], axis=-2)
@@ -144,7 +169,11 @@ def _by_columns(product: Callable[[Array, QuantizedMatrix], Array], x: Array, ma
 
     def add_block(n: Array, y: Array) -> Array:
         # Both functions bring a start that is too large back to the last possible one.
-        block = jax.tree.map(lambda part: jax.lax.dynamic_slice_in_dim(part, n * BLOCK, BLOCK, axis=1), matrix)
+        def columns(part: Array, size: int) -> Array:
+            return jax.lax.dynamic_slice_in_dim(part, n * size, size, axis=1)
+
+        codes = columns(matrix.tiles, BLOCK // TILE) if matrix.tiled else columns(matrix.codes, BLOCK)
+        block = replace(matrix, codes=codes.reshape(-1, BLOCK), scale=columns(matrix.scale, BLOCK))
         return jax.lax.dynamic_update_slice_in_dim(y, product(x, block), n * BLOCK, axis=1)
 
     y = jax.eval_shape(product, x, matrix)
@@ -174,25 +203,10 @@ def _few_rows(x: Float[Array, "N D"], matrix: QuantizedMatrix) -> Float[Array, "
     wide, outputs = at_least_float32(x.dtype), matrix.shape[-1]
     x, zeros = x.astype(wide), jnp.zeros((len(x), outputs), wide)
     # Rows of a multiple of 1,024 codes of 8 bits take each other's place in the cache if 32 of them are read at once.
-    if (len(x) == 1 and matrix.bits == 4) or (outputs > MANY and outputs % 1024):
+    if matrix.bits == 4 or (outputs > MANY and outputs % 1024):
         return _sum_of_groups(x, matrix)
-    if matrix.bits == 8:
-        codes = row_sum(lambda i: x[:, i, None] * row_at(matrix.codes, i).astype(wide), x.shape[1], zeros)
-        return codes * matrix.scale[0]
-    size = group_size(x.shape[1])
-
-    def add_group(group: Int[Array, ""], total: Array) -> Array:
-        mine = jax.lax.dynamic_slice_in_dim(x, group * size, size, axis=1)
-        lower, upper = _factors(mine)
-
-        def term(i: Int[Array, ""]) -> Array:
-            both = row_at(matrix.codes, group * (size // 2) + i).astype(jnp.int32)
-            return lower[:, i, None] * (both & 15).astype(wide) + upper[:, i, None] * both.astype(wide)
-
-        part = row_sum(term, size // 2, zeros - _OFFSET * mine.sum(1, keepdims=True))
-        return total + part * row_at(matrix.scale, group).astype(wide)
-
-    return jax.lax.fori_loop(0, x.shape[1] // size, add_group, zeros)
+    codes = row_sum(lambda i: x[:, i, None] * row_at(matrix.codes, i).astype(wide), x.shape[1], zeros)
+    return codes * matrix.scale[0]
 
 
 def _factors(x: Float[Array, "*N R"]) -> tuple[Float[Array, "*N half_R"], Float[Array, "*N half_R"]]:
@@ -207,37 +221,48 @@ def _factors(x: Float[Array, "*N R"]) -> tuple[Float[Array, "*N half_R"], Float[
 
 
 def _sum_of_groups(
-    x: Float[Array, "N D"], matrix: QuantizedMatrix, experts: Int[Array, " N"] | None = None
+    x: Float[Array, "N D"], matrix: QuantizedMatrix, experts: Int[Array, " K"] | None = None
 ) -> Float[Array, "N F"]:
-    """x @ matrix, or x[n] @ matrix[experts[n]] for each n, in the dtype of x: one loop computes the sum of each group
-    of R inputs, and a second adds the groups.
+    """x @ matrix, or x[k] @ matrix[experts[k]] for each k, in the dtype of x: one loop computes sums of a few groups,
+    and a second adds these parts.
 
     XLA spreads the first loop over the cores. Without the barrier it would make one loop of both, which is not
-    vectorised.
+    vectorised. The arrays of that loop are `[parts, F / T, N, T]`, or `[K, parts, F / T, T]` with experts.
     """
-    size, outputs = group_size(x.shape[1]), matrix.shape[-1]
-    rows, scale = x.reshape(len(x), -1, size), matrix.scale
-    codes = matrix.codes.reshape(*matrix.codes.shape[:-2], rows.shape[1], -1, outputs)
+    tiles, size = matrix.tiles, group_size(x.shape[1])
+    *above, groups, count, inputs, width = tiles.shape
+    streams = math.gcd(groups, STREAMS) if count > 1 else 1
+    tiles = tiles.reshape(*above, streams, -1, count, inputs, width)
+    scale = matrix.scale.reshape(*above, streams, -1, count, width) if matrix.bits == 4 else matrix.scale
+    rows = x.reshape(len(x), streams, -1, size)
+    lower, upper = _factors(rows)
+    offset = _OFFSET * rows.sum(-1)
 
-    def of_all(part: Array, *index: Any) -> Array:
-        """part[index], or part[experts, index]. XLA reads it inside the loop and copies nothing."""
-        return part.at[index if experts is None else (experts, *index)].get(mode="clip")
+    def of_rows(values: Float[Array, "N parts"]) -> Array:
+        return values.T[:, None, :, None] if experts is None else values[:, :, None, None]
 
-    if matrix.bits == 8:
-        terms = [rows[:, :, i, None] * of_all(codes, slice(None), i).astype(x.dtype) for i in range(size)]
-        parts = _sum_in_chains(terms)
-    else:
-        lower, upper = _factors(rows)
+    def of_tiles(values: Array) -> Array:
+        """Of codes or scales `[*E, parts, F / T, T]`. XLA reads them inside the loop and copies nothing."""
+        return values[:, :, None] if experts is None else values.at[experts].get(mode="clip")
+
+    def products(stream: int) -> Array:
+        codes = [of_tiles(tiles[..., stream, :, :, i, :]) for i in range(inputs)]
+        if matrix.bits == 8:
+            return _sum_in_chains([of_rows(rows[:, stream, :, i]) * c.astype(x.dtype) for i, c in enumerate(codes)])
         terms = []
-        for i in range(size // 2):
-            both = of_all(codes, slice(None), i).astype(jnp.int32)
-            terms.append(lower[:, :, i, None] * (both & 15).astype(x.dtype))
-            terms.append(upper[:, :, i, None] * both.astype(x.dtype))
-        parts = (_sum_in_chains(terms) - _OFFSET * rows.sum(2)[..., None]) * of_all(scale, slice(None)).astype(x.dtype)
-    parts = jax.lax.optimization_barrier(parts)
+        for i, both in enumerate(code.astype(jnp.int32) for code in codes):
+            terms.append(of_rows(lower[:, stream, :, i]) * (both & 15).astype(x.dtype))
+            terms.append(of_rows(upper[:, stream, :, i]) * both.astype(x.dtype))
+        total = _sum_in_chains(terms) - of_rows(offset[:, stream])
+        return total * of_tiles(scale[..., stream, :, :, :]).astype(x.dtype)
+
+    parts = jax.lax.optimization_barrier(reduce(jnp.add, [products(stream) for stream in range(streams)]))
     # By additions: XLA does not vectorise a reduction of this axis.
-    total = reduce(jnp.add, [parts[:, group] for group in range(parts.shape[1])])
-    return jax.lax.optimization_barrier(total * of_all(scale, 0).astype(x.dtype) if matrix.bits == 8 else total)
+    count = groups // streams
+    total = reduce(jnp.add, [parts[part] if experts is None else parts[:, part] for part in range(count)])
+    total = jax.lax.optimization_barrier(total)
+    total = (total.swapaxes(0, 1) if experts is None else total).reshape(len(x), -1)
+    return total * matrix.scale[0] if matrix.bits == 8 else total
 
 
 def _sum_in_chains(terms: list[Array]) -> Array:
@@ -245,6 +270,27 @@ def _sum_in_chains(terms: list[Array]) -> Array:
     for the result of the one before it."""
     chains = [sum(terms[i + _CHAINS :: _CHAINS], start=term) for i, term in enumerate(terms[:_CHAINS])]
     return reduce(jnp.add, chains)
+
+
+def in_tiles(params: dict[str, Any]) -> dict[str, Any]:
+    """The parameters as a CPU reads them fastest: with codes of 4 bits in tiles, where the outputs are a multiple of
+    TILE. New codes take the memory of the old ones, which are gone."""
+
+    def tiled(matrix: Any) -> Any:
+        if not isinstance(matrix, QuantizedMatrix) or matrix.bits == 8 or matrix.shape[-1] % TILE:
+            return matrix
+        return replace(matrix, codes=_tiled(matrix.codes, matrix.tiles.shape[-4]), tiled=True)
+
+    if jax.default_backend() != "cpu":
+        return params
+    return jax.tree.map(tiled, params, is_leaf=lambda leaf: isinstance(leaf, QuantizedMatrix))
+
+
+@partial(jax.jit, static_argnums=1, donate_argnums=0)
+def _tiled(codes: UInt8[Array, "*E half_D F"], groups: int) -> UInt8[Array, "*E half_D F"]:
+    *experts, _, outputs = codes.shape
+    tiles = codes.reshape(*experts, groups, -1, outputs // TILE, TILE).swapaxes(-2, -3)
+    return jax.lax.optimization_barrier(tiles).reshape(codes.shape)
 
 
 # Rounding the matrices of a model

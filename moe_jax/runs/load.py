@@ -18,7 +18,7 @@ from moe_jax.data.token_store import TokenStore, prepare_token_store
 from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
 from moe_jax.model.low_rank import Adapters, LoraShape, merged
 from moe_jax.model.precision import Policy, choose_policy, writing_policy
-from moe_jax.model.quantized import WEIGHTS, Weights, quantized_shapes
+from moe_jax.model.quantized import WEIGHTS, Weights, in_tiles, quantized_shapes
 from moe_jax.model.transformer import Params, abstract_adapted, abstract_model
 from moe_jax.parallel.layout import Layout
 from moe_jax.parallel.processes import whole
@@ -117,7 +117,9 @@ def restore_weights(
     for name, leaf in named_leaves(restored).items():
         if leaf.dtype.kind not in "iu" and not np.isfinite(whole(leaf)).all():
             raise CheckpointCorrupted(f"{checkpoint.path}: {name} has NaN or infinite values; name another --step")
-    return merge(restored["params"], restored["adapters"], lora.scale) if lora else restored["params"]
+    if lora is not None:
+        return merge(restored["params"], restored["adapters"], lora.scale)
+    return restored["params"] if layout else in_tiles(restored["params"])
 
 
 class ValidationText(NamedTuple):

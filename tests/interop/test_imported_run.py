@@ -22,7 +22,7 @@ from moe_jax.interop.export import export
 from moe_jax.interop.imported_run import Form, import_run
 from moe_jax.interop.pretrained import Pretrained
 from moe_jax.interop.source import open_source
-from moe_jax.model.quantized import quantize
+from moe_jax.model.quantized import in_tiles, quantize
 from moe_jax.model.transformer import abstract_model
 from moe_jax.runs.arrays import named_leaves
 from tests.interop.made import byte_tokenizer
@@ -76,7 +76,7 @@ def test_the_weights_are_those_of_the_folder_rounded(name: str, form: Form, tmp_
     if form == "bfloat16":
         expected = jax.tree.map(lambda p: p.astype(jnp.bfloat16) if p.ndim > 1 else p, whole)
     else:
-        expected = quantize(whole, form)
+        expected = in_tiles(quantize(whole, form))
     run = moe_jax.load_run(tmp_path / "run")
     found, wanted = named_leaves(run.params), named_leaves(expected)
     assert found.keys() == wanted.keys()

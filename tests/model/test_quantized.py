@@ -158,6 +158,32 @@ def test_columns_are_rows_of_an_embedding(bits: int) -> None:
     np.testing.assert_array_equal(matrix.columns(jnp.asarray(ids)), values.T[ids].astype(np.float32))
 
 
+def test_codes_in_tiles_stand_for_the_same_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five tiles of four outputs, and eight groups, two in each stream: the matrix, its columns, and every form of its
+    product. Blocks of eight columns of 20: the last one overlaps the one before. Matrices that do not fall into tiles
+    stay as they are."""
+    monkeypatch.setattr(module, "TILE", 4)
+    monkeypatch.setattr(module, "BLOCK", 8)
+    plain, values = random_matrix(4, 3, 256, 20)
+    others = {"eight": random_matrix(8, 64, 20)[0], "odd": random_matrix(4, 64, 5)[0], "vector": jnp.ones(20)}
+    kept = {name: jax.tree.map(np.asarray, other) for name, other in others.items()}
+    first = jax.tree.map(lambda part: part[1], plain)
+    made = module.in_tiles({"experts": plain, "one": first, **others})
+    experts, one = made.pop("experts"), made.pop("one")
+    assert experts.tiled
+    assert jax.tree.all(jax.tree.map(np.array_equal, kept, made))
+    np.testing.assert_allclose(experts.astype("float32"), values, rtol=2**-24)
+    ids = np.array([[3, 19], [0, 4]])
+    np.testing.assert_array_equal(one.columns(jnp.asarray(ids)), values[1].T[ids].astype(np.float32))
+    for count in (1, 3, module.FEW_ROWS + 1):
+        assert tiny.relative_error(compiled()(rows(count, 256), one), rows(count, 256) @ values[1]) < 1e-6
+    chosen = np.array([2, 0, 2])
+    several = jax.jit(module.quantized_vectors_matmul)(rows(3, 256), experts, jnp.asarray(chosen))
+    assert tiny.relative_error(several, np.einsum("kd,kdf->kf", rows(3, 256), values[chosen])) < 1e-6
+    x = rows(3, 7, 256)
+    assert tiny.relative_error(jax.jit(grouped_matmul)(x, experts), np.einsum("gnd,gdf->gnf", x, values)) < 1e-6
+
+
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("expert", [False, True])
 def test_a_product_of_one_row_writes_no_converted_matrix(bits: int, expert: bool) -> None:
@@ -176,8 +202,8 @@ def test_a_product_of_one_row_writes_no_converted_matrix(bits: int, expert: bool
 
 @pytest.mark.parametrize("bits", BITS)
 def test_which_products_read_the_codes_in_place(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of FEW_ROWS rows at most. A wider matrix than BLOCK is converted by columns. Summed by groups are one row with
-    codes of 4 bits, and more outputs than MANY, unless their rows would take each other's place in the cache."""
+    """Of FEW_ROWS rows at most. A wider matrix than BLOCK is converted by columns. Summed by groups are codes of 4
+    bits, and more outputs than MANY, unless their rows would take each other's place in the cache."""
     taken: list[str] = []
 
     def noted(name: str) -> None:
@@ -200,11 +226,10 @@ def test_which_products_read_the_codes_in_place(bits: int, monkeypatch: pytest.M
             jax.eval_shape(quantized_matmul, x, matrix)
         return list(taken)
 
-    assert forms(module.FEW_ROWS, 2047) == ["_few_rows"]
     assert forms(module.FEW_ROWS, 2049) == ["_few_rows", "_sum_of_groups"]
-    assert forms(2, 2048) == forms(2, 3072) == ["_few_rows"]
     of_4_bits = ["_sum_of_groups"] if bits == 4 else []
-    assert forms(1, 2048) == forms(1, 2047) == ["_few_rows", *of_4_bits]
+    assert forms(module.FEW_ROWS, 2047) == forms(1, 2047) == ["_few_rows", *of_4_bits]
+    assert forms(1, 2048) == forms(2, 2048) == forms(2, 3072) == ["_few_rows", *of_4_bits]
     assert forms(1, 2049, experts=2) == of_4_bits
     assert forms(module.FEW_ROWS + 1, 4096) == []
     assert forms(module.FEW_ROWS + 1, 4097) == ["_by_columns"]
