@@ -82,5 +82,6 @@ def absorbed(x: Float[Array, "B T D"], params: dict[str, Array], heads: int) -> 
     q = jnp.concatenate([jnp.einsum("bhta,cha->bhtc", q, w_k), p], axis=-1)
     keys = jnp.concatenate([c, r], axis=-1)[:, None]  # one key head
     q = q * math.sqrt(keys.shape[-1] / (width + r.shape[-1]))  # the scale is that of a head's own width
-    mixed, _ = attention_forward(q, jnp.broadcast_to(keys, q.shape), c[:, None], causal_mask(x.shape[1]))
+    values = jnp.broadcast_to(c[:, None], (*q.shape[:-1], c.shape[-1]))
+    mixed, _ = attention_forward(q, jnp.broadcast_to(keys, q.shape), values, causal_mask(x.shape[1]))
     return join_heads(jnp.einsum("bhtc,cha->bhta", mixed, w_v)) @ params["out"]

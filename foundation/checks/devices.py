@@ -114,7 +114,7 @@ def unsplit(x: Any, w_in: Any, w_out: Any) -> np.ndarray:
 
 def gathered(x: Any, shards: Any) -> np.ndarray:
     """One matrix, and the rows of all ranks."""
-    return np.asarray(x) @ np.reshape(shards, (x.shape[-1], -1))
+    return np.asarray(x) @ np.asarray(shards).reshape(x.shape[-1], -1)
 
 
 def on_one_rank(x: Any, gate: Any, weights: Any, place: Any) -> np.ndarray:

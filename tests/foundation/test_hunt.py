@@ -96,7 +96,7 @@ def test_a_hunt_up_to_a_chapter_draws_from_its_operations(
 ) -> None:
     drawn: list[tuple[str, tuple[str, ...]]] = []
     monkeypatch.setattr(hunt, "_table", lambda bug, operations: drawn.append((bug.caught_by, operations)) or ["row"])
-    for seed in range(200):
+    for seed in range(400):
         assert main(["hunt", chapter, "--seed", str(seed), "--folder", str(tmp_path)]) == 0
     allowed = {name for c in CHAPTERS if int(c.number) <= int(chapter) for name in c.operations}
     assert {own for own, _ in drawn} <= allowed
