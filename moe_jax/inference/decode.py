@@ -103,7 +103,7 @@ class Decoder:
         """Length of a prompt -> the program that `compile` has made for it."""
         self._given = min(GIVEN, self.prompt_lengths[0] - 1)
         """Most tokens of a prompt that `write` reads."""
-        self.begin_empty: Any = jax.jit(spread(partial(begin_empty, graphdef, seq_len)))
+        self.begin_empty: Any = jax.jit(spread(partial(begin_empty, graphdef, seq_len)), keep_unused=True)
         self.begin = jax.jit(spread(begin))
         once: Any = {"donate_argnums": 1, "compiler_options": wide_vectors()}
         self.write: Any = jax.jit(spread(partial(write, graphdef, vocab_size)), **once)

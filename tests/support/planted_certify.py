@@ -166,9 +166,9 @@ BUGS = [
     ),
     Bug(
         "certify: the product with w_gate is missing",
-        "moe_jax.model.moe.experts:Experts._activate",
-        "jax.nn.silu(hidden[1]) * hidden[0]",
-        "jax.nn.silu(hidden[0])",
+        "moe_jax.model.moe.experts:_swiglu",
+        "jax.nn.silu(gate) * hidden",
+        "jax.nn.silu(hidden)",
         claim(LAYER),
     ),
     Bug(
