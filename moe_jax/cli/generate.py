@@ -118,7 +118,7 @@ class Chat(SamplingCommand):
 
             run, generator, settings = self.open()
             tuned = run.converses
-            generator.compile(SHORT_PROMPT if tuned else 1)  # a question comes with its roles
+            generator.compile(SHORT_PROMPT if tuned else 1)  # the roles of a question are tokens too
         if person:
             self._greet(run.checkpoint.step, tuned)
         if not tuned:

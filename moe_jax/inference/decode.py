@@ -48,9 +48,10 @@ from moe_jax.system.machine import wide_vectors
 TOKENS_AT_ONCE = 8
 """Most tokens that a call of `Decoder.write` writes. A person sees them appear together, within milliseconds."""
 GIVEN = 32
-"""Most tokens of a prompt that `Decoder.write` reads, one after another. So a text with such a beginning needs one
-program. Prefill would be another, and compiling both takes twice as long (`benchmarks/trials.md`, 261)."""
+"""Most tokens of a prompt that `Decoder.write` reads, one after another. A text after such a prompt needs no prefill:
+compiling both programs takes twice as long (`benchmarks/trials.md`, 261)."""
 NOTHING_GIVEN = np.full(GIVEN + TOKENS_AT_ONCE, -1, np.int32)
+"""What `write` is given after the prompt was read: no token."""
 SHORT_PROMPT = 64
 """Tokens of a short prompt. Reading it as a prompt of T tokens would take longer, in proportion to T."""
 
@@ -77,9 +78,9 @@ def cast_once(graphdef: nnx.GraphDef, params: Params) -> Params:
 class Decoder:
     """Writes texts with a model. Each program is compiled once.
 
-    Prompts are padded on the right to T tokens; or with `short_prompts` to the first of SHORT_PROMPT, 4 times, 16 times
-    that, and so on, that they fit. The padding does not change the result: the model is causal, and prefill drops no
-    token.
+    `stream` gives a prompt of at most GIVEN tokens to `write`. Prefill reads all others. It pads a prompt on the right
+    to T tokens; or with `short_prompts` to the first of SHORT_PROMPT, 4 times, 16 times that, and so on, that it fits.
+    The padding does not change the result: the model is causal, and prefill drops no token.
 
     `vocab_size` is the size of the tokenizer's vocabulary. The model's vocabulary may be larger; its further tokens are
     never drawn.
@@ -103,6 +104,7 @@ class Decoder:
         """Length of a prompt -> the program that `compile` has made for it."""
         self._given = min(GIVEN, self.prompt_lengths[0] - 1)
         """Most tokens of a prompt that `write` reads."""
+        # `keep_unused`: the text then lies where the parameters do, as later ones will. Else `write` is compiled twice.
         self.begin_empty: Any = jax.jit(spread(partial(begin_empty, graphdef, seq_len)), keep_unused=True)
         self.begin = jax.jit(spread(begin))
         once: Any = {"donate_argnums": 1, "compiler_options": wide_vectors()}
@@ -141,9 +143,10 @@ class Decoder:
         while n < limit:
             # A full context still gives one token. Nothing reads it before the slot is refilled.
             most = min(max(self.seq_len - len(context), 1), limit - n, TOKENS_AT_ONCE)
-            first, given = np.concatenate([np.asarray(given, np.int32), NOTHING_GIVEN])[: len(NOTHING_GIVEN)], []
-            text, written, length = self.write(params, text, first, np.int32((first >= 0).sum() + most), np.int32(stop))
-            tokens = np.asarray(written)[(first >= 0).sum() : int(length)].tolist()
+            read, first = len(given), NOTHING_GIVEN.copy()
+            first[:read], given = given, []
+            text, written, length = self.write(params, text, first, np.int32(read + most), np.int32(stop))
+            tokens = np.asarray(written)[read : int(length)].tolist()
             for token in tokens:
                 if token == stop:
                     return

@@ -217,8 +217,9 @@ def write(
     most: Int[Array, ""],
     stop: Int[Array, ""],
 ) -> Written:
-    """Append tokens to one text, in a loop on the device: first those that are `given`, which are those before the
-    first negative one; then draws, until there are `most` tokens (1 to N) or up to `stop`, which is appended too."""
+    """Append tokens to one text, in a loop on the device. `given` begins with tokens of the prompt, perhaps none, and
+    negative numbers follow. The prompt's tokens are appended first. Then tokens are drawn, until `most` are appended in
+    all (1 to N), or until `stop` is drawn, which is appended too."""
 
     def goes_on(written: Written) -> Bool[Array, ""]:
         last = written.length - 1

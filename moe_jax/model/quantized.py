@@ -8,8 +8,8 @@ XLA's own products on a CPU write the converted matrix to memory first. Here the
 `row_sum` on one core, or by a sum of groups on all cores: codes of 4 bits, whose conversion takes longer than reading
 them, and the many outputs of a vocabulary head.
 
-Converting fills the core's queues with work, so it does not look far ahead by itself, and memory is read at full speed
-only along its order, which the core recognises. So a run that is opened has its codes of 4 bits in tiles (`in_tiles`).
+While a core converts codes, it is too busy to ask for memory far ahead. It does so only where memory is read in order,
+which it recognises. So codes of 4 bits are put in that order, in tiles, when a run is opened (`in_tiles`).
 
 A product of many rows is bound by arithmetic. There the matrix is converted first, and one matrix is converted at a
 time: the copy of one expert fits the cache.
@@ -274,7 +274,7 @@ def _sum_in_chains(terms: list[Array]) -> Array:
 
 def in_tiles(params: dict[str, Any]) -> dict[str, Any]:
     """The parameters as a CPU reads them fastest: with codes of 4 bits in tiles, where the outputs are a multiple of
-    TILE. New codes take the memory of the old ones, which are gone."""
+    TILE. The tiles take the memory of the codes that are given, which cannot be used any more."""
 
     def tiled(matrix: Any) -> Any:
         if not isinstance(matrix, QuantizedMatrix) or matrix.bits == 8 or matrix.shape[-1] % TILE:

@@ -168,7 +168,7 @@ def _rounded_once(
     function: Callable[..., Array], gate: Float[Array, "*G"] | None, *hidden: Float[Array, "*G F"]
 ) -> Float[Array, "*G F"]:
     """function(gate, *hidden), where `hidden` are narrower than float32. On a CPU it is computed in float32 and rounded
-    at the end: rounding the result of each operation, as XLA would there, takes several times as long."""
+    at the end: there XLA would round the result of each operation, which takes twice as long."""
     return jax.lax.platform_dependent(gate, *hidden, cpu=partial(_in_float32, function), default=function)
 
 
