@@ -105,14 +105,14 @@ class Shown:
 
     def __repr__(self) -> str:
         """The source, below that of the functions of its own file that it calls."""
-        return "\n\n".join(_sources(self.function)).rstrip()
+        return "\n\n\n".join(_sources(self.function))
 
 
 def _sources(function: FunctionType) -> list[str]:
     function = inspect.unwrap(function)  # the tests wrap each function to check shapes
     called = [function.__globals__.get(name) for name in function.__code__.co_names]
     own = [f for f in called if isinstance(f, FunctionType) and f.__module__ == function.__module__]
-    found = [source for f in own for source in _sources(f)] + [inspect.getsource(function)]
+    found = [source for f in own for source in _sources(f)] + [inspect.getsource(function).strip(" ,\n")]
     return list(dict.fromkeys(found))
 
 
@@ -135,7 +135,7 @@ def number(question: str, expected: float, hint: str, first_hint: str, tolerance
             return f"A number is asked for, and this is {diagnosis.kind_of(answer)}."
         if math.isclose(value, expected, rel_tol=tolerance, abs_tol=1e-12):
             return ""
-        if tolerance == FOUR_DIGITS and math.isclose(value, expected, rel_tol=0.05):
+        if tolerance == FOUR_DIGITS and math.isclose(value, expected, rel_tol=0.05) and value == float(f"{value:.3g}"):
             return f"{value:.6g} is not the number. Give four digits, or an expression."
         near = (text for text, wrong in _like(expected) if math.isclose(value, wrong, rel_tol=FOUR_DIGITS))
         return f"{value:.6g} is not the number{next(near, '')}."

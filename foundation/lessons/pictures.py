@@ -36,7 +36,10 @@ def heatmaps(
         low, cmap = (-bound, "RdBu_r") if diverging else (0.0, "Blues")
         image = ax.imshow(matrix, cmap=cmap, vmin=low, vmax=bound, aspect="auto")
         ax.set(title=title, xlabel=xlabel)
-        ax.set_xticks(range(matrix.shape[1]), columns if columns else [str(i) for i in range(matrix.shape[1])])
+        if columns:
+            ax.set_xticks(range(matrix.shape[1]), columns)
+        else:
+            ax.set_xticks(range(0, matrix.shape[1], 1 + matrix.shape[1] // 12))
         ax.set_yticks(range(matrix.shape[0]), rows if rows else [str(i) for i in range(matrix.shape[0])])
         if numbers:
             _write_numbers(ax, matrix, numbers, bound, None if bold is None else np.asarray(bold[title]))
@@ -135,82 +138,26 @@ def _arrow(ax: Any, start: tuple[float, float], end: tuple[float, float], label:
     ax.text(x, y, label, fontsize=8, color="#4a5568", ha="center", va="center", bbox=behind)
 
 
-def slopes(x: ArrayLike, functions: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike]]) -> None:
-    """For each function its values, its slope by hand as a line, and its slope by autodiff as dots."""
-    places = np.asarray(x)
-    figure, axes = plt.subplots(2, 3, figsize=(11, 5.6), sharex=True)
-    figure.set_layout_engine("constrained")
-    for ax, (name, (y, by_hand, by_jax)) in zip(axes.flat, functions.items(), strict=True):
-        ax.plot(places, y, label="f", color=COLOURS[0])
-        ax.plot(places, by_hand, label="f', by hand", color=COLOURS[1])
-        ax.plot(places[::16], np.asarray(by_jax)[::16], "k.", ms=4, label="f', jax.grad")
-        ax.set_title(name)
-        ax.grid(alpha=0.25)
-    axes[0, 0].legend(frameon=False, fontsize=9)
-    plt.show()
-
-
 def plane(values: ArrayLike, points: Sequence[tuple[float, float, float]], title: str) -> None:
     """A net's output over a square, and the points that it learned: (x, y, target)."""
     figure, ax = plt.subplots(figsize=(5.4, 4.2), layout="constrained")
     image = ax.imshow(np.asarray(values), extent=(-0.5, 1.5, -0.5, 1.5), cmap="RdBu_r", vmin=0, vmax=1)
     for x, y, target in points:
         ax.plot(x, y, "o", ms=11, mfc=COLOURS[1] if target else COLOURS[0], mec="white", mew=1.8)
-    ax.set(xlabel="first input", ylabel="second input", title=title)
+    ax.set(xlabel="first input", ylabel="second input", title=title, xticks=(0, 1), yticks=(0, 1))
     figure.colorbar(image, ax=ax, label="output")
     plt.show()
 
 
-def points(places: ArrayLike, labels: Sequence[str], red: Sequence[bool], xlabel: str, ylabel: str, title: str) -> None:
-    """Labelled points of two colours."""
+def points(places: ArrayLike, labels: Sequence[str], red: ArrayLike, line: float, xlabel: str, ylabel: str) -> None:
+    """Labelled points of two colours, and a dashed line at one place of the x axis."""
     _, ax = plt.subplots(figsize=(5.2, 4), layout="constrained")
-    for (x, y), label, is_red in zip(np.asarray(places), labels, red, strict=True):
+    for (x, y), label, is_red in zip(np.asarray(places), labels, np.asarray(red), strict=True):
         ax.plot(x, y, "o", ms=12, color=COLOURS[1] if is_red else COLOURS[0])
         ax.annotate(label, (x, y), textcoords="offset points", xytext=(8, 6))
-    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    ax.axvline(line, color="grey", ls="--")
+    ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.margins(0.3)
-    plt.show()
-
-
-def histograms(panels: Mapping[str, Mapping[str, ArrayLike]], xlabel: str, ylabel: str) -> None:
-    """Histograms over [-1, 1], side by side."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(10.5, 3.7), sharey=True, squeeze=False)
-    figure.set_layout_engine("constrained")
-    for ax, (title, groups) in zip(axes[0], panels.items(), strict=True):
-        for colour, (label, values) in zip(COLOURS, groups.items(), strict=False):
-            ax.hist(np.asarray(values), bins=np.linspace(-1, 1, 41), alpha=0.6, label=label, color=colour)
-        ax.set(title=title, xlabel=xlabel, yscale="log")
-        ax.legend(frameon=False, fontsize=9)
-    axes[0][0].set_ylabel(ylabel)
-    plt.show()
-
-
-def sizes(names: Sequence[str], values: Sequence[float], title: str) -> None:
-    """A bar for each parameter: red for routers, blue for experts, green for the rest."""
-    _, ax = plt.subplots(figsize=(9, 6.6), layout="constrained")
-    colours = [COLOURS[1] if "router" in n else COLOURS[0] if "w_" in n else COLOURS[2] for n in names]
-    ax.barh(list(names), list(values), color=colours)
-    ax.invert_yaxis()
-    ax.set(xscale="log", xlabel="root mean square of the gradient", title=title)
-    ax.tick_params(axis="y", labelsize=8)
-    plt.show()
-
-
-def changes(panels: Mapping[str, tuple[ArrayLike, Sequence[int]]], ylabel: str) -> None:
-    """How far each logit moves (columns: its position) in several experiments (rows); white where not one bit moves."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(11, 3.9), squeeze=False)
-    figure.set_layout_engine("constrained")
-    image = None
-    for ax, (title, (moved, rows)) in zip(axes[0], panels.items(), strict=True):
-        shown = np.asarray(moved)
-        shown = np.where(shown == 0.0, np.nan, np.log10(np.where(shown == 0.0, 1.0, shown)))
-        image = ax.imshow(shown, aspect="auto", cmap="viridis", vmin=-4, vmax=1, interpolation="none")
-        ticks = range(0, len(rows), max(1, len(rows) // 8))
-        ax.set_yticks(list(ticks), [str(rows[i]) for i in ticks])
-        ax.set(title=title, xlabel="position of the logits")
-    axes[0][0].set_ylabel(ylabel)
-    if image is not None:
-        figure.colorbar(image, ax=axes[0].tolist(), label="log10 of the largest change")
     plt.show()
 
 

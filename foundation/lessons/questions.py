@@ -9,52 +9,8 @@ from foundation.exercises import Exercise, function, number
 from foundation.lessons.questions_of_electives import ELECTIVE_EXERCISES
 
 
-def _jacobian_transposed(A: jax.Array, d_y: jax.Array) -> jax.Array:
-    return A.T @ d_y
-
-
-def _cumsum_adjoint(d_y: jax.Array) -> jax.Array:
-    return jnp.cumsum(d_y[::-1])[::-1]
-
-
 def _sigmoid(x: jax.Array) -> jax.Array:
     return 1.0 / (1.0 + jnp.exp(-x))
-
-
-def _tied_twice(x: jax.Array, W: jax.Array, d_y: jax.Array) -> jax.Array:
-    return x.T @ (d_y @ W) + d_y.T @ (x @ W)
-
-
-def _volume_gradient(x: jax.Array, d_y: jax.Array) -> jax.Array:
-    return jnp.sum(x * d_y)
-
-
-def _leaky_slope(x: jax.Array) -> jax.Array:
-    return jnp.where(x > 0, 1.0, 0.1)
-
-
-def _smoothed(p: jax.Array, onehot: jax.Array) -> jax.Array:
-    return p - (0.9 * onehot + 0.1 / p.shape[-1])
-
-
-def _softmax(z: jax.Array) -> jax.Array:
-    return jnp.exp(z) / jnp.sum(jnp.exp(z))
-
-
-def _softmax_gradient(p: jax.Array, d_p: jax.Array) -> jax.Array:
-    return p * (d_p - jnp.sum(p * d_p))
-
-
-def _tempered(p: jax.Array, d_p: jax.Array) -> jax.Array:
-    return 2.0 * _softmax_gradient(p, d_p)
-
-
-def _form_gradient(q: jax.Array, k: jax.Array, d_S: jax.Array) -> jax.Array:
-    return q.T @ d_S @ k
-
-
-def _sink_gradient(P: jax.Array, d_o: jax.Array) -> jax.Array:
-    return (1.0 - jnp.sum(P, axis=1)) @ d_o
 
 
 def _l2_norm_gradient(x: jax.Array, d_y: jax.Array) -> jax.Array:
@@ -68,14 +24,6 @@ def _angle_gradient(x: jax.Array, t: jax.Array, d_y: jax.Array) -> jax.Array:
     return d_y[0] * (-s * x[0] - c * x[1]) + d_y[1] * (c * x[0] - s * x[1])
 
 
-def _parallel_block(d_y: jax.Array, d_a: jax.Array, d_f: jax.Array, M: jax.Array) -> jax.Array:
-    return d_y + (d_a + d_f) @ M.T
-
-
-def _squared_gate(a: jax.Array, u: jax.Array, d_h: jax.Array) -> jax.Array:
-    return d_h * u * 2.0 * jnp.maximum(a, 0.0)
-
-
 def _sigmoid_gate_gradient(z: jax.Array, d_g: jax.Array) -> jax.Array:
     g = _sigmoid(z)
     return d_g * g * (1.0 - g)
@@ -86,15 +34,11 @@ def _unit_gates_gradient(z: jax.Array, d_g: jax.Array) -> jax.Array:
     return g * (d_g - g * jnp.sum(g * d_g))
 
 
-def _squared_shares_gradient(z: jax.Array, f: jax.Array) -> jax.Array:
+def _weighted_shares_gradient(z: jax.Array, w: jax.Array) -> jax.Array:
     tokens, experts = z.shape
     p = jnp.exp(z) / jnp.sum(jnp.exp(z), axis=-1, keepdims=True)
-    mean = jnp.sum(p * f**2, axis=-1, keepdims=True)
-    return experts / tokens * p * (f**2 - mean)
-
-
-def _row_gradient(d_x: jax.Array, x: jax.Array, d_l: jax.Array) -> jax.Array:
-    return math.sqrt(x.shape[-1]) * jnp.sum(d_x, axis=0) + d_l @ x
+    mean = jnp.sum(p * w, axis=-1, keepdims=True)
+    return experts / tokens * p * (w - mean)
 
 
 EXERCISES: dict[str, Exercise] = {
@@ -108,7 +52,7 @@ EXERCISES: dict[str, Exercise] = {
     ),
     "0.2": function(
         "y = A x, with A [3, 4]. Write the vector-Jacobian product as a function of (A, d_y): it gives d_x.",
-        _jacobian_transposed,
+        lambda A, d_y: A.T @ d_y,
         [(3, 4), (3,)],
         "The Jacobian is A itself, and d_x = J^T d_y. Of the two products of A and d_y, one has the shape of x.",
         "What is the Jacobian of y = A x? Then look at the shapes.",
@@ -121,7 +65,7 @@ EXERCISES: dict[str, Exercise] = {
     ),
     "0.4": function(
         "y is the running sum of x: y_i = x_1 + ... + x_i. Write its adjoint, a function of d_y that gives d_x.",
-        _cumsum_adjoint,
+        lambda d_y: jnp.cumsum(d_y[::-1])[::-1],
         [(6,)],
         "x_i is in y_i and in every y after it, so d_x_i collects d_y_i and all after it: a running sum from the end.",
         "In which y does x_1 occur, and in which does the last x?",
@@ -149,7 +93,7 @@ EXERCISES: dict[str, Exercise] = {
     "2.1": function(
         "A net that squeezes and stretches uses one matrix twice: y = (x W) W^T, with x [B, I] and W [I, O]. "
         "Write a function of (x, W, d_y), d_y [B, I], that gives d_W.",
-        _tied_twice,
+        lambda x, W, d_y: x.T @ (d_y @ W) + d_y.T @ (x @ W),
         [(5, 3), (3, 2), (5, 3)],
         "Call h = x W. The first product gives x^T d_h with d_h = d_y W, the second d_y^T h. Two uses, so they add.",
         "Give the number between the two products a name, and look at each product by itself. How often is W used?",
@@ -163,14 +107,14 @@ EXERCISES: dict[str, Exercise] = {
     "2.3": function(
         "A learned volume: y = s x, with one number s for all of x, [B, T, I]. Write a function of (x, d_y) that "
         "gives d_s.",
-        _volume_gradient,
+        lambda x, d_y: jnp.sum(x * d_y),
         [(2, 3, 4), (2, 3, 4)],
         "s is in every y_bti, with the factor x_bti. Add up over all three axes: sum of x d_y.",
         "In how many entries of y is s, and with which factor?",
     ),
     "3.1": function(
         "leaky ReLU: y = x where x > 0, else x / 10. Write its derivative as a function of x.",
-        _leaky_slope,
+        lambda x: jnp.where(x > 0, 1.0, 0.1),
         [(9,)],
         "Two cases, two constants; jnp.where.",
         "The function consists of two straight lines. What is the slope of each?",
@@ -196,14 +140,14 @@ EXERCISES: dict[str, Exercise] = {
     ),
     "4.2": function(
         "Label smoothing: the target is 0.9 onehot + 0.1 / V. Write d_logits of one row as a function of (p, onehot).",
-        _smoothed,
+        lambda p, onehot: p - (0.9 * onehot + 0.1 / p.shape[-1]),
         [(6,), (6,)],
         "d_logits is p minus the target, for any target that sums to 1.",
         "What is d_logits for a target that is onehot? Where did the derivation use that it is onehot?",
     ),
     "4.3": function(
         "p = softmax(z / 0.5), a softmax at temperature 0.5. Write d_z of one row as a function of (p, d_p).",
-        _tempered,
+        lambda p, d_p: 2.0 * p * (d_p - jnp.sum(p * d_p)),
         [(6,), (6,)],
         "Call u = z / 0.5. You know d_u. And z enters u with the factor 2.",
         "Name what goes into the softmax, and use the chain rule in two steps.",
@@ -211,7 +155,7 @@ EXERCISES: dict[str, Exercise] = {
     "5.1": function(
         "Scores with a matrix between: S = q M k^T, with q [T, A], M [A, C] and k [S, C]. Write a function of (q, "
         "k, d_S) that gives d_M.",
-        _form_gradient,
+        lambda q, k, d_S: q.T @ d_S @ k,
         [(4, 3), (5, 2), (4, 5)],
         "S_ts = sum of q_ta M_ac k_sc, so d_M_ac = sum over t and s of q_ta d_S_ts k_sc: q^T d_S k.",
         "Write one score as a sum. With which factor is M_ac in it? Which shape must d_M have?",
@@ -225,7 +169,7 @@ EXERCISES: dict[str, Exercise] = {
     "5.3": function(
         "Attention with a sink: what a row of weights lacks to 1 goes to one learned vector u, [A], so o_t = "
         "sum_s P_ts v_s + (1 - sum_s P_ts) u. Write a function of (P, d_o), [T, S] and [T, A], that gives d_u.",
-        _sink_gradient,
+        lambda P, d_o: (1.0 - jnp.sum(P, axis=1)) @ d_o,
         [(4, 5), (4, 3)],
         "u is in every o_t with the weight 1 - sum_s P_ts, so d_u is the sum over t of that weight times d_o_t.",
         "In which outputs is u, and with which weight? One vector serves all rows.",
@@ -252,15 +196,22 @@ EXERCISES: dict[str, Exercise] = {
         "Differentiate both entries of y_n in t_n: (-a sin t - b cos t, a cos t - b sin t). Then multiply with d_y "
         "and add.",
         "t_n is in two entries of y. How does each of them change with it?",
+        {
+            "this is the gradient of the a_n": lambda x, t, d_y: d_y[0] * jnp.cos(t) + d_y[1] * jnp.sin(t),
+            "d_y meets y itself, and not its slope in t": lambda x, t, d_y: (
+                jnp.cos(t) * jnp.sum(d_y * x, axis=0) + jnp.sin(t) * (d_y[1] * x[0] - d_y[0] * x[1])
+            ),
+        },
     ),
     "7.1": function(
         "A block whose two branches stand side by side: n = x M, y = x + f(n) + g(n). (M stands for the norm.) "
         "d_a and d_f are what the backward passes of f and g make of d_y. Write a function of (d_y, d_a, d_f, M) "
         "that gives d_x.",
-        _parallel_block,
+        lambda d_y, d_a, d_f, M: d_y + (d_a + d_f) @ M.T,
         [(3, 4), (3, 4), (3, 4), (4, 4)],
         "n is used twice, so d_n = d_a + d_f. It goes back through M, transposed, and the straight way adds d_y.",
         "At how many places is n used, and at how many is x?",
+        {"both branches go back through M": lambda d_y, d_a, d_f, M: d_y + d_a + d_f @ M.T},
     ),
     "7.2": number(
         "A block of width D = 64: attention with four matrices D x D, a SwiGLU network of hidden width 192 with three "
@@ -272,7 +223,7 @@ EXERCISES: dict[str, Exercise] = {
     ),
     "7.3": function(
         "Another gate: h = relu(a)^2 u, entry by entry. Write d_a as a function of (a, u, d_h).",
-        _squared_gate,
+        lambda a, u, d_h: d_h * u * 2.0 * jnp.maximum(a, 0.0),
         [(5,), (5,), (5,)],
         "relu(a)^2 gets d_h u. Its slope is 2 relu(a) times the slope of relu, which is 1 wherever relu(a) is not 0.",
         "h is a product of two factors. What arrives at the first one? Then differentiate that factor, inside out.",
@@ -300,16 +251,17 @@ EXERCISES: dict[str, Exercise] = {
         [(3,), (3,)],
         "ln g_e = z_e - ln(sum of e^(2 z_j)) / 2. So the derivative of g_e in z_j is g_e ([e = j] - g_j^2).",
         "As in step 3, write p with exponentials and see what cancels. Then take the logarithm of a gate.",
-        {"this is the rule for gates that add up to 1": lambda z, d_g: _softmax_gradient(_softmax(z), d_g)},
+        {"this is the rule for gates that add up to 1": lambda z, d_g: (g := jax.nn.softmax(z)) * (d_g - g @ d_g)},
     ),
     "8.4": function(
         "A balance loss with squared shares: L = E sum_e f_e^2 P_e, where P_e is the mean over T tokens of p_te, and "
         "p = softmax(z) for each token. z is [T, E], and f is [E], counted as before. Write a function of (z, f) that "
         "gives dL/dz.",
-        _squared_shares_gradient,
+        lambda z, f: _weighted_shares_gradient(z, f**2),
         [(4, 6), (6,)],
         "dL/dp_te = E f_e^2 / T. Then the softmax's rule for each token: E / T p_te (f_e^2 - sum_j p_tj f_j^2).",
         "Follow the three points of step 6. Does it matter to the derivative in p that f is squared?",
+        {"f stands where its square belongs": lambda z, f: _weighted_shares_gradient(z, f)},
     ),
     "8.5": number(
         "Balance by a bias. Two experts, K = 1, and every token has the scores (0.52, 0.48). The bias begins at 0, and "
@@ -337,7 +289,7 @@ EXERCISES: dict[str, Exercise] = {
         "inner product of the stream with row v. Token v was looked up three times, d_x [3, D]. Over all "
         "positions the head had the streams x, [N, D], and the cotangents of v's logit, d_l [N]. Write a function "
         "of (d_x, x, d_l) that gives the gradient of row v.",
-        _row_gradient,
+        lambda d_x, x, d_l: math.sqrt(x.shape[-1]) * jnp.sum(d_x, axis=0) + d_l @ x,
         [(3, 4), (5, 4), (5,)],
         "sqrt(D) times the sum of the three, and from the head the sum over positions of d_l times x.",
         "The row is used 3 + N times. What does each use multiply it by?",

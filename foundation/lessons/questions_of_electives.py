@@ -8,22 +8,9 @@ import jax.numpy as jnp
 from foundation.exercises import Exercise, function, number
 
 
-def _one_coordinate(g: jax.Array) -> jax.Array:
-    largest = jnp.abs(g) == jnp.max(jnp.abs(g))
-    return jnp.where(largest, -jnp.sign(g), 0.0)
-
-
-def _fit_of_rows(g: jax.Array) -> jax.Array:
-    return jnp.mean(g**2, axis=1)
-
-
 def _merged_answers(a: jax.Array, la: jax.Array, b: jax.Array, lb: jax.Array) -> jax.Array:
     share = 1.0 / (1.0 + jnp.exp(lb - la))[:, None]
     return share * a + (1.0 - share) * b
-
-
-def _sink_logit(p_b: jax.Array, d_o: jax.Array, o: jax.Array) -> jax.Array:
-    return -p_b * jnp.sum(d_o * o, axis=-1)
 
 
 def _newest_output(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -31,9 +18,9 @@ def _newest_output(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return weights @ v / jnp.sum(weights)
 
 
-def _weights_under_perplexity(means: jax.Array, counts: jax.Array) -> jax.Array:
-    share = counts / jnp.sum(counts)
-    return jnp.exp(jnp.sum(share * means)) * share
+def _weights_under_perplexity(m: jax.Array, n: jax.Array) -> jax.Array:
+    share = n / jnp.sum(n)
+    return jnp.exp(jnp.sum(share * m)) * share
 
 
 def _sequence_against_batch(f: jax.Array) -> jax.Array:
@@ -47,30 +34,6 @@ def _parted(z: jax.Array, h: jax.Array, d_y: jax.Array) -> jax.Array:
     return g * (d_g - g @ d_g)
 
 
-def _softmax(z: jax.Array) -> jax.Array:
-    return jnp.exp(z) / jnp.sum(jnp.exp(z))
-
-
-def _acceptance(u: jax.Array, v: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.minimum(_softmax(u), _softmax(v)))
-
-
-def _back_through_softmax(d_p: jax.Array, p: jax.Array) -> jax.Array:
-    return p * (d_p - jnp.sum(p * d_p))
-
-
-def _up(x: jax.Array, s: jax.Array) -> jax.Array:
-    return x / jnp.abs(s) - jnp.floor(x / jnp.abs(s))
-
-
-def _scales_of_inputs(x: jax.Array, q: jax.Array, d_y: jax.Array) -> jax.Array:
-    return jnp.sum(x * (d_y @ q.T), axis=0)
-
-
-def _scanned_back(d_y: jax.Array) -> jax.Array:
-    return jnp.cumsum(d_y[::-1], axis=0)[::-1]
-
-
 def _unigram_bits(counts: jax.Array, lengths: jax.Array) -> jax.Array:
     n = jnp.abs(counts)
     return -jnp.sum(n * jnp.log2(n / jnp.sum(n))) / jnp.sum(n * jnp.abs(lengths))
@@ -78,11 +41,12 @@ def _unigram_bits(counts: jax.Array, lengths: jax.Array) -> jax.Array:
 
 def _bonus_gradient(z: jax.Array, r: jax.Array) -> jax.Array:
     p = jax.nn.softmax(z)
-    return _back_through_softmax(r - 0.1 * jnp.log(p) - 0.1, p)
+    d_p = r - 0.1 * jnp.log(p) - 0.1
+    return p * (d_p - jnp.sum(p * d_p))
 
 
-def _reverse_kl_gradient(z: jax.Array, q: jax.Array) -> jax.Array:
-    return jax.nn.softmax(z) - jax.nn.softmax(q)
+def _kl(z: jax.Array, q: jax.Array) -> jax.Array:
+    return jnp.sum(jax.nn.softmax(z) * (jax.nn.log_softmax(z) - jax.nn.log_softmax(q)))
 
 
 ELECTIVE_EXERCISES: dict[str, Exercise] = {
@@ -94,18 +58,22 @@ ELECTIVE_EXERCISES: dict[str, Exercise] = {
         "Both running averages are corrected for their start at 0. What is each after one step?",
     ),
     "10.2": function(
-        "Another size of a step: the *sum* of the magnitudes of its entries. Write a function of g, [6], that gives "
+        "Another size of a step: the *sum* of the magnitudes of its entries. Write a function of g, [2], that gives "
         "the steepest step of size 1.",
-        _one_coordinate,
-        [(6,)],
+        lambda g: jnp.where(jnp.abs(g) == jnp.max(jnp.abs(g)), -jnp.sign(g), 0.0),
+        [(2,)],
         "All of the sum is best spent where |g| is largest, and nothing elsewhere.",
         "The sum of the magnitudes is given. At which entry does the same magnitude lower the loss most?",
+        {
+            "this step has the size 1, but it is not the steepest": lambda g: -g / jnp.sum(jnp.abs(g)),
+            "this is the steepest step of another size, the root of the sum of squares": lambda g: -g / jnp.hypot(*g),
+        },
     ),
     "10.3": function(
         "Adafactor with rows alone: the squares v of a gradient g, [3, 4], are fitted by w_ij = r_i. Write a "
         "function of g that gives the r, [3], that are nearest in the divergence, the sum of v log(v / w) - v + "
         "w.",
-        _fit_of_rows,
+        lambda g: jnp.mean(g**2, axis=1),
         [(3, 4)],
         "The derivative in r_i is 4 - (row sum of v) / r_i. So r_i is the mean of its row.",
         "Differentiate the divergence in r_i and set it to 0. How many entries w_ij are equal to r_i?",
@@ -123,12 +91,17 @@ ELECTIVE_EXERCISES: dict[str, Exercise] = {
         [(4, 3), (4,), (4, 3), (4,)],
         "Each piece counts with the weight e^(its logsumexp), divided by the sum of both weights.",
         "In a softmax over all keys together, how large is the share of each piece?",
+        {
+            "a logsumexp is a logarithm: the weight is its exponential": lambda a, la, b, lb: (
+                (a * la[:, None] + b * lb[:, None]) / (la + lb)[:, None]
+            ),
+        },
     ),
     "11.3": function(
         "A row may look at nothing: P_s = e^(S_s) / (l + e^b), with a learned number b and l the sum of e^(S_s). "
         "So P adds up to 1 - p_b, where p_b = e^b / (l + e^b). Write a function of (p_b, d_o, o), [5], [5, 3] and "
         "[5, 3], that gives each row's part of d_b.",
-        _sink_logit,
+        lambda p_b, d_o, o: -p_b * jnp.sum(d_o * o, axis=-1),
         [(5,), (5, 3), (5, 3)],
         "dP_s / db = -P_s p_b. So d_b = -p_b <d_P, P>, and the row sum of d_P P is <d_o, o>.",
         "How does P_s change with b? Then look for a row sum that you know already.",
@@ -201,6 +174,7 @@ ELECTIVE_EXERCISES: dict[str, Exercise] = {
         [(3,), (3, 4), (4,)],
         "d_g = h d_y, one number for each expert. Then the softmax's rule. If all rows of h were equal, it would be 0.",
         "Go back in two steps: from d_y to each gate, and from the gates to the logits.",
+        {"this is the gradient of the gates: the softmax is still to come": lambda z, h, d_y: h @ d_y},
     ),
     "14.3": number(
         "LoRA of rank 8 on a matrix of 1024 x 4096. How many times fewer numbers are trained than in all of it?",
@@ -219,10 +193,19 @@ ELECTIVE_EXERCISES: dict[str, Exercise] = {
     "15.2": function(
         "p = softmax(u) is the law of the large model, q = softmax(v) that of the draft. Write a function of (u, v), "
         "both [6], that gives the probability that a proposal is accepted.",
-        _acceptance,
+        lambda u, v: jnp.sum(jnp.minimum(jax.nn.softmax(u), jax.nn.softmax(v))),
         [(6,), (6,)],
         "The sum over x of q_x min(1, p_x / q_x), which is min(p_x, q_x).",
         "A token is proposed with one probability, and then accepted with another. Add up over all tokens.",
+        {
+            "the probability of each proposal is missing": lambda u, v: jnp.sum(
+                jnp.minimum(1.0, jax.nn.softmax(u) / jax.nn.softmax(v))
+            ),
+            "this is the probability that a proposal is rejected": lambda u, v: jnp.sum(
+                jnp.maximum(jax.nn.softmax(u) - jax.nn.softmax(v), 0.0)
+            ),
+            "u and v are logits: take a softmax first": lambda u, v: jnp.sum(jnp.minimum(u, v)),
+        },
     ),
     "15.3": number(
         "A proposal is accepted with probability 0.8, and a round proposes 4. How many tokens does a round give, on "
@@ -270,10 +253,11 @@ ELECTIVE_EXERCISES: dict[str, Exercise] = {
     "17.3": function(
         "Numbers lie |s| apart, at the multiples of |s|. Write a function of (x, s), x [6] and s a number, that gives "
         "for each x the probability that a draw rounds it up.",
-        _up,
+        lambda x, s: x / jnp.abs(s) - jnp.floor(x / jnp.abs(s)),
         [(6,), ()],
         "The distance from the neighbour below, in units of the spacing: q - floor(q), with q = x / |s|.",
         "Which two neighbours has x? Where between them does it lie?",
+        {"this is the probability of rounding down": lambda x, s: jnp.ceil(x / jnp.abs(s)) - x / jnp.abs(s)},
     ),
     "18.1": number(
         "A matrix of 1024 x 1024 weights in 4 bits, with a scale of 16 bits for every 32. How many bits is that a "
@@ -286,7 +270,7 @@ ELECTIVE_EXERCISES: dict[str, Exercise] = {
     "18.2": function(
         "Codes with a scale for each *input*: w_do = s_d q_do, and y = x w. Write a function of (x, q, d_y), x "
         "[5, 4], q [4, 3], d_y [5, 3], that gives d_s, [4].",
-        _scales_of_inputs,
+        lambda x, q, d_y: jnp.sum(x * (d_y @ q.T), axis=0),
         [(5, 4), (4, 3), (5, 3)],
         "s_d is in y_to with the factor x_td q_do: the sum over t and o of x_td q_do d_y_to.",
         "Write one y_to as a sum over d. This scale can't leave the sum. What is its factor?",
@@ -309,7 +293,7 @@ ELECTIVE_EXERCISES: dict[str, Exercise] = {
     "19.2": function(
         "Another collective, the scan: rank r gets the sum of x over the ranks 0 to r. Write a function of d_y, "
         "[4, 8], one row for each rank, that gives the gradient of x.",
-        _scanned_back,
+        lambda d_y: jnp.cumsum(d_y[::-1], axis=0)[::-1],
         [(4, 8)],
         "x_s is on the ranks s, s + 1, ...: its gradient is the sum of their d_y, a running sum from the last rank.",
         "Which ranks have x_0 in their sum, and which have the last rank's x?",
@@ -363,9 +347,10 @@ ELECTIVE_EXERCISES: dict[str, Exercise] = {
     "21.3": function(
         "Write a function of (z, q), both [3], with pi = softmax(z) and ref = softmax(q). It gives the gradient in z "
         "of KL(ref || pi).",
-        _reverse_kl_gradient,
+        lambda z, q: jax.nn.softmax(z) - jax.nn.softmax(q),
         [(3,), (3,)],
         "-sum over y of ref(y) (onehot_y - pi) = pi - ref.",
         "Which of the two distributions depends on z, and which one is a constant?",
+        {"this is the gradient of KL(pi || ref)": jax.grad(_kl)},
     ),
 }

@@ -132,11 +132,8 @@ params = {
     "b2": jnp.zeros(1),
 }
 outcome = run(Check("xor", "as derived", loss_forward, loss_backward, (params,)))
-print(
-    f"{outcome.autodiff:.1e} from autodiff, {outcome.finite_difference:.1e} from",
-    end="",
-)
-print(" finite differences")
+print(f"{outcome.autodiff:.1e} from autodiff,", end=" ")
+print(f"{outcome.finite_difference:.1e} from finite differences")
 assert outcome.passed
 
 # %% [markdown]
@@ -184,47 +181,41 @@ print(f"relative error of the bug's gradient: {outcome.autodiff:.2f}")
 assert ((net(right, X)[1] > 0.5) == t).all()
 assert slower[-1] < 0.5 * slower[0]
 assert not outcome.passed
-pictures.curves(
-    {"both fall": {"as derived": losses, "divided twice": slower}},
-    xlabel="step",
-    ylabel="mean squared error",
-    log=True,
-)
+both = {"as derived": losses, "divided twice": slower}
+pictures.curves({"both fall": both}, "step", "mean squared error", log=True)
 
 # %% [markdown]
 # ## What the first layer did
 # Red corners lie on one diagonal of the square, blue ones on the other, and no straight
-# line separates them. The net's output over the plane is not cut by a line: a blue
-# valley runs between two red hills.
+# line separates them. The net's output over the plane is not cut by one line: a red
+# ridge runs between two blue plains.
 
 # %%
 line = jnp.linspace(-0.5, 1.5, 161)
 square = jnp.stack(jnp.meshgrid(line, line[::-1]), axis=-1)
-corners = [
-    (*point, target) for point, (target,) in zip(X.tolist(), t.tolist(), strict=True)
-]
+corners = jnp.concatenate([X, t], axis=1).tolist()
 pictures.plane(net(right, square)[1][..., 0], corners, "red: the net says 1")
 
 # %% [markdown]
 # How does it do that? The last layer *is* only a line (then a sigmoid). So the first
 # layer must have moved the points to places where a line suffices. Here are the four
-# points as the last layer sees them: their hidden units $h$, four numbers each, drawn
-# on the two axes along which they differ most. Now a line separates red from blue. This
-# is what hidden layers are for, in this net and in the largest: they move things until
-# a simple rule is enough.
+# points as the last layer sees them. A point has four hidden units $h$. To the right is
+# the direction of $W_2$, the only one that the last layer looks at. Upwards is the
+# direction in which the points differ most besides. The dashed line is where the net
+# answers 1/2, and it separates red from blue. This is what hidden layers are for, in
+# this net and in the largest: they move things until a simple rule is enough.
 
 # %%
 hidden, _ = net(right, X)
-centred = hidden - hidden.mean(axis=0)
-_, _, main_axes = jnp.linalg.svd(centred, full_matrices=False)
-pictures.points(
-    centred @ main_axes[:2].T,
-    [f"({a:.0f}, {b:.0f})" for a, b in X],
-    [bool(target) for (target,) in t],
-    "first main axis of the hidden units",
-    "second",
-    "red: XOR = 1",
-)
+length = jnp.linalg.norm(right["W2"])
+direction, half = right["W2"][:, 0] / length, float(-right["b2"][0] / length)
+seen = hidden @ direction
+rest = hidden - seen[:, None] * direction
+_, _, main_axes = jnp.linalg.svd(rest - rest.mean(axis=0))
+places = jnp.stack([seen, rest @ main_axes[0]], axis=1)
+names = [f"({a:.0f}, {b:.0f})" for a, b in X]
+pictures.points(places, names, t[:, 0] == 1, half, "along W2", "besides")
+assert ((seen > half) == t[:, 0]).all()
 
 # %% [markdown]
 # ## Exercises

@@ -60,8 +60,10 @@ for name, (forward, backward) in ACTIVATIONS.items():
     slope = backward(jnp.ones_like(x), cache)
     by_jax = jax.vmap(jax.grad(lambda v, f=forward: f(v)[0]))(x)
     assert jnp.max(jnp.abs(slope - by_jax)) < 1e-14
-    drawn[name] = (y, slope, by_jax)
-pictures.slopes(x, drawn)
+    drawn[name] = {"f": (x, y), "its slope": (x, slope)}
+names = list(drawn)
+for three in (names[:3], names[3:]):
+    pictures.curves({name: drawn[name] for name in three})
 
 # %% [markdown]
 # Look at the red lines. tanh and sigmoid are flat on both sides: far from 0 their
@@ -95,14 +97,15 @@ pictures.slopes(x, drawn)
 # $\tfrac12\,\text{fan-in} \cdot v$, and $v = 2/\text{fan-in}$ makes it 1.
 #
 # Twenty layers raise this factor to the twentieth power. A factor of 0.5 leaves a
-# millionth; a factor of 2 makes a million. It has to be 1, or very nearly. Each way to
-# choose $v$ has the name of its author:
+# millionth; a factor of 2 makes a million. It has to be 1, or very nearly. The usual
+# ways to choose $v$, most of them named after their authors:
 #
 # | name | variance | reason |
 # |---|---|---|
 # | LeCun | 1 / fan-in | keeps the forward signal, if the activation does |
 # | Xavier | 2 / (fan-in + fan-out) | a compromise between both directions |
 # | He | 2 / fan-in | ReLU halves the mean square; the 2 makes up for it |
+# | normal | $0.02^2$ | GPT-2's choice, whatever the width |
 #
 # What the random generator gives agrees with what is promised:
 
@@ -144,18 +147,11 @@ def through(initializer, activation):
 pairs = [("he", "relu"), ("lecun", "relu"), ("normal", "relu")]
 pairs += [("xavier", "tanh"), ("he", "gelu")]
 both = {f"{start}, {function}": through(start, function) for start, function in pairs}
-pictures.curves(
-    {
-        "signal, forward": {label: found[0] for label, found in both.items()},
-        "gradient, backward": {label: found[1] for label, found in both.items()},
-    },
-    xlabel="layer",
-    ylabel="mean square",
-    log=True,
-    markers=True,
-)
-
-# %%
+panels = {
+    "signal, forward": {label: found[0] for label, found in both.items()},
+    "gradient, backward": {label: found[1] for label, found in both.items()},
+}
+pictures.curves(panels, "layer", "mean square", log=True, markers=True)
 signal, _ = both["he, relu"]
 worst = max(signal.max() / signal[0], signal[0] / signal.min())
 print(f"He and ReLU keep the signal within a factor {worst:.1f}")

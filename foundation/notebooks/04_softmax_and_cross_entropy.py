@@ -40,16 +40,9 @@ from foundation.softmax import logsumexp_backward, softmax_backward, softmax_for
 # %%
 z = jnp.array([1.0, 2.5, 0.3, -0.5, 1.4])
 p, cache = softmax_forward(z)
-pictures.heatmaps(
-    {
-        "diag(p)": jnp.diag(p),
-        "- p pᵀ": -jnp.outer(p, p),
-        "their sum, J": jnp.diag(p) - jnp.outer(p, p),
-    },
-    xlabel="logit j",
-    ylabel="probability i",
-    numbers=".3f",
-)
+first, second = jnp.diag(p), -jnp.outer(p, p)
+parts = {"diag(p)": first, "- p pᵀ": second, "their sum, J": first + second}
+pictures.heatmaps(parts, "logit j", "probability i", numbers=".3f")
 
 # %% [markdown]
 # ## The backward pass
@@ -129,16 +122,12 @@ def both_gradients(row):
 
 
 d_cross_entropy, d_squared = jax.vmap(both_gradients)(logits)
-pictures.curves(
-    {
-        "push towards the target": {
-            "cross-entropy": (wrongness, -d_cross_entropy),
-            "squared error of p": (wrongness, -d_squared),
-        }
-    },
-    xlabel="how wrong the logits are (z_other - z_target)",
-    ylabel="- dL / dz_target",
-)
+pushes = {
+    "cross-entropy": (wrongness, -d_cross_entropy),
+    "squared error of p": (wrongness, -d_squared),
+}
+how = "how wrong the logits are (z_other - z_target)"
+pictures.curves({"push towards the target": pushes}, how, "- dL / dz_target")
 
 # %% [markdown]
 # ## Why the two are derived together

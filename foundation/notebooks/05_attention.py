@@ -35,7 +35,6 @@ from foundation import attention
 from foundation.lessons.notebook import check, jax, jnp, pictures, shown
 from foundation.parity import max_relative_error
 
-# %%
 words = ("the", "cat", "saw", "the", "dog", "run")
 k = v = jnp.array(
     [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0], [0, 1, 0.2], [0, 0, 1.0]]
@@ -45,14 +44,7 @@ looks = {
     name: attention.attention_forward(q, k, v, mask)[1].kept
     for name, mask in (("no mask", None), ("causal", attention.causal_mask(6)))
 }
-pictures.heatmaps(
-    looks,
-    xlabel="looked at",
-    ylabel="looking",
-    columns=words,
-    rows=words,
-    diverging=False,
-)
+pictures.heatmaps(looks, "looked at", "looking", words, words, diverging=False)
 
 # %% [markdown]
 # ## The backward pass, in five steps
@@ -112,14 +104,11 @@ def scalar(q, k, v):
 by_jax = jax.grad(scalar, argnums=(0, 1, 2))(q, k, v)
 print(f"relative error {max_relative_error(by_hand, by_jax):.1e}")
 assert max_relative_error(by_hand, by_jax) < 1e-12
-pictures.heatmaps(
-    dict(zip(("d_q", "d_k", "d_v"), by_hand, strict=True)),
-    xlabel="coordinate",
-    ylabel="position",
-    numbers=".3f",
-)
-assert (by_hand[1][3:] == 0.0).all()
-assert (by_hand[2][3:] == 0.0).all()
+d_q, d_k, d_v = by_hand
+panels = {"d_q": d_q, "d_k": d_k, "d_v": d_v}
+pictures.heatmaps(panels, "coordinate", "position", numbers=".3f")
+assert (d_k[3:] == 0.0).all()
+assert (d_v[3:] == 0.0).all()
 
 # %% [markdown]
 # Only the query of position 2 gets a gradient, because only it asked. Keys and values
@@ -151,14 +140,9 @@ for width in widths:
         _, cache = attention.attention_forward(factor * q, k, v)
         d_S = attention.softmax_backward(d_o @ jnp.swapaxes(v, -1, -2), cache.softmax)
         sizes[label].append(float(jnp.median(jnp.abs(d_S))))
-pictures.curves(
-    {"the gradient of the scores": {n: (widths, s) for n, s in sizes.items()}},
-    xlabel="width of a head, A",
-    ylabel="median of |d_S|",
-    log=True,
-    log_x=2,
-    markers=True,
-)
+medians = {"the gradient of the scores": {n: (widths, s) for n, s in sizes.items()}}
+axes = ("width of a head, A", "median of |d_S|")
+pictures.curves(medians, *axes, log=True, log_x=2, markers=True)
 print(f"without the root: {sizes['without'][0]:.0e} -> {sizes['without'][-1]:.0e}")
 assert sizes["without"][-1] < 1e-8
 

@@ -78,26 +78,15 @@ naive = d_y / jnp.std(x, axis=-1, keepdims=True)
 
 def cosine(a, b):
     lengths = jnp.linalg.norm(a, axis=-1) * jnp.linalg.norm(b, axis=-1)
-    return jnp.sum(a * b, -1) / lengths
+    return jnp.sort(jnp.sum(a * b, -1) / lengths)
 
 
-def against(rows, constant):
-    return {
-        "statistics as constants": cosine(naive, rows),
-        constant[0]: cosine(constant[1], rows),
-    }
-
-
-pictures.histograms(
-    {
-        "with the row": against(x, ("RMSNorm", d_rmsnorm)),
-        "with (1, ..., 1)": against(jnp.ones_like(x), ("LayerNorm", d_layernorm)),
-    },
-    xlabel="cosine of d_x",
-    ylabel="rows",
-)
-assert jnp.max(jnp.abs(cosine(d_rmsnorm, x))) < 1e-5
-assert jnp.max(jnp.abs(cosine(d_layernorm, jnp.ones_like(x)))) < 1e-12
+along_row = {"RMSNorm": cosine(d_rmsnorm, x), "naive": cosine(naive, x)}
+along_ones = {"LayerNorm": cosine(d_layernorm, ones), "naive": cosine(naive, ones)}
+panels = {"cosine with the row": along_row, "cosine with (1, ..., 1)": along_ones}
+pictures.curves(panels, "row, in the order of its cosine", "cosine of d_x")
+assert jnp.max(jnp.abs(along_row["RMSNorm"])) < 1e-5
+assert jnp.max(jnp.abs(along_ones["LayerNorm"])) < 1e-12
 
 # %% [markdown]
 # ## Embedding: a look-up is a matrix product
@@ -143,12 +132,8 @@ scores = positions.rope_forward(q)[0] @ positions.rope_forward(k)[0].T
 for distance in range(1 - T, T):
     diagonal = jnp.diagonal(scores, distance)
     assert jnp.max(jnp.abs(diagonal - diagonal[0])) < 1e-12
-pictures.heatmaps(
-    {"scores: constant along diagonals": scores[:16, :16]},
-    xlabel="position of the key",
-    ylabel="position of the query",
-    numbers="",
-)
+corner = {"scores: constant along diagonals": scores[:16, :16]}
+pictures.heatmaps(corner, "position of the key", "position of the query", numbers="")
 angles = positions.rope_angles(T, A, jnp.dtype("float64"))
 cosines = {f"pair {i}": jnp.cos(angles[:, i]) for i in (0, 1, 2, 4)}
 pictures.curves({"cosine of each pair's angle": cosines}, xlabel="position")

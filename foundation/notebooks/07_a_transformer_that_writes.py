@@ -24,12 +24,10 @@
 # %%
 from collections import Counter
 
-from foundation import byte_pairs, train_by_hand, writing
+from foundation import byte_pairs, feed_forward, optimizers, train_by_hand, writing
 from foundation import dense_transformer as dense
-from foundation.feed_forward import feed_forward_backward, feed_forward_forward
-from foundation.lessons.notebook import check, jax, jnp, np, pictures, shown
-from foundation.optimizers import adam_init, adam_update
-from foundation.parity import Check, max_relative_error, run
+from foundation.lessons.notebook import check, jax, jnp, np, pictures, run, shown
+from foundation.parity import Check, max_relative_error
 
 # %%
 HEADS, WIDTH, LAYERS, HIDDEN = 4, 96, 3, 256
@@ -107,21 +105,13 @@ shown(dense.dense_block_forward, dense.dense_block_backward)
 # In the code $\text{silu}(a)$ is `opened`.
 
 # %%
-shown(feed_forward_forward, feed_forward_backward)
+shown(feed_forward.feed_forward_forward, feed_forward.feed_forward_backward)
 
 # %%
-x, w_gate, w_in, w_out = (
-    jax.random.normal(jax.random.key(i), shape)
-    for i, shape in enumerate([(5, 4), (4, 6), (4, 6), (6, 4)])
-)
-swiglu = Check(
-    "feed_forward",
-    "here",
-    feed_forward_forward,
-    feed_forward_backward,
-    (x, w_gate, w_in, w_out),
-)
-outcome = run(swiglu)
+shapes = enumerate([(5, 4), (4, 6), (4, 6), (6, 4)])  # x, w_gate, w_in, w_out
+arrays = tuple(jax.random.normal(jax.random.key(i), shape) for i, shape in shapes)
+pair = (feed_forward.feed_forward_forward, feed_forward.feed_forward_backward)
+outcome = run(Check("feed_forward", "here", *pair, arrays))
 print(f"SwiGLU: {outcome.autodiff:.1e} from autodiff,", end=" ")
 print(f"{outcome.finite_difference:.1e} from finite differences")
 assert outcome.passed
@@ -144,9 +134,8 @@ window = train_by_hand.batch(tokens, 0, 16)
 inputs, targets = window[:, :-1], window[:, 1:]
 loss, cache = dense.dense_loss_forward(params, inputs, targets, HEADS)
 by_hand = dense.dense_loss_backward(jnp.ones(()), cache)
-by_jax = jax.grad(lambda p: dense.dense_loss_forward(p, inputs, targets, HEADS)[0])(
-    params
-)
+gradient_of = jax.grad(lambda *given: dense.dense_loss_forward(*given)[0])
+by_jax = gradient_of(params, inputs, targets, HEADS)
 print(f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters")
 error = max_relative_error(by_hand, by_jax)
 print(f"loss {loss:.3f}; largest relative difference from jax.grad {error:.1e}")
@@ -186,9 +175,7 @@ table = np.zeros((VOCABULARY, VOCABULARY))
 np.add.at(table, (text[:-1], text[1:]), 1.0)
 single, bigram = nats(table.sum(0)[None], 0, held), nats(table, held[:-1], held[1:])
 GRAMMAR = 0.176 * len(unseen) / len(held)
-print(
-    f"nats a token: uniform guess {np.log(VOCABULARY):.2f}, by frequency {single:.2f}"
-)
+print(f"nats a token: uniform {np.log(VOCABULARY):.2f}, by frequency {single:.2f}")
 print(f"pairs of tokens {bigram:.2f}, the grammar's dice {GRAMMAR:.2f}")
 
 
@@ -197,7 +184,7 @@ print(f"pairs of tokens {bigram:.2f}, the grammar's dice {GRAMMAR:.2f}")
 def step(params, state, window, lr):
     loss, cache = dense.dense_loss_forward(params, window[:, :-1], window[:, 1:], HEADS)
     gradient = dense.dense_loss_backward(jnp.ones_like(loss), cache)
-    params, state = adam_update(gradient, state, params, lr, beta2=0.95)
+    params, state = optimizers.adam_update(gradient, state, params, lr, beta2=0.95)
     return params, state, loss
 
 
@@ -207,7 +194,8 @@ def loss_of(params, windows):
 
 
 as_float32 = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
-trained, state, losses, validated = as_float32, adam_init(as_float32), [], {}
+trained, state = as_float32, optimizers.adam_init(as_float32)
+losses, validated = [], {}
 starts = np.arange(0, len(held) - T, T)
 held_windows = validation[starts[:, None] + np.arange(T + 1)]
 for n in range(STEPS):
@@ -217,28 +205,20 @@ for n in range(STEPS):
     losses.append(float(loss))
     if (n + 1) % 50 == 0:
         validated[n + 1] = float(loss_of(trained, held_windows))
-own = jnp.take_along_axis(
-    dense.dense_model_forward(as_float32, inputs, HEADS)[0], inputs[..., None], -1
-)
+first_logits, _ = dense.dense_model_forward(as_float32, inputs, HEADS)
+own = jnp.take_along_axis(first_logits, inputs[..., None], -1)
 print(f"before: logit of the token that was just read {float(jnp.mean(own)):.2f}")
 print(f"training loss {losses[0]:.2f} -> {np.mean(losses[-20:]):.2f}")
 by_character = validated[STEPS] * len(held) / len(unseen)
 print(f"validation loss {validated[STEPS]:.2f}, {by_character:.3f} nats a character")
 assert GRAMMAR < validated[STEPS] < bigram / 2
-
-# %%
-pictures.curves(
-    {
-        "trained by hand": {
-            "training": losses,
-            "validation": (list(validated), list(validated.values())),
-            "pairs of tokens": [bigram] * STEPS,
-            "the grammar's dice": [GRAMMAR] * STEPS,
-        }
-    },
-    xlabel="step",
-    ylabel="nats per token",
-)
+lines = {
+    "training": losses,
+    "validation": (list(validated), list(validated.values())),
+    "pairs of tokens": [bigram] * STEPS,
+    "the grammar's dice": [GRAMMAR] * STEPS,
+}
+pictures.curves({"trained by hand": lines}, "step", "nats per token")
 
 # %% [markdown]
 # The training takes less than two minutes on two cores.
@@ -319,13 +299,9 @@ def guess(blocks):
 
 pieces = [text_of([token]) for token in shown_ids[:-1]]
 guesses = np.array([guess(n) for n in range(LAYERS + 1)])
-pictures.heatmaps(
-    {"probability of what comes": guesses.T},
-    xlabel="blocks",
-    rows=[f"{a} ->{text_of([b])}" for a, b in zip(pieces, shown_ids[1:], strict=True)],
-    diverging=False,
-    height=6.4,
-)
+rows = [f"{a} ->{text_of([b])}" for a, b in zip(pieces, shown_ids[1:], strict=True)]
+panel = {"probability of what comes": guesses.T}
+pictures.heatmaps(panel, "blocks", rows=rows, diverging=False, height=6.4)
 print("mean:", ", ".join(f"{p:.2f}" for p in guesses.mean(1)))
 assert guesses[-1].mean() > guesses[0].mean() + 0.3
 
@@ -347,13 +323,9 @@ _, cache = dense.dense_model_forward(trained, shown_ids[None, :16], HEADS)
 attended = cache[1][0][1].attention  # blocks, the first, its attention
 HEAD, pieces = 0, pieces[:16]
 parts = {"query": attended.q, "key": attended.k, "value": attended.v}
-pictures.heatmaps(
-    {name: part[0, HEAD] for name, part in parts.items()},
-    xlabel="entry of the head",
-    columns=[""] * (WIDTH // HEADS),
-    rows=pieces,
-    numbers="",
-)
+panels = {name: part[0, HEAD] for name, part in parts.items()}
+unnamed = [""] * (WIDTH // HEADS)
+pictures.heatmaps(panels, "entry of the head", "", unnamed, pieces, numbers="")
 
 # %% [markdown]
 # ## What each position looks at
@@ -365,16 +337,9 @@ pictures.heatmaps(
 
 # %%
 weights = np.asarray(attended.kept[0])
-pictures.heatmaps(
-    {f"head {h}": weights[h] for h in range(HEADS)},
-    xlabel="looked at, in the same order",
-    ylabel="looking",
-    columns=[""] * len(pieces),
-    rows=pieces,
-    numbers="",
-    diverging=False,
-    height=3.2,
-)
+panels = {f"head {h}": weights[h] for h in range(HEADS)}
+axes = ("looked at, in the same order", "looking", [""] * len(pieces), pieces)
+pictures.heatmaps(panels, *axes, numbers="", diverging=False, height=3.2)
 assert (np.triu(weights, 1) == 0.0).all()
 
 # %% [markdown]

@@ -95,14 +95,7 @@ for K in (2, 1):
     title = f"top {K}: gradient of the logits"
     gradients[title] = d_z
     chosen[title] = (routing.experts[0, :, :, None] == jnp.arange(E)).any(1)
-pictures.heatmaps(
-    gradients,
-    xlabel="expert",
-    ylabel="token",
-    bold=chosen,
-    numbers=".3f",
-    height=2.9,
-)
+pictures.heatmaps(gradients, "expert", "token", bold=chosen, numbers=".3f", height=2.9)
 
 # %% [markdown]
 # ## Dropped choices
@@ -242,9 +235,8 @@ z, bias = jax.random.normal(jax.random.key(7), (2, 5, E))
 gates, cache = balancing.sigmoid_router_forward(z, bias[0], 3, 2.5)
 d_g = jax.random.normal(jax.random.key(8), gates.shape)
 d_z = balancing.sigmoid_router_backward(d_g, cache)
-by_jax = jax.grad(
-    lambda z: jnp.vdot(d_g, balancing.sigmoid_router_forward(z, bias[0], 3, 2.5)[0])
-)(z)
+_, back = jax.vjp(lambda z: balancing.sigmoid_router_forward(z, bias[0], 3, 2.5)[0], z)
+(by_jax,) = back(d_g)
 print(f"sigmoid router: {jnp.max(jnp.abs(d_z - by_jax)):.1e} from jax.grad")
 print("sums of the rows:", *(f"{total:.3f}" for total in d_z.sum(axis=1)))
 assert jnp.max(jnp.abs(d_z - by_jax)) < 1e-14

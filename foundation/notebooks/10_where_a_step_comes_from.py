@@ -73,9 +73,7 @@ shown(steepest.dual_norm_forward, steepest.steepest_step)
 
 # %%
 g = jax.random.normal(jax.random.key(0), (3, 5))
-print(
-    f"{'size of a step':<16} {'dual norm':>9} {'fall':>9}  singular values of the step"
-)
+print("size of a step   dual norm      fall  singular values of the step")
 for size in steepest.NORMS:
     length, _ = steepest.dual_norm_forward(g, size)
     step = steepest.steepest_step(g, size)
@@ -202,33 +200,24 @@ for steps in range(1, 6):
     previous = mapped[list(mapped)[-1]][1]
     after = a * previous + b * previous**3 + c * previous**5
     mapped[f"{steps} step{'s' if steps > 1 else ''}"] = (s, after)
-for name in ("2 steps", "4 steps"):
-    mapped.pop(name)
+del mapped["2 steps"], mapped["4 steps"]
 
-U, V = (
-    jnp.linalg.qr(jax.random.normal(jax.random.key(i), (12, 12)))[0] for i in (3, 4)
-)
+g = jax.random.normal(jax.random.key(3), (2, 12, 12))
+U, V = jnp.linalg.qr(g)[0]
 matrix = (U * jnp.logspace(0, -2, 12)) @ V.T
-tracks = jnp.stack(
-    [
-        jnp.linalg.svd(optimizers.orthogonalize(matrix, steps=n), compute_uv=False)
-        for n in range(6)
-    ]
-)
-one_matrix = {f"number {i + 1}": tracks[:, i] for i in (0, 3, 6, 9, 10, 11)}
-pictures.curves(
-    {
-        "what becomes of a singular value s": mapped,
-        "six of twelve values of a matrix, after n steps": one_matrix,
+after = jnp.stack([optimizers.orthogonalize(matrix, steps=n) for n in range(6)])
+tracks = jnp.linalg.svd(after, compute_uv=False)
+panels = {
+    "what becomes of a singular value s": mapped,
+    "six of twelve values of a matrix, after n steps": {
+        f"number {i + 1}": tracks[:, i] for i in (0, 3, 6, 9, 10, 11)
     },
-    xlabel="s, in (0, 1] (left); steps (right)",
-    ylabel="singular value",
-    level=1.0,
-)
-ends = jnp.linalg.svd(optimizers.orthogonalize(matrix), compute_uv=False)
-starts = jnp.linalg.svd(matrix, compute_uv=False)
-print(f"largest / smallest: {starts[0] / starts[-1]:.0f} -> {ends[0] / ends[-1]:.1f}")
-assert ends[0] / ends[-1] < 3.0
+}
+axes = ("s, in (0, 1] (left); steps (right)", "singular value")
+pictures.curves(panels, *axes, level=1.0)
+spans = tracks[:, 0] / tracks[:, -1]
+print(f"largest / smallest: {spans[0]:.0f} -> {spans[-1]:.1f}")
+assert spans[-1] < 3.0
 
 # %% [markdown]
 # ## What the norms are good for
@@ -293,9 +282,8 @@ widths = (64, 128, 256, 512, 1_024)
 same = [moved(width, 1e-3) for width in widths]
 scaled = [moved(width, 1e-3 * 64 / width) for width in widths]
 curves = {"one learning rate": (widths, same), "as 1 / width": (widths, scaled)}
-pictures.curves(
-    {"how far outputs move": curves}, "width", log=True, log_x=2, markers=True
-)
+panel = {"how far outputs move": curves}
+pictures.curves(panel, "width", log=True, log_x=2, markers=True)
 for width, plain, mup in zip(widths, same, scaled, strict=True):
     print(f"width {width:>5}: {plain:.3f}, with the scaled rate {mup:.3f}")
 assert same[-1] > 6 * same[0]
@@ -305,11 +293,8 @@ assert 0.5 < scaled[-1] / scaled[0] < 2
 # ## Checked against what?
 # A step has no gradient to compare with. So the table holds it against an **oracle**:
 # an answer that was found in another way. `steepest_step` is compared with the best of
-# all corners of a cube, and with the best turn of the plane. `rank_one_fit` is compared
-# with an iteration from a random start. `orthogonalize` is compared with a singular
-# value decomposition whose values went through the polynomial as plain numbers. Adam,
-# Muon and Adafactor are compared with formulas that look at the whole history of
-# gradients at once.
+# all corners of a cube, `rank_one_fit` with an iteration from a random start, and Adam,
+# Muon and Adafactor with formulas that look at the whole history of gradients at once.
 #
 # ## Exercises
 # In the terminal: `uv run python -m foundation derive divergence`.

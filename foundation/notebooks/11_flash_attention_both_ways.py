@@ -67,10 +67,8 @@ part = (jnp.full(1, -jnp.inf), jnp.zeros(1), jnp.zeros((1, 3)))
 print("tile      m        l      answer so far")
 for first in range(0, 24, 6):
     here = slice(first, first + 6)
-    part = flash.merge_parts(
-        *part, *flash.part_of_tile(scores[:, here], v[here], None, 0.0)
-    )
-    m, total, o = part
+    tile = flash.part_of_tile(scores[:, here], v[here], None, 0.0)
+    part = m, total, o = flash.merge_parts(*part, *tile)
     answer = jnp.round((o / total[:, None])[0], 4)
     print(f"{first // 6:4} {m[0]:8.3f} {total[0]:8.3f}     ", answer)
 print("softmax of the whole row:  ", jnp.round(whole[0], 4))
@@ -153,10 +151,9 @@ assert max_relative_error(left, right) < 1e-13
 
 # %% [markdown]
 # ## What it looks like, and what it saves
-# First, the answer of one query after each tile, three coordinates. The last dots are
-# the answer of the whole row. The estimate may jump when a tile brings a new largest
-# score, because then everything before shrinks by $e^{m_1 - m}$. It is exact at the
-# last tile and means nothing before.
+# First, the answer of one query after each tile, three coordinates. The estimate may
+# jump when a tile brings a new largest score, because then everything before shrinks by
+# $e^{m_1 - m}$. It is exact at the last tile and means nothing before.
 #
 # Then numbers that are kept for the backward pass, for one head of width 64. The
 # matrix grows with $T^2$, and the rest grows with T. At T = 4096 the ratio is about 17.
@@ -169,13 +166,10 @@ part = (jnp.full(1, -jnp.inf), jnp.zeros(1), jnp.zeros((1, 3)))
 path = []
 for first in range(0, 48, 3):
     here = slice(first, first + 3)
-    part = flash.merge_parts(
-        *part, *flash.part_of_tile(long[:, here], values[here], None, 0.0)
-    )
+    tile = flash.part_of_tile(long[:, here], values[here], None, 0.0)
+    part = flash.merge_parts(*part, *tile)
     path.append(part[2][0] / part[1][0])
-exact = jax.nn.softmax(long) @ values
-lines: dict = {f"coordinate {i}": jnp.array(path)[:, i] for i in range(3)}
-lines["the whole row at once"] = ([len(path)] * 3, exact[0, :3])
+lines = {f"coordinate {i}": jnp.array(path)[:, i] for i in range(3)}
 lengths = [2**n for n in range(6, 15)]
 kept = {
     "at once: P, q, k, v and o": (lengths, [t * t + 4 * 64 * t for t in lengths]),
@@ -183,9 +177,9 @@ kept = {
 }
 pictures.curves({"after each tile of 3 keys": lines}, "tile", "answer", markers=True)
 pictures.curves({"kept for the backward pass": kept}, "T", "numbers", log=True, log_x=2)
-ratio = kept["at once: P, q, k, v and o"][1][6] / kept["tiles: q, k, v, o and L"][1][6]
-print(f"at T = {lengths[6]}: {ratio:.0f} times as many")
-assert max_relative_error(path[-1], exact[0]) < 1e-13
+at_once, in_tiles = (numbers[6] for _, numbers in kept.values())
+print(f"at T = {lengths[6]}: {at_once / in_tiles:.0f} times as many")
+assert max_relative_error(path[-1], (jax.nn.softmax(long) @ values)[0]) < 1e-13
 
 # %% [markdown]
 # ## Exercises

@@ -58,10 +58,7 @@ from foundation.lessons.notebook import check, jax, jnp, np, pictures, shown
 from foundation.losses import IGNORE, cross_entropy_backward, cross_entropy_forward
 from foundation.parity import max_relative_error
 
-shown(
-    micro_batches.accumulated_loss_forward,
-    micro_batches.accumulated_loss_backward,
-)
+shown(micro_batches.accumulated_loss_forward, micro_batches.accumulated_loss_backward)
 
 # %%
 logits = jax.random.normal(jax.random.key(0), (4, 6, 10))
@@ -69,10 +66,9 @@ targets = jax.random.randint(jax.random.key(1), (4, 6), 0, 10)
 targets = targets.at[0, 1:].set(IGNORE).at[1, 2:].set(IGNORE)  # two short answers
 whole, cache = cross_entropy_forward(logits, targets)
 parts, parts_cache = micro_batches.accumulated_loss_forward(logits, targets, 2)
-means = [
-    cross_entropy_forward(logits[i : i + 2], targets[i : i + 2])[0] for i in (0, 2)
-]
-counts = [int(jnp.sum(targets[i : i + 2] != IGNORE)) for i in (0, 2)]
+halves = ((logits[:2], targets[:2]), (logits[2:], targets[2:]))
+means = [cross_entropy_forward(*half)[0] for half in halves]
+counts = [int(jnp.sum(half != IGNORE)) for _, half in halves]
 print("counted tokens of the two micro-batches:", counts)
 print(f"whole batch      {whole:.6f}")
 print(f"by shares        {parts:.6f}")
@@ -108,23 +104,16 @@ for _ in range(2000):
     truth = np.concatenate(x).mean()
     spread.append(float(n.max() / n.min()))
     off.append(float(abs(np.mean([part.mean() for part in x]) / truth - 1)))
-edges = 2.0 ** np.arange(0, 6)
-inside = [
-    [o for s, o in zip(spread, off, strict=True) if low <= s < 2 * low] for low in edges
-]
-pictures.curves(
-    {
-        "the mean of means against the loss of the batch": {
-            "a tenth is farther off": (edges, [np.quantile(i, 0.9) for i in inside]),
-            "half is farther off": (edges, [np.median(i) for i in inside]),
-            "by shares": (edges, [0.0] * len(edges)),
-        }
-    },
-    xlabel="larger count / smaller count, from here to twice as much",
-    ylabel="relative error of the loss",
-    log_x=2,
-    markers=True,
-)
+edges, spread, off = 2.0 ** np.arange(0, 6), np.array(spread), np.array(off)
+inside = [off[(low <= spread) & (spread < 2 * low)] for low in edges]
+lines = {
+    "a tenth is farther off": (edges, [np.quantile(i, 0.9) for i in inside]),
+    "half is farther off": (edges, [np.median(i) for i in inside]),
+    "by shares": (edges, [0.0] * len(edges)),
+}
+ratio = "larger count / smaller count, from here to twice as much"
+panel = {"the mean of means against the loss of the batch": lines}
+pictures.curves(panel, ratio, "relative error of the loss", log_x=2, markers=True)
 print(f"counts within a factor of 2: {np.median(inside[0]):.1%} off, in the middle")
 print(f"a factor of 32 and more:     {np.median(inside[-1]):.1%} off, in the middle")
 assert np.median(inside[-1]) > np.median(inside[0])

@@ -106,18 +106,13 @@ def by_draw(w, key):
 start = jnp.ones(1024)
 nearest = train(start, jax.jit(to_nearest))
 drawn = train(start, jax.jit(by_draw))
-pictures.curves(
-    {
-        "one weight, 2,000 steps of 0.0005": {
-            "exact": 1.0 + STEP * np.arange(1, STEPS + 1),
-            "to nearest": nearest[:, 0],
-            "by a draw": drawn[:, 0],
-            "by a draw, mean of 1,024": drawn.mean(axis=1),
-        }
-    },
-    xlabel="step",
-    ylabel="weight",
-)
+lines = {
+    "exact": 1.0 + STEP * np.arange(1, STEPS + 1),
+    "to nearest": nearest[:, 0],
+    "by a draw": drawn[:, 0],
+    "by a draw, mean of 1,024": drawn.mean(axis=1),
+}
+pictures.curves({"one weight, 2,000 steps of 0.0005": lines}, "step", "weight")
 print("exact 2.0, to nearest", nearest[-1, 0], "by a draw", drawn[-1].mean())
 assert nearest[-1, 0] == 1.0
 assert abs(drawn[-1].mean() - 2.0) < 0.01

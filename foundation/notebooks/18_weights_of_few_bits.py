@@ -48,9 +48,9 @@ for bits, most in ((8, 127), (4, 7)):
         stored = codes * jnp.repeat(scale, group, axis=0)
         error = jnp.sqrt(jnp.mean((stored - w) ** 2, axis=0))
         print(
-            f"{bits} bits, {name:<19}: typical error {jnp.median(error):.4f}, "
-            f"of the output with the large weight {error[3]:.4f}"
+            f"{bits} bits, {name:<19}: typical error {jnp.median(error):.4f},", end=" "
         )
+        print(f"of the output with the large weight {error[3]:.4f}")
 assert error[3] < 4.0 * jnp.median(error)
 
 # %% [markdown]
@@ -115,20 +115,13 @@ for seed in range(40):
     codes, scale = small_weights.quantize(w, 7, 8)
     better = small_weights.gptq(w, small_weights.inverse_of_inputs(x, 0.0), scale[0], 7)
     for name, code in (("to nearest", codes), ("GPTQ", better)):
-        costs[name].append(
-            float(small_weights.output_error_forward(code * scale, w, x)[0])
-        )
+        cost, _ = small_weights.output_error_forward(code * scale, w, x)
+        costs[name].append(float(cost))
     costs["best of 256"].append(all_ways(w[:, 0], float(scale[0, 0]), x))
 order = np.argsort(costs["to nearest"])
-pictures.curves(
-    {
-        "40 outputs, 4 bits, 8 inputs": {
-            n: np.asarray(c)[order] for n, c in costs.items()
-        }
-    },
-    xlabel="output, by its error to nearest",
-    ylabel="error of what comes out, L",
-)
+lines = {name: np.asarray(cost)[order] for name, cost in costs.items()}
+axes = ("output, in the order of its error to nearest", "error of what comes out, L")
+pictures.curves({"40 outputs, 4 bits, 8 inputs": lines}, *axes)
 means = {name: np.mean(cost) for name, cost in costs.items()}
 print({name: round(float(mean), 4) for name, mean in means.items()})
 assert means["best of 256"] < means["GPTQ"] < means["to nearest"]

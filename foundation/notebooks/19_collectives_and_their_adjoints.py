@@ -64,13 +64,9 @@ gather = matrix_of(collectives.all_gather_forward, 3, 1)
 scatter = matrix_of(collectives.reduce_scatter_forward, 3, 3)
 reduce = matrix_of(collectives.all_reduce_forward, 3, 1)
 exchange = matrix_of(collectives.all_to_all_forward, 3, 3, 1)
-pictures.heatmaps(
-    {"all-gather": gather, "reduce-scatter": scatter, "all-to-all": exchange},
-    xlabel="number of the input, rank by rank",
-    ylabel="number of the output",
-    numbers="",
-    diverging=False,
-)
+panels = {"all-gather": gather, "reduce-scatter": scatter, "all-to-all": exchange}
+axes = ("number of the input, rank by rank", "number of the output")
+pictures.heatmaps(panels, *axes, numbers="", diverging=False)
 assert np.array_equal(gather.T, scatter)
 assert np.array_equal(reduce.T, reduce)
 assert np.array_equal(exchange.T, exchange)
@@ -175,12 +171,10 @@ x, d_y = jax.random.normal(keys[0], (2, R, T, D))
 gate = jax.nn.sigmoid(jax.random.normal(keys[1], (R, T)))
 W = jax.random.normal(keys[2], (R, D, D))
 expert = jax.random.randint(keys[3], (R, T), 0, R)
-slot = jnp.sum(
-    (expert[:, :, None] == expert[:, None, :]) & jnp.tri(T, k=-1, dtype=bool), axis=2
-)
-place = (expert[..., None] == jnp.arange(R))[..., None] & (
-    slot[..., None, None] == jnp.arange(T)
-)
+earlier = (expert[:, :, None] == expert[:, None, :]) & jnp.tri(T, k=-1, dtype=bool)
+slot = jnp.sum(earlier, axis=2)  # the expert's tokens before this one
+place = (expert[..., None] == jnp.arange(R))[..., None]
+place &= slot[..., None, None] == jnp.arange(T)  # [R, T, E, C]
 
 mesh = jax.make_mesh((R,), ("rank",), axis_types=(jax.sharding.AxisType.Auto,))
 print(len(mesh.devices), "devices")
@@ -202,27 +196,20 @@ def on_one_device(x, gate, W, place, d_y):
     return y[None], d_x[None], d_W[None]
 
 
+split = P("rank")
 spread = jax.jit(
-    jax.shard_map(on_one_device, mesh=mesh, in_specs=P("rank"), out_specs=P("rank"))
+    jax.shard_map(on_one_device, mesh=mesh, in_specs=split, out_specs=split)
 )
-y, d_x, d_W = spread(x, gate, W, place, d_y)
-ours, cache = collectives.expert_parallel_forward(x, gate, W, place)
-d_x_ours, _, d_W_ours = collectives.expert_parallel_backward(d_y, cache)
-for name, theirs, own in (
-    ("y", y, ours),
-    ("d_x", d_x, d_x_ours),
-    ("d_W", d_W, d_W_ours),
-):
-    difference = float(jnp.max(jnp.abs(theirs - own)))
+y, cache = collectives.expert_parallel_forward(x, gate, W, place)
+d_x, _, d_W = collectives.expert_parallel_backward(d_y, cache)
+theirs = spread(x, gate, W, place, d_y)
+for name, found, ours in zip(("y", "d_x", "d_W"), theirs, (y, d_x, d_W), strict=True):
+    difference = float(jnp.max(jnp.abs(found - ours)))
     print(f"{name:<4} eight devices against an array axis: {difference:.1e}")
     assert difference < 1e-12
 compiled = spread.lower(x, gate, W, place, d_y).compile().as_text() or ""
-print(
-    "all-to-alls:",
-    compiled.count(" all-to-all("),
-    "all-reduces:",
-    compiled.count(" all-reduce("),
-)
+for collective in ("all-to-all", "all-reduce"):
+    print(f"{collective}s in the program:", compiled.count(f" {collective}("))
 assert " all-reduce(" not in compiled
 
 # %% [markdown]

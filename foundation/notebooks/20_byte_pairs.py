@@ -125,11 +125,8 @@ def measured(pairs):
 
 rows = np.array([measured(pairs[:n]) for n in range(len(pairs) + 1)])
 names = ("tokens for each byte", "bits for each token", "bits per byte")
-pictures.curves(
-    {name: {"measured": rows[:, n]} for n, name in enumerate(names)},
-    xlabel="pairs learned",
-    markers=True,
-)
+panels = {name: {"measured": rows[:, n]} for n, name in enumerate(names)}
+pictures.curves(panels, "pairs learned", markers=True)
 print(f"bytes: {rows[0, 1]:.2f} bits a token, {rows[0, 2]:.2f} bits per byte")
 print(f"40 pairs: {rows[-1, 1]:.2f} bits a token, {rows[-1, 2]:.2f} bits per byte")
 assert rows[-1, 1] > rows[0, 1]

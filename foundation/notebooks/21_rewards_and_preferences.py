@@ -77,9 +77,7 @@ exact = preferences.expected_reward_backward(one, cache)
 for group in (2, 3):
     _, cache = preferences.group_baseline_forward(logits, reward, texts, group)
     ours = preferences.group_baseline_backward(one, cache)
-    print(
-        f"groups of {group}: {float(jnp.sum(ours * exact) / jnp.sum(exact**2)):.6f} dJ"
-    )
+    print(f"groups of {group}: {jnp.vdot(ours, exact) / jnp.vdot(exact, exact):.6f} dJ")
     assert jnp.allclose(ours, (1 - 1 / group) * exact, atol=1e-14)
 
 groups = preferences.all_texts(9, 3)
@@ -87,10 +85,9 @@ drawn = reward[groups]
 spread = jnp.std(drawn, axis=1, keepdims=True)
 weight = jnp.exp(jnp.sum(log_pi[groups], axis=1, keepdims=True))
 scaled = weight * (drawn - drawn.mean(1, keepdims=True)) / (spread + 1e-6) / 3
-divided = preferences.text_log_probs_backward(
-    jnp.zeros(9).at[groups].add(scaled), texts_cache
-)
-cosine = jnp.sum(divided * exact) / jnp.linalg.norm(divided) / jnp.linalg.norm(exact)
+by_text = jnp.zeros(9).at[groups].add(scaled)
+divided = preferences.text_log_probs_backward(by_text, texts_cache)
+cosine = jnp.vdot(divided, exact) / jnp.linalg.norm(divided) / jnp.linalg.norm(exact)
 print(f"divided by the spread: cosine to dJ {cosine:.4f}")
 assert cosine < 0.9999
 
@@ -140,9 +137,9 @@ def gradients(z):
         "k2": preferences.kl_backward_by_k2(one, kl_cache),
         "k3": preferences.reverse_kl_backward_by_k3(one, reverse_cache),
     }
-    in_reward = jnp.exp(log_pi) * (log_pi - log_ref)
-    k1_in_reward = preferences.text_log_probs_backward(in_reward, texts_cache)
-    terms["k1 in the reward"] = k1_in_reward
+    k1 = jnp.exp(log_pi) * (log_pi - log_ref)
+    in_reward = preferences.text_log_probs_backward(k1, texts_cache)
+    terms["k1 in the reward"] = in_reward
     return preferences.expected_reward_backward(one, cache), terms, kl
 
 
@@ -162,17 +159,11 @@ for name in ("k1", "k2", "k3"):
     paths[f"with {name}"] = path
     ends[name] = preferences.text_log_probs_forward(z, texts)[0]
 level = float(jnp.sum(jnp.exp(best) * (best - log_ref)))
-pictures.curves(
-    {"how far the policy goes from the reference": paths},
-    xlabel="step",
-    ylabel="KL(pi || ref)",
-    level=level,
-)
-for name, log_pi in ends.items():
+panel = {"how far the policy goes from the reference": paths}
+pictures.curves(panel, "step", "KL(pi || ref)", level=level)
+for name, log_pi in {**ends, "best": best}.items():
     value = jnp.sum(jnp.exp(log_pi) * (reward - BETA * (log_pi - log_ref)))
-    print(f"{name}: reward - beta KL = {value:.4f}")
-value = jnp.sum(jnp.exp(best) * (reward - BETA * (best - log_ref)))
-print(f"best: reward - beta KL = {value:.4f}")
+    print(f"{name:>4}: reward - beta KL = {value:.4f}")
 
 # %% [markdown]
 # The dashed line is the exact answer, from the next step. With $k_2$ the policy goes to
