@@ -123,13 +123,14 @@ def multi_head_forward(
     rate: float = 0.0,
     base: float = ROPE_BASE,
     eps: float = RMSNORM_EPS,
+    slowed: Float[Array, " pairs"] | float = 1.0,
 ) -> tuple[Float[Array, "B T D"], MultiHeadCache]:
     """Causal multi-head self-attention.
 
     params: {"qkv": {"kernel" [D, (H + 2 KV) A], "bias"?}, "out": {"kernel" [H A, D], "bias"? [D]}, "query_norm"?:
     {"scale"}, "key_norm"?: {"scale"}}; the columns of qkv are all of q, then k, then v, each by head. The
     width of a head A and the number of key heads KV follow from the shapes; the scales are [A], or [H A] and
-    [KV A]. `rotary` turns q and k by RoPE.
+    [KV A]. `rotary` turns q and k by RoPE, with `slowed` pairs.
     """
     qkv, qkv_cache = linear_forward(x, params["qkv"]["kernel"], params["qkv"].get("bias"))
     queries = params["out"]["kernel"].shape[0]  # H A
@@ -143,8 +144,8 @@ def multi_head_forward(
     q = split_heads(q, heads)
     k, v = (split_heads(part, keys // q.shape[-1]) for part in (k, v))
     if rotary:
-        q, rope_cache = rope_forward(q, base)
-        k, _ = rope_forward(k, base)  # the same angles
+        q, rope_cache = rope_forward(q, base, slowed)
+        k, _ = rope_forward(k, base, slowed)  # the same angles
     k, shared_cache = share_heads_forward(k, heads)
     v, _ = share_heads_forward(v, heads)
     o, attention_cache = attention_forward(q, k, v, causal_mask(x.shape[1]), keep, rate)

@@ -12,6 +12,7 @@ Sources: He et al. 2016 (identity mappings), equations 4 and 5; pre-norm order: 
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from foundation.attention import MultiHeadCache, multi_head_backward, multi_head_forward
@@ -50,6 +51,8 @@ class ModelConfig:
     """RoPE in every attention layer."""
     rope_base: float = ROPE_BASE
     """Base of the rotation's frequencies."""
+    rope_slowed: tuple[float, ...] = (1.0,)
+    """What the frequency of each pair is multiplied by (`positions.slowed_pairs`); one number is for all."""
     renormalise_gates: bool = True
     """Divide the gates of a token by their sum."""
     dropout: float = 0.0
@@ -108,6 +111,7 @@ def block_forward(
         config.dropout,
         config.rope_base,
         config.norm_eps or RMSNORM_EPS,
+        jnp.asarray(config.rope_slowed),
     )
     branch1, drop1_cache = dropout_forward(attended, masks.get("attention"), config.dropout)
     a = x + branch1

@@ -21,7 +21,6 @@ Source: the order and the balance of the two errors: Nocedal and Wright 2006, se
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +35,12 @@ ORACLE_TOLERANCE = 1e-10
 
 COMPILER_OPTIONS = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 """Each check is compiled, run once, and thrown away. So most of its time is compiling, and fast code is no gain."""
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function as one program, for one run."""
+    return jax.jit(function, compiler_options=COMPILER_OPTIONS)
+
 
 STEP = 1e-4
 """h of the finite differences."""
@@ -133,7 +138,7 @@ def run(check: AnyCheck, seed: int = 0) -> Outcome:
     if any(leaf.dtype != jnp.float64 for leaf in jax.tree.leaves(check.inputs)):
         raise ValueError(f"{check.name}: inputs must be float64; set jax_enable_x64 before making them")
 
-    @partial(jax.jit, compiler_options=COMPILER_OPTIONS)
+    @compiled
     def three_ways(inputs: tuple) -> tuple[Any, Any, Any, Any]:
         # One forward pass serves both gradients. A second one, in the loop of the differences, is compiled too.
         out, pull_back, cache = jax.vjp(check.forward, *inputs, has_aux=True)
@@ -157,13 +162,16 @@ def run(check: AnyCheck, seed: int = 0) -> Outcome:
     return Outcome(check.operation, check.case, error, finite, zeros=all_zero(by_autodiff))
 
 
-def both_answers(check: OracleCheck) -> tuple[Any, Any]:
-    """(the function's answer, the oracle's), as trees of NumPy's float64 arrays. The oracle may be NumPy."""
+def both_answers(check: AnyCheck) -> tuple[Any, Any]:
+    """(by hand, by autodiff); where there is no gradient (the function's answer, the oracle's), as trees of NumPy's
+    float64 arrays. The oracle may be NumPy."""
+    if isinstance(check, Check):
+        out, cache = check.forward(*check.inputs)
+        d_out = random_like(0, out)
+        by_hand = check.backward(d_out, cache)
+        return by_hand if isinstance(by_hand, tuple) else (by_hand,), gradient_by_autodiff(check, d_out)
 
-    @partial(jax.jit, compiler_options=COMPILER_OPTIONS)
-    def function(inputs: tuple) -> Any:
-        return check.function(*inputs, *check.constants)
-
+    function = compiled(lambda inputs: check.function(*inputs, *check.constants))
     answers = function(check.inputs), check.oracle(*check.inputs, *check.constants)
     ours, right = (jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), answer) for answer in answers)
     return ours, right
@@ -176,7 +184,7 @@ def gradient_by_autodiff(check: Check, d_out: Any) -> tuple:
         return inner_product(d_out, check.forward(*inputs)[0])
 
     gradient = jax.grad(scalar, argnums=tuple(range(len(check.inputs))))
-    return jax.jit(gradient, compiler_options=COMPILER_OPTIONS)(*check.inputs)
+    return compiled(gradient)(*check.inputs)
 
 
 def finite_differences(f: Callable[..., jax.Array], inputs: tuple) -> tuple:

@@ -28,13 +28,18 @@ from moe_jax.runs.load import open_run
 from moe_jax.training.evaluate import evaluate, make_evaluation_step
 from tests.support import saved_run, short_form
 
+LLAMA3 = json.dumps(
+    {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    | {"original_max_position_embeddings": 16}
+)
 SHAPES: dict[str, dict[str, object]] = {
     "nano": {"layers": 1},
     "grouped keys, layernorm, biases, learned positions, untied and scaled": {
         "kv_heads": 1, "norm": "layernorm", "bias": True, "positions": "learned", "tied_head": False,
         "scaled_embedding": True, "activation": "gelu", "qk_norm": "head",
     },
-    "shared experts in two layers": {"shared_experts": 2},
+    "shared experts in two layers, pairs slowed": {"shared_experts": 2, "rope_scaling": LLAMA3},
+    "slowed by one factor": {"layers": 1, "rope_scaling": '{"rope_type": "linear", "factor": 3.0}'},
     "a dense twin": {"dense": "active"},
 }  # fmt: skip
 
@@ -48,7 +53,7 @@ def _precision() -> Iterator[None]:
 
 
 @pytest.mark.runs
-@pytest.mark.parametrize("shape", short_form(SHAPES, [*SHAPES][1:2]))
+@pytest.mark.parametrize("shape", short_form(SHAPES, [*SHAPES][1:3]))
 def test_loss_and_story_are_those_of_the_real_model(
     shape: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,9 +168,10 @@ def test_damaged_weights_are_said_in_one_line(damage: bytes, tmp_path: Path) -> 
 
 def test_what_is_not_derived_is_refused() -> None:
     model = {"experts": 4, "heads": 2, "norm": "rmsnorm", "positions": "rope"}
-    for routing in ({"balancing": "bias"}, {"eval_capacity_factor": 1.0}):
+    yarn = {"rope_scaling": '{"rope_type": "yarn"}'}
+    for further, routing in (({}, {"balancing": "bias"}), ({}, {"eval_capacity_factor": 1.0}), (yarn, {})):
         with pytest.raises(Problem, match="the run"):
-            weights.config_of(model, {"top_k": 2, **routing})
+            weights.config_of({**model, **further}, {"top_k": 2, **routing})
 
 
 def test_every_setting_of_a_model_is_read_refused_or_known_to_change_nothing() -> None:

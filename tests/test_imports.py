@@ -171,7 +171,7 @@ def test_foundation_is_made_of_jax_numpy_alone() -> None:
     """Pictures aside. Further packages are what results are compared with, and what reads a run's files."""
     further = {
         "foundation.notebooks.06_normalisation_and_positions": {"flax"},
-        "foundation.checks.pieces": {"tokenizers"},
+        "foundation.checks.byte_pairs": {"tokenizers"},
         "foundation.trained.tokens": {"tiktoken"},
         "foundation.trained.validation": {"xxhash", "platformdirs"},
         "foundation.notebooks.build": {"jupytext", "nbformat", "nbclient"},

@@ -11,8 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from foundation.challenges.catalogue import CHALLENGES
-from foundation.challenges.challenge import Challenge, Unusable
+from foundation.challenges.catalogue import CHALLENGES, Challenge, Unusable
 from foundation.challenges.derive import find, parser_of
 from foundation.challenges.folder import read_score, write_score
 from foundation.chapters import CHAPTERS

@@ -11,8 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from foundation.challenges.catalogue import CHALLENGES
-from foundation.challenges.challenge import Challenge
+from foundation.challenges.catalogue import CHALLENGES, Challenge
 from foundation.challenges.folder import FOLDER
 from foundation.chapters import CHAPTERS, unknown
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from foundation.challenges.challenge import Unusable
+from foundation.challenges.catalogue import Unusable
 from foundation.challenges.mistakes import SUMMAND
 
 TOLERANCE = 1e-10

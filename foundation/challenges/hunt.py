@@ -78,7 +78,7 @@ def scrambled(text: str) -> str:
 
 
 def _hunted(score: dict[str, Any]) -> Bug | None:
-    return next((bug for bug in HUNTED if scrambled(bug.name) == score["hunt"].get("planted")), None)
+    return next((bug for bug in HUNTED if scrambled(bug.name) == score["hunt"]["planted"]), None)
 
 
 def _up_to(chapter: str | None) -> tuple[str, ...]:
@@ -95,8 +95,7 @@ def _up_to(chapter: str | None) -> tuple[str, ...]:
 
 def _drawn(bugs: list[Bug], hunt: dict[str, Any], seed: int | None) -> Bug:
     """A bug that was not hunted before, as long as there is one. A seed draws from all, the same for everybody."""
-    before = hunt.get("before")
-    new = [bug for bug in bugs if not isinstance(before, list) or scrambled(bug.name) not in before]
+    new = [bug for bug in bugs if scrambled(bug.name) not in hunt["before"]]
     return random.Random(seed).choice(bugs if seed is not None else new or bugs)
 
 
@@ -104,7 +103,7 @@ def _failed_before(score: dict[str, Any]) -> list[str]:
     """The rows that failed when the bug was planted. Empty if the table did not end, or if the file holds no such."""
     try:
         rows = json.loads(base64.b64decode(score["hunt"]["failed"])[::-1])
-    except (LookupError, ValueError, TypeError, RecursionError):
+    except (ValueError, RecursionError):
         return []
     return [row for row in rows if isinstance(row, str)] if isinstance(rows, list) else []
 
@@ -163,24 +162,11 @@ def shown_rows(operation: str) -> Iterator[Any]:
     return islice(checks_of(operation), None, None, EVERY.get(operation, 1))
 
 
-def _two_answers(check: Any) -> tuple[Any, Any]:
-    """(by hand, by autodiff), or where there is no gradient (by hand, by the oracle)."""
-
-    from foundation import parity
-
-    if isinstance(check, parity.OracleCheck):
-        return parity.both_answers(check)
-    out, cache = check.forward(*check.inputs)
-    d_out = parity.random_like(0, out)
-    by_hand = check.backward(d_out, cache)
-    return by_hand if isinstance(by_hand, tuple) else (by_hand,), parity.gradient_by_autodiff(check, d_out)
-
-
 def _error(check: Any) -> float | str:
     from foundation import parity
 
     try:
-        return parity.max_relative_error(*_two_answers(check))
+        return parity.max_relative_error(*parity.both_answers(check))
     except (ValueError, TypeError):
         return "shape"
 
@@ -198,11 +184,12 @@ def _look(operation: str, bug: Bug) -> int:
 
     from foundation.challenges.diagnosis import Named, examine
     from foundation.checks import checks_of
+    from foundation.parity import both_answers
 
     with planted(bug):
         for check in checks_of(operation):
             try:
-                by_hand, right = _two_answers(check)
+                by_hand, right = both_answers(check)
             except (ValueError, TypeError) as error:
                 print(f"{check.operation}: {check.case}\n  the function stops: {type(error).__name__}")
                 continue
@@ -239,7 +226,7 @@ def _answer(arguments: argparse.Namespace, score: dict[str, Any], bug: Bug) -> i
         functions = sorted(place.partition(".")[2] for place in places)
         print(unknown("function", arguments.answer, functions, "the name of a function"), file=sys.stderr)
         return 2
-    score["hunt"]["tries"] = 1 + (score["hunt"].get("tries") if isinstance(score["hunt"].get("tries"), int) else 0)
+    score["hunt"]["tries"] += 1
     if bug.place in named:
         print(f"Found, at try {score['hunt']['tries']}: {bug.name}")
         print(f"  in {bug.place}: `{bug.old}` had become `{bug.new}`")
@@ -252,15 +239,9 @@ def _answer(arguments: argparse.Namespace, score: dict[str, Any], bug: Bug) -> i
 
 def _end(folder: Path, score: dict[str, Any], found: bool) -> int:
     hunt = score["hunt"]
-    key = "found" if found else "given_up"
-    hunt[key] = 1 + (hunt.get(key) if isinstance(hunt.get(key), int) else 0)
-    before = hunt.get("before")
-    hunt["before"] = [*(before if isinstance(before, list) else []), hunt.pop("planted", None)]
-    hunt.pop("failed", None)
-    hunt["tries"] = 0
+    hunt["found" if found else "given_up"] += 1
+    hunt["before"].append(hunt["planted"])
+    hunt |= {"planted": "", "failed": "", "tries": 0}
     write_score(folder, score)
-    print(
-        f"\nScore: {hunt.get('found', 0)} found, {hunt.get('given_up', 0)} given up. "
-        "Another: uv run python -m foundation hunt"
-    )
+    print(f"\nScore: {hunt['found']} found, {hunt['given_up']} given up. Another: uv run python -m foundation hunt")
     return 0

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from foundation.challenges.challenge import Challenge
+from foundation.challenges.catalogue import Challenge
 from foundation.challenges.diagnosis import Finding, Named, judge
 from foundation.challenges.mistakes import made_on_purpose
 from foundation.checks import checks_of
@@ -33,8 +33,8 @@ class Reference:
     def of(cls, challenge: Challenge) -> "Reference":
         """Found by name."""
         module = importlib.import_module(f"foundation.{challenge.module}")
-        forward, backward = (inspect.unwrap(getattr(module, name)) for name in (challenge.forward, challenge.backward))
-        return cls(module, forward, backward)
+        forward = inspect.unwrap(getattr(module, f"{challenge.name}_forward"))
+        return cls(module, forward, inspect.unwrap(getattr(module, challenge.backward)))
 
     def inputs(self, operation: str) -> list[str]:
         """Names of what is differentiated: the first parameters of the forward pass."""
@@ -82,7 +82,7 @@ def cases_of(operation: str, challenge: Challenge) -> Iterator[Case]:
     inputs = reference.inputs(operation)
     names = [f"d_{name}" for name in inputs]
     for check in gradient_checks_of(operation):
-        arguments, right = _arguments_and_right(check, challenge)
+        arguments, right = _arguments_and_right(check)
         known = [Named(name, np.asarray(value)) for name, value in zip(inputs, check.inputs, strict=True)
                  if value is not None]  # fmt: skip
         known += _given(reference, operation, arguments)
@@ -99,10 +99,10 @@ def gradient_checks_of(operation: str) -> Iterator[Check]:
     return (check for check in checks_of(operation) if isinstance(check, Check))
 
 
-def _arguments_and_right(check: Check, challenge: Challenge) -> tuple[tuple, tuple]:
+def _arguments_and_right(check: Check) -> tuple[tuple, tuple]:
     out, cache = check.forward(*check.inputs)
     d_out = random_like(0, out)
-    return (*d_out, cache) if challenge.spread else (d_out, cache), gradient_by_autodiff(check, d_out)
+    return (*d_out, cache) if isinstance(d_out, tuple) else (d_out, cache), gradient_by_autodiff(check, d_out)
 
 
 def _given(reference: Reference, operation: str, arguments: tuple) -> list[Named]:

@@ -63,7 +63,7 @@ def open_run(folder: Path, step: int | None = None) -> Trained:
         trained_on = _json(checkpoint / "manifest.json")["context"].get("data")
         vocabulary = read_vocabulary(folder / "tokenizer.json")
         return Trained(params, config, vocabulary, model["seq_len"], int(checkpoint.name[5:]), trained_on, summary)
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise Problem(f"{folder}: config.json or a manifest is damaged ({error}); take it from the run again") from None
 
 

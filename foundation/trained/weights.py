@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from foundation.block import ModelConfig
+from foundation.positions import ROPE_BASE, slowed_pairs
 from foundation.trained.problem import Problem
 
 _TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
@@ -20,28 +21,17 @@ _CODES = ("I8", "U8")
 _LONGEST_HEADER = 1 << 26
 
 SHAPES = {
-    *(
-        "vocab_size",
-        "width",
-        "kv_heads",
-        "head_size",
-        "expert_hidden",
-        "shared_experts",
-        "shared_gate",
-        "activation",
-        "bias",
-        "qkv_bias",
-        "qk_norm",
-    ),
+    *("vocab_size", "width", "kv_heads", "head_size", "expert_hidden", "shared_experts", "shared_gate"),
+    *("activation", "bias", "qkv_bias", "qk_norm"),
 }
 """Settings that the arrays show by their names and shapes."""
 READ = {
-    *("seq_len", "layers", "heads", "experts", "dense", "norm", "norm_eps", "positions", "rope_theta"),
+    *("seq_len", "layers", "heads", "experts", "dense", "norm", "norm_eps", "positions", "rope_theta", "rope_scaling"),
     *("tied_head", "scaled_embedding", "routing", "top_k", "renormalise_gates"),
 }
 """Settings that this package computes with."""
-REFUSED = {"balancing", "rope_scaling"}
-"""Settings for which one value only has been derived. `config_of` refuses the others."""
+REFUSED = {"balancing"}
+"""A setting for which one value only has been derived. `config_of` refuses the others."""
 ONLY_TRAINING = {
     *("tie_value_output_init", "zero_init_residual", "dropout", "attention_dropout"),
     *("capacity_factor", "device_capacity_factor", "dispatch"),
@@ -98,8 +88,6 @@ def config_of(model: dict[str, Any], routing: dict[str, Any]) -> ModelConfig:
         raise Problem(
             "the run balances by a bias, which foundation has not derived; train with --set routing.balancing=loss"
         )
-    if model.get("rope_scaling"):
-        raise Problem("the run has a scaled rotation, which foundation has not derived; choose a run without it")
     if routing.get("eval_capacity_factor", 0.0) > 0:
         raise Problem("the run drops tokens in evaluation, which is not the loss of all tokens; choose another run")
     dense = model.get("dense", "none") != "none"
@@ -111,9 +99,30 @@ def config_of(model: dict[str, Any], routing: dict[str, Any]) -> ModelConfig:
         norm=model["norm"],
         norm_eps=model.get("norm_eps") or None,
         rotary=model["positions"] == "rope",
-        rope_base=model.get("rope_theta", 10_000.0),
+        rope_base=model.get("rope_theta", ROPE_BASE),
+        rope_slowed=_slowed(model),
         renormalise_gates=routing.get("renormalise_gates", True),
     )
+
+
+def _slowed(model: dict[str, Any]) -> tuple[float, ...]:
+    """The factor of each pair's frequency (chapter 6). Raises Problem for a rotation that scales the scores too."""
+    scaling = json.loads(model.get("rope_scaling") or "{}")
+    if not scaling:
+        return (1.0,)
+    if scaling["rope_type"] == "linear":
+        return (1.0 / scaling["factor"],)
+    if scaling["rope_type"] != "llama3":
+        raise Problem(
+            f"the run has a rotation of kind {scaling['rope_type']}, which foundation has not derived; choose "
+            "a run with the kind linear or llama3, or with none"
+        )
+    width = model.get("head_size") or model["width"] // model["heads"]
+    low, high, trained = (
+        scaling[name] for name in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    )
+    slowed = slowed_pairs(width, scaling["factor"], trained, model.get("rope_theta", ROPE_BASE), low, high)
+    return tuple(map(float, slowed))
 
 
 def parameters_of(arrays: dict[str, np.ndarray], model: dict[str, Any]) -> dict:

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from foundation.__main__ import main
-from foundation.challenges.catalogue import CHALLENGES
-from foundation.challenges.challenge import Unusable
+from foundation.challenges.catalogue import CHALLENGES, Unusable
 from foundation.challenges.diagnosis import Finding, Named, examine, judge
 from foundation.chapters import CHAPTERS, OPERATIONS
 

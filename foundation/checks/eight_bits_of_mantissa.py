@@ -9,41 +9,36 @@ import ml_dtypes
 import numpy as np
 
 from foundation import rounding
-from foundation.checks.inputs import Draws
-from foundation.parity import AnyCheck, OracleCheck
+from foundation.checks.inputs import Draws, answer
+from foundation.parity import OracleCheck
 
 LOWER = (0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF)
 """Lower halves beside which rounding could go wrong."""
 
 
-def rounding_checks() -> Iterator[AnyCheck]:
+def checks() -> Iterator[OracleCheck]:
     """Every pattern of bfloat16, and draws, sums and scales against whole numbers, fractions and NumPy's types."""
     draws = Draws("rounding")
     for lower in LOWER:
-        inputs = (finite_patterns(lower),)
-        yield OracleCheck("nearest_bits", f"every upper half, {lower:#06x}", rounding.nearest_bits, cast, inputs)
+        yield answer(rounding.nearest_bits, f"every upper half, {lower:#06x}", cast, (finite_patterns(lower),))
     bits = (draws.normal(64) * 10.0 ** draws.integers(9, 64)).astype(np.float32).view(np.uint32)
     draw = draws.integers(rounding.HALF, 64).astype(np.uint32)
-    yield OracleCheck("drawn_bits", "ordinary", rounding.drawn_bits, by_distance, (bits, draw))
+    yield answer(rounding.drawn_bits, "ordinary", by_distance, (bits, draw))
     edges = np.array([0x3F7F8000, 0x3F7F8000, 0xBF7FFFFF, 0xBF7FFFFF, 0x3F800000], np.uint32)
     at = np.array([0x7FFF, 0x8000, 0, 1, 0xFFFF], np.uint32)
-    yield OracleCheck("drawn_bits", "the exponent changes", rounding.drawn_bits, by_distance, (edges, at))
+    yield answer(rounding.drawn_bits, "the exponent changes", by_distance, (edges, at))
     x = np.array([1.0, 1.0005, -2.9, 0.99999, 3e-8, 12345.678], np.float32).astype(np.float64)
-    yield OracleCheck("mean_of_draws", "all 65,536", rounding.mean_of_draws, lambda x: x, (x,))
-    yield OracleCheck(
-        "running_sum", "of ones", rounding.running_sum, lambda x: np.minimum(np.cumsum(x), 256), (np.ones(300),)
-    )
+    yield answer(rounding.mean_of_draws, "all 65,536", lambda x: x, (x,))
+    yield answer(rounding.running_sum, "of ones", lambda x: np.minimum(np.cumsum(x), 256), (np.ones(300),))
     terms = draws.generator.random(200).astype(np.float32).astype(np.float64)
-    yield OracleCheck("running_sum", "of fractions", rounding.running_sum, added_up, (terms,))
+    yield answer(rounding.running_sum, "of fractions", added_up, (terms,))
     for name, size in (("ordinary", 1.0), ("below 2^-14", 2e-5), ("up to the largest", 2e4)):
-        values = size * np.clip(draws.normal(40), -3.0, 3.0)
-        yield OracleCheck("to_float16", name, rounding.to_float16, as_float16, (values,))
+        yield answer(rounding.to_float16, name, as_float16, (size * np.clip(draws.normal(40), -3.0, 3.0),))
     ties = np.array([2.0**-25, 3 * 2.0**-25, 1 + 2.0**-11, 1 + 3 * 2.0**-11])
-    yield OracleCheck("to_float16", "ties", rounding.to_float16, as_float16, (ties,))
+    yield answer(rounding.to_float16, "ties", as_float16, (ties,))
     small = draws.generator.uniform(5e-8, 3e-7, 12) * draws.generator.choice([-1.0, 1.0], 12)
     for k in (14, 20):
-        scale = np.array(2.0**k)
-        yield OracleCheck("through_scale", f"2^{k}", rounding.through_scale, eleven_bits, (small, scale))
+        yield answer(rounding.through_scale, f"2^{k}", eleven_bits, (small, np.array(2.0**k)))
 
 
 def finite_patterns(lower: int) -> np.ndarray:

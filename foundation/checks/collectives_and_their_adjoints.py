@@ -1,55 +1,44 @@
 """Checks of chapter 19: collectives and their adjoints."""
 
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from foundation import collectives
-from foundation.checks.inputs import Draws, filled_with
-from foundation.parity import AnyCheck, Check, OracleCheck
+from foundation.checks.inputs import Draws, answer, gradient
+from foundation.parity import AnyCheck
 
 RANKS = 3
 
 
-def collective_checks() -> Iterator[AnyCheck]:
+def checks() -> Iterator[AnyCheck]:
     """Each adjoint three ways, the ring against a sum, and experts on many ranks against experts on one."""
     draws = Draws("collectives")
-    for name, shape in (
-        ("all_reduce", (RANKS, 4)),
-        ("all_gather", (RANKS, 2)),
-        ("reduce_scatter", (RANKS, 2 * RANKS)),
-        ("all_to_all", (RANKS, RANKS, 2)),
+    for forward, oracle, shape in (
+        (collectives.all_reduce_forward, _reduced, (RANKS, 4)),
+        (collectives.all_gather_forward, _gathered, (RANKS, 2)),
+        (collectives.reduce_scatter_forward, _scattered, (RANKS, 2 * RANKS)),
+        (collectives.all_to_all_forward, _exchanged, (RANKS, RANKS, 2)),
     ):
-        forward, backward = getattr(collectives, f"{name}_forward"), getattr(collectives, f"{name}_backward")
-        yield Check(name, "3 ranks", forward, backward, (draws.normal(*shape),))
-        yield OracleCheck(name, "by messages", lambda x, f=forward: f(x)[0], MESSAGES[name], (draws.normal(*shape),))
-    copied = filled_with(collectives.copy_to_all_forward, RANKS)
-    yield Check("copy_to_all", "3 ranks", copied, collectives.copy_to_all_backward, (draws.normal(2, 2),))
+        yield gradient(forward, "3 ranks", (draws.normal(*shape),))
+        yield answer(forward, "by messages", oracle, (draws.normal(*shape),))
+    yield gradient(collectives.copy_to_all_forward, "3 ranks", (draws.normal(2, 2),), RANKS)
     for ranks in (2, 5):
-        yield OracleCheck(
-            "ring_all_reduce", f"{ranks} ranks", collectives.ring_all_reduce, summed, (draws.normal(ranks, 3 * ranks),)
-        )
+        yield answer(collectives.ring_all_reduce, f"{ranks} ranks", summed, (draws.normal(ranks, 3 * ranks),))
     networks = draws.normal(4, 5), draws.normal(RANKS, 5, 2), draws.normal(RANKS, 2, 5)
-    forward, backward = collectives.tensor_parallel_forward, collectives.tensor_parallel_backward
-    yield Check("tensor_parallel", "3 ranks", forward, backward, networks)
-    yield OracleCheck("tensor_parallel", "on one rank", lambda *a: forward(*a)[0], unsplit, networks)
-    inputs = draws.normal(RANKS, 4, 6), draws.normal(RANKS, 10)
-    yield Check("sharded", "3 ranks", collectives.sharded_forward, collectives.sharded_backward, inputs)
-    yield OracleCheck("sharded", "on one rank", lambda *a: collectives.sharded_forward(*a)[0], gathered, inputs)
+    shards = draws.normal(RANKS, 4, 6), draws.normal(RANKS, 10)
+    for forward, oracle, inputs in (
+        (collectives.tensor_parallel_forward, unsplit, networks),
+        (collectives.sharded_forward, gathered, shards),
+    ):
+        yield gradient(forward, "3 ranks", inputs)
+        yield answer(forward, "on one rank", oracle, inputs)
     for name, room in (("room for all", 4), ("full experts", 1)):
         place = slots(draws.generator.integers(0, RANKS, (RANKS, 4)), room)
         inputs = (draws.normal(RANKS, 4, 2), draws.normal(RANKS, 4), draws.normal(RANKS, 2, 2))
-        forward = filled_with(collectives.expert_parallel_forward, place)
-        yield Check("expert_parallel", name, forward, collectives.expert_parallel_backward, inputs)
-        yield OracleCheck(
-            "expert_parallel",
-            f"{name}, on one rank",
-            lambda *a, f=forward: f(*a)[0],
-            partial(on_one_rank, place=place),
-            inputs,
-        )
+        yield gradient(collectives.expert_parallel_forward, name, inputs, place)
+        yield answer(collectives.expert_parallel_forward, f"{name}, on one rank", on_one_rank, inputs, place)
 
 
 def slots(expert: np.ndarray, room: int) -> np.ndarray:
@@ -90,15 +79,6 @@ def _scattered(x: Any) -> np.ndarray:
 
 def _exchanged(x: Any) -> np.ndarray:
     return messages(x, x.shape, [((s, r), (r, s)) for r, s in PAIRS])
-
-
-MESSAGES = {
-    "all_reduce": _reduced,
-    "all_gather": _gathered,
-    "reduce_scatter": _scattered,
-    "all_to_all": _exchanged,
-}
-"""Each collective as a list of messages."""
 
 
 def summed(x: Any) -> tuple[np.ndarray, int]:

@@ -8,20 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from foundation import costs
+from foundation.checks.inputs import answer
 from foundation.dense_transformer import dense_loss_backward, dense_loss_forward, init_dense_params
-from foundation.parity import AnyCheck, OracleCheck
+from foundation.parity import OracleCheck
 
 
-def cost_checks() -> Iterator[AnyCheck]:
+def checks() -> Iterator[OracleCheck]:
     """Operations against the products of the hand-written step; traffic against a loop; a law against `polyfit`."""
     for case, sizes in (("two layers", (2, 8, 12, 11, 2, 5)), ("one layer, one text", (1, 4, 6, 7, 1, 3))):
-        yield OracleCheck("step_flops", case, costs.step_flops, counted_flops, (), sizes)
+        yield answer(costs.step_flops, case, counted_flops, (), *sizes)
     for block in (1, 4, 12):
-        yield OracleCheck("steps_traffic", f"steps of {block}", costs.steps_traffic, moved_one_by_one, (), (12, block))
+        yield answer(costs.steps_traffic, f"steps of {block}", moved_one_by_one, (), 12, block)
     budgets, losses = (2e12, 6.3e12, 2e13, 6.3e13), (1.6, 1.3, 1.0, 0.8)
     for floor in (0.0, 0.5):
-        constants = (budgets, losses, floor)
-        yield OracleCheck("power_law", f"floor {floor}", costs.power_law, by_polyfit, (), constants)
+        yield answer(costs.power_law, f"floor {floor}", by_polyfit, (), budgets, losses, floor)
 
 
 def counted_flops(layers: int, width: int, hidden: int, vocabulary: int, batch: int, positions: int) -> tuple[int, int]:

@@ -6,12 +6,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from foundation import small_weights
-from foundation.checks.inputs import Draws, filled_with
-from foundation.parity import AnyCheck, Check, OracleCheck, as_jax
+from foundation import small_weights as small
+from foundation.checks.inputs import Draws, answer, gradient
+from foundation.parity import AnyCheck, Check
 
 
-def small_weight_checks() -> Iterator[AnyCheck]:
+def checks() -> Iterator[AnyCheck]:
     """Codes against a search of all codes, products three ways, and corrections against constrained least squares."""
     draws = Draws("small weights")
     w = draws.normal(8, 3)
@@ -19,33 +19,25 @@ def small_weight_checks() -> Iterator[AnyCheck]:
     zeroed[:, 1], one_large[2] = 0.0, 9 * w[2]
     for name, matrix in (("ordinary", w), ("an output of zeros", zeroed), ("one large", one_large)):
         for most, group in ((127, 8), (7, 4)):
-            yield OracleCheck(
-                "quantize", f"{name}, to {most}", small_weights.quantize, searched, (matrix,), (most, group)
-            )
-    codes, scale = draws.integers(255, 4, 3) - 127.0, np.abs(draws.normal(3)) + 0.1
+            yield answer(small.quantize, f"{name}, to {most}", searched, (matrix,), most, group)
+    codes, scale = jax.device_put(draws.integers(255, 4, 3) - 127.0), np.abs(draws.normal(3)) + 0.1
+    x, w = draws.normal(5, 4), draws.normal(4, 3)
 
     def product(x: jax.Array, scale: jax.Array) -> tuple:
-        return small_weights.coded_product_forward(x, as_jax(codes), scale)
+        return small.coded_product_forward(x, codes, scale)
 
-    x = draws.normal(5, 4)
-    yield Check("coded_product", "ordinary", product, small_weights.coded_product_backward, (x, scale))
-    forward = filled_with(small_weights.output_error_forward, draws.normal(4, 3), x)
-    yield Check("output_error", "ordinary", forward, small_weights.output_error_backward, (draws.normal(4, 3),))
-    few = filled_with(small_weights.output_error_forward, draws.normal(4, 3), x[:2])
-    yield Check(
-        "output_error", "fewer tokens than inputs", few, small_weights.output_error_backward, (draws.normal(4, 3),)
-    )
+    yield Check("coded_product", "ordinary", product, small.coded_product_backward, (x, scale))
+    yield gradient(small.output_error_forward, "ordinary", (draws.normal(4, 3),), w, x)
+    yield gradient(small.output_error_forward, "fewer tokens than inputs", (draws.normal(4, 3),), w, x[:2])
     tokens = draws.normal(20, 5) @ draws.normal(5, 5)
-    inverse = jax.jit(small_weights.inverse_of_inputs, static_argnames="damping")(tokens, damping=0.0)
+    inverse = jax.jit(small.inverse_of_inputs, static_argnames="damping")(tokens, damping=0.0)
     for k in (0, 3):
-        yield OracleCheck(
-            "moved_by_one", f"weight {k}", small_weights.moved_by_one, by_multiplier, (inverse, k, np.array(0.7))
-        )
-        yield OracleCheck("without", f"weight {k}", small_weights.without, inverted_anew, (inverse,), (k,))
+        yield answer(small.moved_by_one, f"weight {k}", by_multiplier, (inverse, k, np.array(0.7)))
+        yield answer(small.without, f"weight {k}", inverted_anew, (inverse,), k)
     for name, most in (("8 bits", 127), ("4 bits", 7)):
         weights = draws.normal(5, 4)
         step = np.max(np.abs(weights), axis=0) / most
-        yield OracleCheck("gptq", name, small_weights.gptq, solved_anew, (weights, inverse, step), (most,))
+        yield answer(small.gptq, name, solved_anew, (weights, inverse, step), most)
 
 
 def searched(w: Any, most: int, group: int) -> tuple[np.ndarray, np.ndarray]:

@@ -1,4 +1,4 @@
-"""Checks of chapters 10 and 13: where a step comes from, and batches in parts."""
+"""Checks of chapter 10: where a step comes from."""
 
 import itertools
 from collections.abc import Iterator
@@ -8,11 +8,11 @@ import jax
 import numpy as np
 
 from foundation import adafactor, optimizers, steepest
-from foundation.checks.inputs import Draws, filled_with
-from foundation.parity import AnyCheck, Check, OracleCheck
+from foundation.checks.inputs import Draws, answer, gradient
+from foundation.parity import AnyCheck
 
 
-def step_checks() -> Iterator[AnyCheck]:
+def checks() -> Iterator[AnyCheck]:
     """Dual norms three ways; steepest steps against enumeration; each optimizer against its whole history at once."""
     for size, case, shape in (
         ("euclidean", "wide", (3, 5)),
@@ -20,26 +20,23 @@ def step_checks() -> Iterator[AnyCheck]:
         ("spectral", "wide", (3, 5)),
         ("spectral", "square", (3, 3)),
     ):
-        gradient = Draws(f"dual_norm/{size}/{case}").normal(*shape)
-        margin = np.min(np.abs(gradient)) if size == "entries" else float("inf")
-        forward = filled_with(steepest.dual_norm_forward, size)
-        yield Check("dual_norm", f"{size}, {case}", forward, steepest.dual_norm_backward, (gradient,), margin)
-    gradient = Draws("steepest_step").normal(2, 2)
+        g = Draws(f"dual_norm/{size}/{case}").normal(*shape)
+        margin = np.min(np.abs(g)) if size == "entries" else float("inf")
+        yield gradient(steepest.dual_norm_forward, f"{size}, {case}", (g,), size, margin=margin)
+    g = Draws("steepest_step").normal(2, 2)
     for size, oracle in (("entries", best_corner), ("spectral", best_turn)):
-        yield OracleCheck("steepest_step", size, steepest.steepest_step, oracle, (gradient,), (size,))
-    inputs = (gradient[0], gradient[1] + 1.0)
-    yield OracleCheck("output_change", "one token", steepest.output_change, step_and_look, inputs, (0.1,))
+        yield answer(steepest.steepest_step, size, oracle, (g,), size)
+    yield answer(steepest.output_change, "one token", step_and_look, (g[0], g[1] + 1.0), 0.1)
     for case, shape in (("tall", (6, 3)), ("wide", (3, 7)), ("one column", (4, 1))):
         matrix = Draws(f"orthogonalize/{case}").normal(*shape)
-        yield OracleCheck("orthogonalize", case, optimizers.orthogonalize, by_singular_values, (matrix,))
+        yield answer(optimizers.orthogonalize, case, by_singular_values, (matrix,))
     yield from adafactor_checks()
     draws = Draws("optimizer paths")
     grads, start = draws.normal(5, 3, 4), draws.normal(3, 4)
     for case, decay in (("Adam", 0.0), ("AdamW", 0.3)):
-        yield OracleCheck("adam", case, adam_path, adam_from_history, (grads, start), (decay,))
+        yield answer(adam, case, adam_from_history, (grads, start), decay)
     for case, shape in (("wide", (3, 4)), ("tall", (4, 3))):
-        inputs = (grads.reshape(5, *shape), start.reshape(shape))
-        yield OracleCheck("muon", case, muon_path, muon_from_history, inputs)
+        yield answer(muon, case, muon_from_history, (grads.reshape(5, *shape), start.reshape(shape)))
 
 
 def adafactor_checks() -> Iterator[AnyCheck]:
@@ -47,19 +44,17 @@ def adafactor_checks() -> Iterator[AnyCheck]:
     for case, shape in (("wide", (3, 5)), ("one row", (1, 4))):
         draws = Draws(f"divergence/{case}")
         square, row, column = (0.1 + draws.normal(*s) ** 2 for s in (shape, shape[:1], shape[1:]))
-        forward = filled_with(adafactor.divergence_forward, square)
-        yield Check("divergence", case, forward, adafactor.divergence_backward, (row, column))
-        yield OracleCheck("rank_one_fit", case, adafactor.rank_one_fit, alternating_fit, (square,))
+        yield gradient(adafactor.divergence_forward, case, (row, column), square)
+        yield answer(adafactor.rank_one_fit, case, alternating_fit, (square,))
     row, column = (0.1 + draws.normal(n) ** 2 for n in (3, 4))
-    product = (row[:, None] * column,)
-    yield OracleCheck("rank_one_fit", "rank 1 already", adafactor.rank_one_fit, lambda square: square, product)
+    yield answer(adafactor.rank_one_fit, "rank 1 already", lambda square: square, (row[:, None] * column,))
     draws = Draws("adafactor")
     grads = draws.normal(5, 3, 4) * np.array([1.0, 0.2, 3.0, 0.1, 2.0])[:, None, None]
     without = grads.copy()
     without[:, 1] = 0.0
+    path = adafactor.adafactor_path
     for case, inputs in (("five steps", grads), ("a row without gradient", without)):
-        arguments = (inputs, draws.normal(3, 4))
-        yield OracleCheck("adafactor", case, adafactor.adafactor_path, adafactor_from_history, arguments, (0.1,))
+        yield answer(path, case, adafactor_from_history, (inputs, draws.normal(3, 4)), 0.1, operation="adafactor")
 
 
 def best_corner(gradient: Any, size: str) -> np.ndarray:
@@ -114,7 +109,7 @@ def alternating_fit(square: Any) -> np.ndarray:
     return row[:, None] * column
 
 
-def adam_path(grads: jax.Array, start: jax.Array, decay: float) -> jax.Array:
+def adam(grads: jax.Array, start: jax.Array, decay: float) -> jax.Array:
     """The parameter after a step for each gradient."""
     state, params = optimizers.adam_init(start), start
     for grad in grads:
@@ -134,7 +129,7 @@ def adam_from_history(grads: Any, start: Any, decay: float) -> np.ndarray:
     return w
 
 
-def muon_path(grads: jax.Array, start: jax.Array) -> jax.Array:
+def muon(grads: jax.Array, start: jax.Array) -> jax.Array:
     """The matrix after a step for each gradient."""
     state, params = optimizers.muon_init(start), start
     for grad in grads:

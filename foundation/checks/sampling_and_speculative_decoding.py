@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 
 from foundation import sampling
-from foundation.checks.inputs import Draws
-from foundation.parity import AnyCheck, OracleCheck
+from foundation.checks.inputs import Draws, answer
+from foundation.parity import AnyCheck
 
 
-def sampling_checks() -> Iterator[AnyCheck]:
+def checks() -> Iterator[AnyCheck]:
     """Filters against a walk down the sorted tokens; the law with a draft against p; a round against its outcomes."""
     draws = Draws("filtered_law")
     logits = draws.normal(7, std=1.5)
@@ -24,7 +24,7 @@ def sampling_checks() -> Iterator[AnyCheck]:
         ("temperature 0", (0.0, 0, 1.0, 0.0)),
         ("top-p below the first", (1.0, 0, 1e-9, 0.0)),
     ):
-        yield OracleCheck("filtered_law", case, sampling.filtered_law, walked, (logits,), settings)
+        yield answer(sampling.filtered_law, case, walked, (logits,), *settings)
     p, q = (draws.generator.dirichlet([0.6] * 6, 4) for _ in range(2))
     narrow = np.where(np.arange(6) < 3, q, 0.0)
     for case, draft in (
@@ -33,17 +33,14 @@ def sampling_checks() -> Iterator[AnyCheck]:
         ("a narrow draft", narrow / np.sum(narrow, axis=1, keepdims=True)),
         ("a sure draft", np.eye(6)[:4]),
     ):
-        yield OracleCheck("speculative_law", case, sampling.speculative_law, lambda p, q: p, (p, draft))
-        yield OracleCheck("accepted_mass", case, sampling.accepted_mass, smaller, (p, draft))
+        yield answer(sampling.speculative_law, case, lambda p, q: p, (p, draft))
+        yield answer(sampling.accepted_mass, case, np.minimum, (p, draft))
     target, draft = (draws.generator.dirichlet([0.6] * 3, 3) for _ in range(2))
     for drafted in (1, 2, 4):
         case = f"texts of 4, {drafted} drafted"
-        yield OracleCheck("speculative_texts", case, sampling.speculative_texts, chain, (target, draft), (drafted, 4))
+        yield answer(sampling.speculative_texts, case, chain, (target, draft), drafted, 4)
     for drafted in (0, 3):
-        inputs = (np.array(0.7),)
-        yield OracleCheck(
-            "tokens_per_round", f"{drafted} drafted", sampling.tokens_per_round, outcomes, inputs, (drafted,)
-        )
+        yield answer(sampling.tokens_per_round, f"{drafted} drafted", outcomes, (np.array(0.7),), drafted)
 
 
 def walked(logits: Any, temperature: float, top_k: int, top_p: float, min_p: float) -> np.ndarray:
@@ -62,11 +59,6 @@ def walked(logits: Any, temperature: float, top_k: int, top_p: float, min_p: flo
         kept[token] = p[token]
         mass += p[token]
     return kept / kept.sum()
-
-
-def smaller(p: Any, q: Any) -> np.ndarray:
-    """What both laws have in common."""
-    return np.minimum(np.asarray(p), np.asarray(q))
 
 
 def chain(target: Any, draft: Any, drafted: int, length: int) -> np.ndarray:

@@ -10,10 +10,10 @@ import numpy as np
 from foundation import byte_pairs
 from foundation.byte_pairs import Pair, Word
 from foundation.checks.inputs import Draws
-from foundation.parity import AnyCheck, OracleCheck
+from foundation.parity import OracleCheck
 
 
-def byte_pair_checks() -> Iterator[AnyCheck]:
+def checks() -> Iterator[OracleCheck]:
     """Counts, replacements and spellings against Python's strings; what is learned against the `tokenizers` library.
 
     Words of two or three letters, because there pairs overlap, tie and return.
