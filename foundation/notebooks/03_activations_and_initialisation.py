@@ -42,7 +42,7 @@
 # + 0.044715\,x^3)$. With $t = \tanh u$, the product and chain rules give $f' = (1+t)/2
 # + \frac{x}{2}(1-t^2)\,u'$, and $u' = \sqrt{2/\pi}\,(1 + 3 \cdot 0.044715\,x^2)$.
 # Forgetting the 3 is a bug that is hard to see in a curve, and that the check sees at
-# once.
+# once. In the code $u'$ is `d_u`.
 
 # %%
 from foundation.activations import ACTIVATIONS, gelu_backward, gelu_forward

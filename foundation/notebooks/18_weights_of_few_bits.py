@@ -87,9 +87,10 @@ assert error[3] < 4.0 * jnp.median(error)
 #
 # $$H^{-1} - \frac{H^{-1}_{:,k}\,H^{-1}_{k,:}}{(H^{-1})_{kk}}.$$
 #
-# This is **GPTQ**. It is greedy: it never takes back a code. Is it good? With 8 weights
-# and two choices for each, up or down, there are 256 ways to round. We can try them
-# all.
+# This is **GPTQ**. In the code $H^{-1}$ is `inverse`, $e$ is `error`, and $v$ holds the
+# weights of all outputs. It is greedy: it never takes back a code. Is it good? With 8
+# weights and two choices for each, up or down, there are 256 ways to round. We can try
+# them all.
 
 
 # %%

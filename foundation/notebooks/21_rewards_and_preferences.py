@@ -14,9 +14,11 @@
 #
 # ## Step 1: a policy
 # A model that writes is called a **policy**, $\pi$. It gives each text $y$ a
-# probability. Here it has 3 tokens and texts of 2, so 9 texts. The derivative of $\log
-# \pi(y)$ in the logits is called the **score** of the text, $s(y)$. Chapter 4 gives it,
-# a softmax at a time: $\partial \log p_v / \partial z = \text{onehot}_v - p$.
+# probability. Here it has 3 tokens and texts of 2, so 9 texts. Its logits $z$ are a
+# table, [4, 3]: a row for each token that can come before, and a last one for the start
+# of a text. The derivative of $\log \pi(y)$ in this table is called the **score** of
+# the text, $s(y)$. Chapter 4 gives it, a softmax at a time: $\partial \log p_v /
+# \partial z = \text{onehot}_v - p$.
 #
 # Everything below rests on one fact. Probabilities add up to 1, so
 #

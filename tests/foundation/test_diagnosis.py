@@ -1,7 +1,9 @@
 """Plausible wrong answers are told what their mistake is, in the terminal and in the notebooks."""
 
 from functools import cache
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -107,8 +109,14 @@ def test_of_one_number_a_ratio_says_nothing() -> None:
         ("1.1", 1.0, "look at the signs"),
         ("3.3", 0.25, "one divided by it"),
         ("8.2", 1.0, "is not the number. Hint"),
+        ("5.2", 0.5, "Give four digits"),
+        ("5.2", 257 / 512, "the other part is asked for"),
+        ("10.2", lambda g: jnp.where(g == jnp.max(g), -1.0, 0.0), "are off"),
+        ("10.2", lambda g: -g / jnp.sum(jnp.abs(g)), "it is not the steepest"),
+        ("15.2", lambda u, v: 1.0 - EXERCISES["15.2"].solution(u, v), "a proposal is rejected"),
+        ("21.3", lambda z, q: jax.jacobian(jax.nn.softmax)(z) @ (jnp.log(jax.nn.softmax(z)) - q), "KL(pi || ref)"),
     ],
 )
-def test_a_number_for_another_one(number: str, answer: float, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_answer_for_another(number: str, answer: Any, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert check(number, answer) is False
     assert said in capsys.readouterr().out
