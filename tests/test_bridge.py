@@ -20,6 +20,7 @@ import pytest
 from foundation import transformer as by_hand
 from foundation.parity import max_relative_error
 from moe_jax.config import ModelConfig, RoutingConfig, TrainConfig
+from moe_jax.config.rope import scaled_rotation
 from moe_jax.model import transformer
 from moe_jax.model.layers import keep_mask
 from moe_jax.model.moe.layer import MoE
@@ -29,6 +30,10 @@ from tests.support import short_form
 from tests.support.one_hot import OneHotMoE
 
 SMALL = {"vocab_size": 19, "seq_len": 12, "layers": 2, "width": 8, "heads": 2, "experts": 4, "expert_hidden": 6}
+SLOWED = (
+    '{"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,'
+    ' "original_max_position_embeddings": 12}'
+)
 CASES: dict[str, dict[str, Any]] = {
     "nano": {},
     "seed-158m": {
@@ -41,9 +46,9 @@ CASES: dict[str, dict[str, Any]] = {
     "K = E, dropless": {"top_k": 4, "capacity_factor": 1.0},
     "blocks, dropless": {"dispatch": "blocks", "capacity_factor": 2.0, "layers": 1},
     "one-hot dispatch": {},
-    "grouped keys, all heads normalised, plain gates": {
+    "grouped keys, all heads normalised, slowed pairs, plain gates": {
         "heads": 4, "kv_heads": 2, "head_size": 6, "qk_norm": "full", "norm_eps": 1e-2, "rope_theta": 50.0,
-        "renormalise_gates": False, "top_k": 3, "layers": 1,
+        "rope_scaling": SLOWED, "renormalise_gates": False, "top_k": 3, "layers": 1,
     },
     "one key head, each head normalised": {
         "kv_heads": 1, "qk_norm": "head", "norm": "layernorm", "bias": True, "layers": 1,
@@ -168,11 +173,18 @@ def to_foundation_config(config: ModelConfig) -> by_hand.ModelConfig:
         norm_eps=config.norm_eps or None,
         rotary=config.positions == "rope",
         rope_base=config.rope_theta,
+        rope_slowed=_slowed(config),
         renormalise_gates=config.routing.renormalise_gates,
         dropout=config.dropout,
         balance_coef=TRAIN.aux_loss_coef,
         z_coef=TRAIN.z_loss_coef,
     )
+
+
+def _slowed(config: ModelConfig) -> tuple[float, ...]:
+    if not config.rope_scaling:
+        return (1.0,)
+    return tuple(scaled_rotation(config.rope_scaling, config.rope_theta, config.head_width)[0])
 
 
 def same_masks(config: ModelConfig, key: jax.Array, batch: int) -> dict:

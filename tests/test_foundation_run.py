@@ -15,9 +15,8 @@ import pytest
 
 from foundation.__main__ import main
 from foundation.losses import IGNORE
+from foundation.trained import Problem, tokens, validation, weights
 from foundation.trained import run as by_hand
-from foundation.trained import tokens, validation, weights
-from foundation.trained.problem import Problem
 from moe_jax.config import DataConfig
 from moe_jax.config.presets import preset
 from moe_jax.data.batches import evaluation_windows

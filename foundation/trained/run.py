@@ -25,7 +25,7 @@ from jaxtyping import Array, Float
 
 from foundation.block import ModelConfig
 from foundation.losses import IGNORE, cross_entropy_forward
-from foundation.trained.problem import Problem
+from foundation.trained import Problem
 from foundation.trained.tokens import Vocabulary, read_vocabulary
 from foundation.trained.validation import mean_loss, stored_stream, text_stream
 from foundation.trained.weights import config_of, parameters_of, read_safetensors

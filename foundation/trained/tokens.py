@@ -13,7 +13,7 @@ from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
-from foundation.trained.problem import Problem
+from foundation.trained import Problem
 
 SEPARATOR = "<|endoftext|>"
 

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from foundation.losses import IGNORE
-from foundation.trained.problem import Problem
+from foundation.trained import Problem
 from foundation.trained.tokens import SEPARATOR, Vocabulary
 
 _MOST_LOGITS = 1 << 22

@@ -13,7 +13,7 @@ import numpy as np
 
 from foundation.block import ModelConfig
 from foundation.positions import ROPE_BASE, slowed_pairs
-from foundation.trained.problem import Problem
+from foundation.trained import Problem
 
 _TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 _CODES = ("I8", "U8")

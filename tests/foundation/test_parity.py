@@ -166,10 +166,3 @@ def test_an_unknown_name_is_answered_with_the_near_ones(
     assert said.out == ""
     assert said.err.count("\n") == 1
     assert near in said.err
-
-
-def test_the_number_of_entries_need_not_fill_the_batches() -> None:
-    for size in (1, 127, 128, 129, 300):
-        x = jnp.linspace(1.0, 2.0, size)
-        (slopes,) = parity.finite_differences(lambda x: jnp.sum(x**3), (x,))
-        assert parity.max_relative_error(slopes, 3.0 * x**2) < 1e-9

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import moe_jax
-from foundation.trained.problem import Problem
+from foundation.trained import Problem
 from foundation.trained.weights import read_safetensors
 from moe_jax.cli.export import Quantize
 from moe_jax.config import ConfigError, RunConfig, UserError, load_config
