@@ -89,9 +89,21 @@ def _rotated(
     The gradient is the rotation back. By autodiff it would be a sum of padded arrays, which XLA computes number by
     number on a CPU: a tenth of a training step of `story-cpu`.
     """
+    return jax.lax.platform_dependent(x, cos, sin, cpu=_rotated_on_cpu, default=_rotated_by_halves)
+
+
+def _rotated_by_halves(x: Array, cos: Array, sin: Array) -> Array:
     half = x.shape[-1] // 2
     a, b = x[..., :half].astype(cos.dtype), x[..., half:].astype(cos.dtype)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def _rotated_on_cpu(x: Array, cos: Array, sin: Array) -> Array:
+    """The same as (a, b) (cos, cos) + (b, a) (-sin, sin). With the barrier (b, a) is written to memory, and the rest is
+    one loop over whole heads: in bfloat16 it takes a third of the time, in float32 two thirds."""
+    other = jax.lax.optimization_barrier(jnp.roll(x, x.shape[-1] // 2, axis=-1))
+    cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+    return (x.astype(cos.dtype) * cos + other.astype(cos.dtype) * sin).astype(x.dtype)
 
 
 def _rotate_forward(x: Array, cos: Array, sin: Array) -> tuple[Array, tuple[Array, Array]]:

@@ -132,16 +132,16 @@ BUGS = [
     ),
     Bug(
         "Muon with four iterations",
-        "moe_jax.training.optimizers.muon:scale_by_muon",
-        "contrib.scale_by_muon(",
-        "contrib.scale_by_muon(ns_steps=4, ",
+        "moe_jax.training.optimizers.muon:orthogonalised",
+        "range(ITERATIONS)",
+        "range(4)",
         checks.check_muon,
     ),
     Bug(
         "a stack of experts is one matrix to Muon",
-        "moe_jax.training.optimizers.muon:_axes",
-        "p.ndim - 2, p.ndim - 1)",
-        "tuple(range(p.ndim - 1)), p.ndim - 1)",
+        "moe_jax.training.optimizers.muon:orthogonalised",
+        "axis=(-2, -1)",
+        "axis=None",
         checks.check_muon,
     ),
     Bug(

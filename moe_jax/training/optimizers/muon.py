@@ -9,7 +9,6 @@ the presets are tuned for that. Chapter 10 of `foundation` derives the step.
 """
 
 from collections import defaultdict
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,6 +21,8 @@ from moe_jax.training.optimizers.adam import skippable
 
 BETA = 0.95
 """Of the momentum. `optax` has the same."""
+ITERATIONS, COEFFICIENTS, EPS = 5, (3.4445, -4.7750, 2.0315), 1e-8
+"""Of Newton-Schulz, as Jordan et al. and `optax` have them."""
 LARGEST_STACK = 2**22
 """Most numbers in a stack of several arrays. It bounds the memory of the copy."""
 
@@ -35,11 +36,6 @@ def scale_by_muon(narrow: bool = False, stacked: bool = False) -> optax.Gradient
     With `stacked` all matrices of one shape, or of its transpose, are one stack, up to `LARGEST_STACK` numbers. On a
     CPU, one bfloat16 product of many small matrices is faster than several of few. In float32 it is not.
     """
-    orthogonal = contrib.scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=_axes)
-
-    def orthogonalised(arrays: list[Array]) -> list[Array]:
-        directions: Any = orthogonal.update(arrays, orthogonal.init(arrays))[0]
-        return directions
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, contrib.MuonState]:
         del params
@@ -53,19 +49,35 @@ def scale_by_muon(narrow: bool = False, stacked: bool = False) -> optax.Gradient
             return momentum.astype(jnp.bfloat16) if narrow else momentum
 
         momentum, tree = jax.tree.flatten(jax.tree.map(ahead, mu, updates))
-        directions = _in_stacks(orthogonalised, momentum) if stacked else orthogonalised(momentum)
+        directions = _in_stacks(momentum) if stacked else [orthogonalised(m) for m in momentum]
         directions = jax.tree.map(lambda d, g: d.astype(g.dtype), jax.tree.unflatten(tree, directions), updates)
         return directions, contrib.MuonState(count, mu, state.ns_coeffs)
 
-    return skippable(optax.GradientTransformation(orthogonal.init, update))
+    return skippable(optax.GradientTransformation(contrib.scale_by_muon().init, update))
 
 
-def _in_stacks(rule: Callable[[list[Array]], list[Array]], arrays: list[Array]) -> list[Array]:
-    """What a rule for separate matrices makes of the arrays, if it is given stacks of them."""
-    groups = _groups(arrays)
-    stacks = rule([_stack([arrays[i] for i in group]) for group in groups])
+def orthogonalised(x: Float[Array, "*E m n"]) -> Float[Array, "*E m n"]:
+    """About U V^T of each matrix U S V^T: X <- a X + (b S + c S S) X with S = X X^T, five times, after a division by
+    the norm. Every singular value ends near 1.
+
+    The equation of S multiplies rows with rows. As `x @ x.mT`, XLA's product on a CPU takes 4.5 times as long in
+    bfloat16.
+    """
+    if x.shape[-2] > x.shape[-1]:
+        return orthogonalised(x.mT).mT
+    a, b, c = COEFFICIENTS
+    x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + EPS)
+    for _ in range(ITERATIONS):
+        s = jnp.einsum("...ik,...jk->...ij", x, x)
+        x = a * x + (b * s + c * s @ s) @ x
+    return x
+
+
+def _in_stacks(arrays: list[Array]) -> list[Array]:
+    """`orthogonalised` of each array, computed on stacks of them."""
     results = list(arrays)
-    for group, stack in zip(groups, stacks, strict=True):
+    for group in _groups(arrays):
+        stack = orthogonalised(_stack([arrays[i] for i in group]))
         for i, array in zip(group, _unstack(stack, [arrays[i] for i in group]), strict=True):
             results[i] = array
     return results
@@ -99,8 +111,3 @@ def _unstack(stack: Float[Array, "N m n"], like: list[Array]) -> list[Array]:
         results.append((matrices.swapaxes(1, 2) if upright else matrices).reshape(array.shape))
         first += count
     return results
-
-
-def _axes(params: Any) -> Any:
-    """The last two axes of each array are those of its matrices."""
-    return jax.tree.map(lambda p: contrib.MuonDimensionNumbers(p.ndim - 2, p.ndim - 1), params)
