@@ -6,9 +6,10 @@
     uv run --extra plots python benchmarks/compare.py --preset nano --experts 4,8,16
 
 One baseline has the same active parameters, the other the same total. Each trains twice: for the same tokens as the
-mixture, and for the same wall-clock time. --tune first finds the learning rate and the depth of each model. --scaling
-trains the mixture and the baseline of the same active parameters for five budgets instead, and fits a power law to
-each. --experts trains mixtures of several numbers of experts beside that baseline.
+mixture, and for the same wall-clock time. --tune first finds the learning rate, the depth and the heads of each, on a
+part of the training text; --data is then a folder with train.txt and valid.txt. --scaling trains the mixture and the
+baseline of the same active parameters for five budgets instead, and fits a power law to each. --experts trains mixtures
+of several numbers of experts beside that baseline.
 
 To go on with a stopped comparison, call it again with the same arguments: finished runs are not trained again. The last
 line of the output is the result as JSON.
@@ -58,7 +59,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--no-total", dest="total", action="store_false", help="leave out the baseline of the same total parameters")
     study = parser.add_mutually_exclusive_group()
-    study.add_argument("--tune", action="store_true", help="search the learning rate and depth of each model first")
+    study.add_argument("--tune", action="store_true", help="search the settings of each side first")
     study.add_argument("--scaling", action="store_true", help="five budgets, and a power law fitted to the losses")
     study.add_argument("--experts", default="", help="numbers of experts to compare, such as 4,8,16,32,64")
     add("--lowest-flops", type=float, default=0.0, help="with --scaling, the smallest budget; default --flops / 10")
@@ -149,12 +150,15 @@ def train(asked: argparse.Namespace, config: RunConfig, signals: Signals) -> "Re
 def compare_baselines(asked: argparse.Namespace, request: dict[str, Any], base: RunConfig, train_runs: Any) -> "Report":
     """The mixture beside its dense baselines, tuned with --tune. The plan is made once, and kept."""
     from comparison import baselines, tuning
-    from comparison.study_runs import StudyRun
+    from comparison.study_runs import StudyRun, with_prepared_text
 
     path, models = asked.out / "plan.json", tuple[Dense, ...](asked.models)
     plan = baselines.Plan.load(path)
     if plan is None:
-        found = tuning.search(base, asked.flops, asked.out, models, train_runs) if asked.tune else None
+        found = None
+        if asked.tune:
+            choosing = with_prepared_text(tuning.text_to_choose_on(base))
+            found = tuning.search(choosing, asked.flops, asked.out, models, train_runs, baselines.step_ratio)
         print("measuring the step times of the models in turn ...", flush=True)
         plan = baselines.Plan.make(base, asked.flops, found, models)
         plan.save(path, request)

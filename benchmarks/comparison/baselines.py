@@ -3,7 +3,8 @@
 One baseline has the same active parameters, the other the same total. The rest of the recipe is the same. Each
 baseline is trained twice: for as many tokens as the mixture, and for as much time as the mixture. So the step times of
 the models are measured in turn before the training. The numbers of steps follow from them. Before that,
-`tuning.py` can choose the learning rate and the depth of each model.
+`tuning.py` can choose the learning rate, the depth and the attention heads of each side. Then the whole runs are scored
+once, at their last step, on a text that no choice has seen.
 
     OUT/plan.json                          the request, the measured step times, the steps of each arm, the search
     OUT/dense-active-500-steps-seed-0/     ordinary runs of `train.py`
@@ -12,15 +13,16 @@ the models are measured in turn before the training. The numbers of steps follow
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from comparison.plots import comparison_figures
 from comparison.report import IN_BRACKETS, Interval, Report, apart, difference_in_words, paired, t_interval
 from comparison.study_runs import BITS, run_config
-from comparison.tuning import Tuning
+from comparison.tuning import MIXTURE, Basis, Side, Tuning, sides
 from moe_jax.config import Dense, RunConfig
 from moe_jax.config.presets import DENSE_BASELINES, dense_baseline
 from moe_jax.model.costs import training_flops
@@ -29,7 +31,6 @@ from moe_jax.system.files import json_text, write_atomically
 from moe_jax.system.machine import alternate
 from moe_jax.training.programs import RandomTokenTrainer
 
-Basis = Literal["tokens", "wall"]
 ROUNDS = 9
 """Steps of each model that are timed."""
 
@@ -43,9 +44,12 @@ class Arm(NamedTuple):
     steps: int
 
     @property
+    def side(self) -> Side:
+        return Side(self.dense, self.basis)
+
+    @property
     def name(self) -> str:
-        name = DENSE_BASELINES[self.dense]
-        return name if self.dense == "none" else f"{name}, same {self.basis}"
+        return self.side.name
 
 
 @dataclass(frozen=True)
@@ -55,45 +59,39 @@ class Plan:
     base: RunConfig
     """The configuration of the mixture, with its vocabulary size. Each run replaces seed, steps and folder."""
     flops: float
-    step_seconds: dict[Dense, float]
-    """Median time of one step of each model to train, the mixture first. The models are measured in turn."""
+    step_seconds: dict[str, float]
+    """Median time of one step of each side, by its name, the mixture first. They are measured in turn."""
     tuning: Tuning | None = None
-    """The search for each model's learning rate and depth. None: all have those of `base`."""
+    """The search for each side's settings. None: all have those of `base`."""
 
     @classmethod
     def make(cls, base: RunConfig, flops: float, tuning: Tuning | None, models: Sequence[Dense]) -> "Plan":
         """Measure the step times of the models: the mixture, "none", and its baselines."""
         unmeasured = cls(base, flops, {}, tuning)
-        train = base.train
-        trainers = {
-            DENSE_BASELINES[dense]: RandomTokenTrainer.of(
-                unmeasured.settings(dense), train.batch_size, train.grad_accum
-            )
-            for dense in models
-        }
-        times = alternate(dict(trainers), ROUNDS)
-        seconds = {dense: times[DENSE_BASELINES[dense]].median for dense in models}
-        return dataclasses.replace(unmeasured, step_seconds=seconds)
+        settings = {side.name: unmeasured.settings(side) for side in sides(models)}
+        seconds = step_seconds(dict.fromkeys(settings.values()))
+        return dataclasses.replace(unmeasured, step_seconds={name: seconds[own] for name, own in settings.items()})
 
-    def settings(self, dense: Dense) -> RunConfig:
-        """The settings of a model, as they were chosen for it."""
-        side = dense_baseline(self.base, dense)
-        return side if self.tuning is None else self.tuning.chosen(dense).apply(side)
+    def settings(self, side: Side) -> RunConfig:
+        """The settings of a side, as they were chosen for it."""
+        plain = dense_baseline(self.base, side.dense)
+        return plain if self.tuning is None else self.tuning.chosen(side).apply(plain)
 
     def arms(self) -> list[Arm]:
         """The arms, the mixture first. Its steps are the budget divided by the operations of one step, rounded down."""
-        steps = max(1, math.floor(self.flops / training_flops(self.settings("none"), 1)))
-        arms = [Arm("none", "tokens", steps)]
-        for dense, seconds in self.step_seconds.items():
-            if dense == "none":
-                continue
-            in_time = steps * self.step_seconds["none"] / seconds
-            arms += [Arm(dense, "tokens", steps), Arm(dense, "wall", max(1, round(in_time)))]
-        return arms
+        steps = max(1, math.floor(self.flops / training_flops(self.settings(MIXTURE), 1)))
+        in_time = {
+            name: max(1, round(steps * self.step_seconds[MIXTURE.name] / s)) for name, s in self.step_seconds.items()
+        }
+        measured = [side for side in sides(list(DENSE_BASELINES)) if side.name in self.step_seconds]
+        return [Arm(*side, steps if side.basis == "tokens" else in_time[side.name]) for side in measured]
 
     def config(self, arm: Arm, seed: int, out: Path) -> RunConfig:
-        """The settings of one run. Two arms of the same model and length are one run, and share a folder."""
-        return run_config(self.settings(arm.dense), DENSE_BASELINES[arm.dense], arm.steps, seed, out)
+        """The settings of one run. Two arms of the same settings and length are one run, and share a folder."""
+        name, once = DENSE_BASELINES[arm.dense], self.tuning is not None
+        if self.tuning is not None:
+            name += f"-{self.tuning.chosen(arm.side).name}"
+        return run_config(self.settings(arm.side), name, arm.steps, seed, out, evaluations=1 if once else None)
 
     def runs(self, seeds: int, out: Path) -> Iterator[tuple[Arm, int, RunConfig]]:
         """Every run of the comparison, seed by seed."""
@@ -123,6 +121,22 @@ class Plan:
         found = document.get("tuning")
         tuning = None if found is None else Tuning.from_json(found)
         return cls(RunConfig.from_dict(document["base"]), document["flops"], document["step_seconds"], tuning)
+
+
+def step_seconds(models: Iterable[RunConfig]) -> dict[RunConfig, float]:
+    """The median time of a step of each model. They are measured in turn."""
+    named = {f"{n}": config for n, config in enumerate(models)}
+    times = alternate(
+        {n: RandomTokenTrainer.of(c, c.train.batch_size, c.train.grad_accum) for n, c in named.items()}, ROUNDS
+    )
+    return {config: times[n].median for n, config in named.items()}
+
+
+@cache
+def step_ratio(first: RunConfig, second: RunConfig) -> float:
+    """The time of a step of the first model, divided by that of the second."""
+    seconds = step_seconds([first, second])
+    return seconds[first] / seconds[second]
 
 
 class ArmResult(NamedTuple):
@@ -186,7 +200,7 @@ class Difference(NamedTuple):
 
 
 def collect(plan: Plan, summaries: dict[Arm, list[dict[str, Any]]]) -> list[ArmResult]:
-    return [ArmResult(arm, summaries[arm], arm.steps * plan.step_seconds[arm.dense]) for arm in plan.arms()]
+    return [ArmResult(arm, summaries[arm], arm.steps * plan.step_seconds[arm.name]) for arm in plan.arms()]
 
 
 def differences(results: Sequence[ArmResult]) -> list[Difference]:
@@ -237,12 +251,16 @@ def rows(results: Sequence[ArmResult]) -> list[tuple[str, ...]]:
 def report(plan: Plan, results: Sequence[ArmResult], out: Path) -> Report:
     """The result of the whole comparison. `out` has the runs, whose curves are drawn."""
     found = differences(results)
-    searched = [] if plan.tuning is None else plan.tuning.sentences()
+    searched, scores = [], sum(len(result.summaries) for result in results)
+    if plan.tuning is not None:
+        searched = plan.tuning.sentences(plan.base)
+        searched.append(f"each whole run was scored once, at its last step: {scores} scores of {plan.base.data.source}")
     record = {
         "preset": plan.base.preset,
         "data": plan.base.data.source,
         "flops": plan.flops,
         "seeds": len(results[0].summaries),
+        "scores": scores,
         "tuning": None if plan.tuning is None else plan.tuning.to_json(),
         "arms": [result.to_json() for result in results],
         "differences": [difference.to_json() for difference in found],

@@ -26,11 +26,13 @@ def comparison_figures(plan: "Plan", results: "Sequence[ArmResult]", out: Path) 
 
     `comparison`: the final bits per byte, each seed as a dot, and the mean with its interval. A thin line joins the
     runs of one seed, and rises by their difference. `curves`: bits per byte of the fixed subset of the validation
-    text during training. Raises UserError where matplotlib is missing.
+    text during training; runs of a tuned comparison have none, because they are scored once. Raises UserError where
+    matplotlib is missing.
     """
     check_installed()
     seeds = len(results[0].summaries)
-    return {"comparison": _final_results(results), "curves": _training_curves(plan, seeds, out)}
+    figures = {"comparison": _final_results(results)}
+    return figures if plan.tuning else figures | {"curves": _training_curves(plan, seeds, out)}
 
 
 def _panels(stream: str) -> "tuple[Any, dict[Basis, Any]]":
@@ -69,7 +71,7 @@ def _training_curves(plan: "Plan", seeds: int, out: Path) -> Any:
         steps, bits = [r["step"] for r in records], [r["bits_per_byte"] for r in records]
         step: dict[Basis, float] = {
             "tokens": config.tokens_per_step / 1e6,
-            "wall": plan.step_seconds[arm.dense],
+            "wall": plan.step_seconds[arm.name],
         }
         shown: list[Basis] = list(PANELS) if arm.dense == "none" else [arm.basis]
         for basis in shown:

@@ -45,12 +45,15 @@ def with_prepared_text(asked: RunConfig) -> RunConfig:
     return dataclasses.replace(asked, model=dataclasses.replace(asked.model, vocab_size=vocab_size))
 
 
-def run_config(settings: RunConfig, name: str, steps: int, seed: int, out: Path) -> RunConfig:
+def run_config(
+    settings: RunConfig, name: str, steps: int, seed: int, out: Path, evaluations: int | None = None
+) -> RunConfig:
     """The settings of one run of `steps` steps, in the folder OUT/NAME-STEPS-steps-seed-SEED.
 
-    The run knows its last step from the start, so its learning rate reaches its final value there.
+    The run knows its last step from the start, so its learning rate reaches its final value there. With a single
+    evaluation, its result is its last step, and no choice of a checkpoint sees the text of the score.
     """
-    each = math.ceil(steps / EVALUATIONS)
+    each = math.ceil(steps / (evaluations or EVALUATIONS))
     train = dataclasses.replace(settings.train, steps=steps, seed=seed, eval_every=each, save_every=each, patience=0)
     return dataclasses.replace(settings, out=str(out / f"{name}-{steps}-steps-seed-{seed}"), train=train)
 

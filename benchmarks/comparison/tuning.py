@@ -1,9 +1,16 @@
-"""The best learning rate and depth of each side of a comparison, by a search of equal cost for each side.
+"""The best learning rate, depth and number of attention heads of each side of a comparison.
 
-The sides are the mixture and its dense baselines. Each side first tries the learning rates of RATES. While the best of
-them is the lowest or the highest for any side, all sides try the next one beyond. With its best rate each side then
-tries one layer fewer and one more. All short runs have SEED, which no run of the comparison has, and SHARE of the
-operations of the comparison's budget. Their learning rate reaches its final value at their own last step.
+The sides are the mixture, and each dense baseline twice: with the tokens and with the time of the mixture. Each side
+searches by the same rule. It starts with the preset's settings and tries the two neighbours along one line after
+another. Where a neighbour is better, the next one beyond it is tried too, until it gets worse or the line ends:
+
+    rate    half and twice the learning rates
+    layers  one layer fewer and one more; the hidden width changes, so that a step has as many operations
+    heads   half and twice as many attention heads, with as many operations
+
+All short runs have SEED, which no run of the comparison has, and SHARE of the operations of the comparison's budget, or
+of the mixture's time. Their learning rate reaches its final value at their own last step. They are scored on a part of
+the training text (`text_to_choose_on`), so no choice sees the text that scores the whole runs.
 
 The best rate falls with the length of a run. So the runs of the comparison have the best rate of the short runs times
 FOR_WHOLE_RUNS.
@@ -13,20 +20,18 @@ import bisect
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 from comparison.study_runs import BITS, StudyRun, run_config
 from moe_jax.config import Dense, RunConfig
 from moe_jax.config.presets import DENSE_BASELINES, dense_baseline
+from moe_jax.data.corpora import source_files
 from moe_jax.model.costs import training_flops
 
-RATES = (0.5, 1.0, 2.0)
-"""The first factors on the preset's learning rates, that of Muon included."""
 LOWEST_RATE, HIGHEST_RATE = 0.125, 8.0
-"""The factors beyond which none is tried."""
-DEPTHS = (-1, 1)
-"""Layers more than the preset has."""
+"""The factors on the preset's learning rates beyond which none is tried."""
 SHARE = 0.2
 """Operations of a short run, divided by the budget of the comparison."""
 LENGTH_EXPONENT = 0.32
@@ -38,12 +43,35 @@ SEED = 1000
 """Seed of the short runs. The seeds of a comparison are 0 to 999."""
 LARGEST_MISMATCH = 0.01
 """Largest relative difference between the operations of a step at another depth and at the preset's depth."""
-
 LARGEST_HIDDEN = 2**17
 """Largest `expert_hidden` that the configuration takes."""
 
+Basis = Literal["tokens", "wall"]
 Train = Callable[[Sequence[StudyRun]], list[dict[str, Any]]]
 """Trains runs, and returns their summaries in the same order."""
+Ratio = Callable[[RunConfig, RunConfig], float]
+"""The time of a step of the first settings, divided by that of the second, measured in turn."""
+
+
+class Side(NamedTuple):
+    """A model, and the budget that it has in common with the mixture: tokens, or wall-clock time."""
+
+    dense: Dense
+    basis: Basis
+
+    @property
+    def name(self) -> str:
+        name = DENSE_BASELINES[self.dense]
+        return name if self.dense == "none" else f"{name}, same {self.basis}"
+
+
+MIXTURE = Side("none", "tokens")
+
+
+def sides(models: Sequence[Dense]) -> list[Side]:
+    """The sides of a comparison of `models`, the mixture first."""
+    bases: tuple[Basis, Basis] = ("tokens", "wall")
+    return [MIXTURE, *(Side(dense, basis) for dense in models if dense != "none" for basis in bases)]
 
 
 class Candidate(NamedTuple):
@@ -52,136 +80,189 @@ class Candidate(NamedTuple):
     rate: float
     """Factor on the learning rates."""
     layers: int
+    heads: int
+    """Attention heads. The heads for keys and values change by the same factor."""
     expert_hidden: int
     """F of the mixture. The hidden width of a dense baseline follows from it (`ModelConfig.dense_hidden`)."""
+
+    @classmethod
+    def of(cls, side: RunConfig) -> "Candidate":
+        return cls(1.0, side.model.layers, side.model.heads, side.model.expert_hidden)
 
     def apply(self, side: RunConfig) -> RunConfig:
         """The side with these settings."""
         train = dataclasses.replace(side.train, lr=self.rate * side.train.lr, muon_lr=self.rate * side.train.muon_lr)
-        model = dataclasses.replace(side.model, layers=self.layers, expert_hidden=self.expert_hidden)
-        return dataclasses.replace(side, model=model, train=train)
+        keys = side.model.kv_heads * self.heads // side.model.heads
+        shape = {"layers": self.layers, "heads": self.heads, "kv_heads": keys, "expert_hidden": self.expert_hidden}
+        return dataclasses.replace(side, model=dataclasses.replace(side.model, **shape), train=train)
+
+    @property
+    def name(self) -> str:
+        return f"rate-{self.rate:g}-{self.layers}-layers-{self.heads}-heads"
+
+
+class Move(Protocol):
+    """The next candidate along a line, up or down. None where the line ends."""
+
+    def __call__(self, side: RunConfig, at: Candidate, up: bool) -> Candidate | None: ...
+
+
+def next_rate(side: RunConfig, at: Candidate, up: bool) -> Candidate | None:
+    rate = at.rate * (2 if up else 0.5)
+    return at._replace(rate=rate) if LOWEST_RATE <= rate <= HIGHEST_RATE else None
+
+
+def next_depth(side: RunConfig, at: Candidate, up: bool) -> Candidate | None:
+    layers = at.layers + (1 if up else -1)
+    hidden = hidden_at_depth(side, layers)
+    return None if hidden is None else at._replace(layers=layers, expert_hidden=hidden)
+
+
+def next_heads(side: RunConfig, at: Candidate, up: bool) -> Candidate | None:
+    """Heads must divide the width into even parts, and a whole number of them share a head for keys and values."""
+    heads, model = at.heads * 2 if up else at.heads // 2, side.model
+    fits = heads >= 1 and (up or at.heads % 2 == 0) and model.width % (2 * heads) == 0
+    return at._replace(heads=heads) if fits and model.kv_heads * heads % model.heads == 0 else None
+
+
+LINES: dict[str, Move] = {"rate": next_rate, "layers": next_depth, "heads": next_heads}
 
 
 class Trial(NamedTuple):
     """A short run of a side, and its score."""
 
-    dense: Dense
+    side: Side
     candidate: Candidate
     steps: int
     flops: float
     """Operations of the run."""
     bits: float
-    """Bits per byte of the whole validation stream."""
+    """Bits per byte of the text to choose on."""
 
     def to_json(self) -> dict[str, Any]:
-        own = {"model": DENSE_BASELINES[self.dense], "dense": self.dense, **self.candidate._asdict()}
+        own = {"model": self.side.name, **self.side._asdict(), **self.candidate._asdict()}
         return own | {"steps": self.steps, "training_flops": self.flops, BITS: self.bits}
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> "Trial":
-        candidate = Candidate(found["rate"], found["layers"], found["expert_hidden"])
-        return cls(found["dense"], candidate, found["steps"], found["training_flops"], found[BITS])
+        candidate = Candidate(*(found[name] for name in Candidate._fields))
+        side = Side(found["dense"], found["basis"])
+        return cls(side, candidate, found["steps"], found["training_flops"], found[BITS])
 
 
 class Tuning(NamedTuple):
     """The trials of all sides, in the order in which they were trained."""
 
     trials: tuple[Trial, ...]
+    text: str
+    """The value of `--data` with which the trials were trained and scored."""
     for_whole_runs: float = FOR_WHOLE_RUNS
-    """Rate of a side's whole runs, divided by the best rate of its short runs.""" ""
+    """Rate of a side's whole runs, divided by the best rate of its short runs."""
 
-    @property
-    def models(self) -> list[Dense]:
-        """The sides, in the order in which they were trained."""
-        return list(dict.fromkeys(trial.dense for trial in self.trials))
+    def of(self, side: Side) -> list[Trial]:
+        return [trial for trial in self.trials if trial.side == side]
 
-    @property
-    def rates(self) -> list[float]:
-        """The factors on the learning rates that were tried, ascending."""
-        return sorted({trial.candidate.rate for trial in self.trials})
-
-    def rates_beyond(self) -> list[float]:
-        """Half of the lowest rate and twice the highest one, each if the rate beside it is the best for any side."""
-        best = {self.best(dense).candidate.rate for dense in self.models}
-        lowest, highest = self.rates[0], self.rates[-1]
-        beyond = [lowest / 2] * (lowest in best) + [2 * highest] * (highest in best)
-        return [rate for rate in beyond if LOWEST_RATE <= rate <= HIGHEST_RATE]
-
-    def of(self, dense: Dense) -> list[Trial]:
-        return [trial for trial in self.trials if trial.dense == dense]
-
-    def best(self, dense: Dense) -> Trial:
+    def best(self, side: Side) -> Trial:
         """The trial of a side with the lowest score; of equal ones the first."""
-        return min(self.of(dense), key=lambda trial: trial.bits)
+        return min(self.of(side), key=lambda trial: trial.bits)
 
-    def chosen(self, dense: Dense) -> Candidate:
+    def chosen(self, side: Side) -> Candidate:
         """The settings of a side in whole runs."""
-        best = self.best(dense).candidate
+        best = self.best(side).candidate
         return best._replace(rate=self.for_whole_runs * best.rate)
 
-    def sentences(self) -> list[str]:
+    def sentences(self, base: RunConfig) -> list[str]:
         """The choice of each side and the cost of the search, in words."""
-        sides = self.models
-        runs = len(self.trials) // len(sides)
         cost = sum(trial.flops for trial in self.trials)
         found = [
-            f"the search: {runs} short runs for each of {len(sides)} sides, seed {SEED}, each of {SHARE:.0%} of the "
-            f"budget; {cost:.3g} operations in all"
+            f"the search: {len(self.trials)} short runs, seed {SEED}, each of {SHARE:.0%} of the budget, scored on "
+            f"the validation part of {self.text}; {cost:.3g} operations in all"
         ]
-        for dense in sides:
-            name, best = DENSE_BASELINES[dense], self.best(dense)
-            c, rates = best.candidate, {trial.candidate.rate for trial in self.of(dense)}
-            text = f"{name}: learning rate {c.rate:g} x the preset's, {c.layers} layers, hidden width of an expert "
-            text += f"{c.expert_hidden}; {best.bits:.4f} bits per byte in its short run"
-            if c.rate in (min(rates), max(rates)):
-                text += "; no rate beyond this one was tried, and it may be better"
-            text += f"; in whole runs the learning rate is {self.chosen(dense).rate:.3g} x the preset's"
+        for side in dict.fromkeys(trial.side for trial in self.trials):
+            best = self.best(side)
+            c, settings = best.candidate, dense_baseline(base, side.dense)
+            text = f"{side.name}: learning rate {c.rate:g} x the preset's, {c.layers} layers, {c.heads} heads, hidden "
+            text += f"width of an expert {c.expert_hidden}; {best.bits:.4f} bits per byte in its short run, the best "
+            text += f"of {len(self.of(side))}"
+            for line, move in LINES.items():
+                if move(settings, c, True) is None or move(settings, c, False) is None:
+                    text += f"; {line} {getattr(c, line):g} is the last of its line: one beyond it may be better"
+            text += f"; in whole runs the learning rate is {self.chosen(side).rate:.3g} x the preset's"
             found.append(text)
         return found
 
     def to_json(self) -> dict[str, Any]:
         return {
-            "rates": self.rates,
+            "text": self.text,
             "share_of_budget": SHARE,
             "seed": SEED,
             "rate_factor_for_whole_runs": self.for_whole_runs,
             "training_flops": sum(trial.flops for trial in self.trials),
-            "chosen": {DENSE_BASELINES[dense]: self.best(dense).to_json() for dense in self.models},
+            "chosen": {t.side.name: self.best(t.side).to_json() for t in self.trials},
             "trials": [trial.to_json() for trial in self.trials],
         }
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> "Tuning":
         trials = tuple(Trial.from_json(trial) for trial in found["trials"])
-        return cls(trials, found["rate_factor_for_whole_runs"])
+        return cls(trials, found["text"], found["rate_factor_for_whole_runs"])
 
 
-def search(base: RunConfig, flops: float, out: Path, models: Sequence[Dense], train: Train) -> Tuning:
-    """Train the short runs of all `models` for a budget of `flops` operations. Raises what `train` raises.
+def text_to_choose_on(base: RunConfig) -> RunConfig:
+    """The settings with a text whose validation part no whole run is scored on: the training file alone, of a folder
+    with a training and a validation file. The last 5 % of it are then the validation part. Other sources stay as they
+    are, and choices see the text that scores the whole runs."""
+    if not (folder := Path(base.data.source)).is_dir():
+        return base
+    files = source_files(folder, base.data.format)
+    source = str(files["train"][0]) if files["valid"] else base.data.source
+    return dataclasses.replace(base, data=dataclasses.replace(base.data, source=source))
 
-    A rate is tried for every side or for none, and so is a depth. So each side has the same number of short runs.
+
+def search(base: RunConfig, flops: float, out: Path, models: Sequence[Dense], train: Train, ratio: Ratio) -> Tuning:
+    """Train the short runs of all sides for a budget of `flops` operations. Raises what `train` raises.
+
+    `base` has the text to choose on. A side with the mixture's time has as many steps as the mixture's best candidate
+    would take in that time, by `ratio`.
     """
-    sides: dict[Dense, RunConfig] = {dense: dense_baseline(base, dense) for dense in models}
-    start: dict[Dense, Candidate] = {
-        dense: Candidate(1.0, side.model.layers, side.model.expert_hidden) for dense, side in sides.items()
-    }
-    by_rate, next_rates = Tuning(()), list(RATES)
-    while next_rates:
-        rates: list[tuple[Dense, Candidate]] = [
-            (dense, start[dense]._replace(rate=rate)) for dense in sides for rate in next_rates
-        ]
-        by_rate = Tuning(by_rate.trials + _trials(sides, rates, flops, out, train))
-        next_rates = by_rate.rates_beyond()
-    depths: list[tuple[Dense, Candidate]] = []
-    for more in DEPTHS:
-        hidden: dict[Dense, int | None] = {
-            dense: hidden_at_depth(side, base.model.layers + more) for dense, side in sides.items()
-        }
-        for dense, width in hidden.items():
-            if width is not None and None not in hidden.values():
-                rate = by_rate.best(dense).candidate.rate
-                depths.append((dense, Candidate(rate, base.model.layers + more, width)))
-    return Tuning(by_rate.trials + _trials(sides, depths, flops, out, train))
+    found = Tuning((), base.data.source)
+    for side in sides(models):
+        settings = dense_baseline(base, side.dense)
+
+        def tried(
+            candidate: Candidate, side: Side = side, settings: RunConfig = settings, found: Tuning = found
+        ) -> Trial:
+            own = candidate.apply(settings)
+            if side.basis == "tokens":
+                steps = max(1, math.floor(SHARE * flops / training_flops(own, 1)))
+            else:
+                mixture = found.best(MIXTURE)
+                steps = max(1, round(mixture.steps / ratio(own, mixture.candidate.apply(base))))
+            name = f"tune-{DENSE_BASELINES[side.dense]}-{candidate.name}"
+            run = StudyRun(f"search, {side.name}, {candidate.name}", run_config(own, name, steps, SEED, out))
+            (summary,) = train([run])
+            return Trial(side, candidate, steps, summary["training_flops"], summary[BITS])
+
+        trials = [tried(Candidate.of(settings))]
+        for move in LINES.values():
+            start = min(trials, key=lambda trial: trial.bits)
+            for up in (False, True):
+                trials += _climb(start, partial(move, settings, up=up), tried)
+        found = found._replace(trials=(*found.trials, *trials))
+    return found
+
+
+def _climb(
+    best: Trial, move: Callable[[Candidate], Candidate | None], tried: Callable[[Candidate], Trial]
+) -> list[Trial]:
+    """The trials in one direction: until one is no better than the last, or the line ends."""
+    trials = []
+    while (candidate := move(best.candidate)) is not None:
+        trials.append(tried(candidate))
+        if trials[-1].bits >= best.bits:
+            break
+        best = trials[-1]
+    return trials
 
 
 def hidden_at_depth(side: RunConfig, layers: int) -> int | None:
@@ -194,29 +275,9 @@ def hidden_at_depth(side: RunConfig, layers: int) -> int | None:
     aim = training_flops(side, 1)
 
     def flops(hidden: int) -> int:
-        return training_flops(Candidate(1.0, layers, hidden).apply(side), 1)
+        return training_flops(Candidate(1.0, layers, side.model.heads, hidden).apply(side), 1)
 
     widths = range(1, LARGEST_HIDDEN + 1)
     above = bisect.bisect_left(widths, aim, key=flops)
     near = min(widths[max(0, above - 1) : above + 1], key=lambda hidden: abs(flops(hidden) - aim))
     return near if abs(flops(near) - aim) <= LARGEST_MISMATCH * aim else None
-
-
-def _trials(
-    sides: dict[Dense, RunConfig],
-    candidates: Sequence[tuple[Dense, Candidate]],
-    flops: float,
-    out: Path,
-    train: Train,
-) -> tuple[Trial, ...]:
-    runs = []
-    for dense, candidate in candidates:
-        settings = candidate.apply(sides[dense])
-        steps = max(1, math.floor(SHARE * flops / training_flops(settings, 1)))
-        name = f"tune-{DENSE_BASELINES[dense]}-rate-{candidate.rate:g}-{candidate.layers}-layers"
-        title = f"search, {DENSE_BASELINES[dense]}, {candidate.rate:g} x the learning rate, {candidate.layers} layers"
-        runs.append(StudyRun(title, run_config(settings, name, steps, SEED, out)))
-    return tuple(
-        Trial(dense, candidate, run.config.train.steps, summary["training_flops"], summary[BITS])
-        for (dense, candidate), run, summary in zip(candidates, runs, train(runs), strict=True)
-    )

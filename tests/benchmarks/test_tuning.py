@@ -1,6 +1,7 @@
-"""The search for the learning rate and the depth of each side: equal costs, by hand, and what it chooses. No run is
+"""The search for the settings of each side: what is tried by hand, what it chooses, and on which text. No run is
 trained."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 from comparison import tuning
 from comparison.baselines import Plan
-from comparison.tuning import Candidate, Tuning, hidden_at_depth, search
+from comparison.tuning import MIXTURE, Candidate, Side, Tuning, hidden_at_depth, search, sides, text_to_choose_on
 
 from moe_jax.config import Dense, RunConfig
 from moe_jax.config.presets import DENSE_BASELINES
@@ -17,6 +18,7 @@ from tests.benchmarks.invented_runs import Trainer, recipe
 
 BASE = recipe("stories", hidden=100, lr=1e-3, muon_lr=0.02)
 FLOPS = 1000 * training_flops(BASE, 1)
+TOKENS, TIME = Side("active", "tokens"), Side("active", "wall")
 
 
 def test_the_hidden_width_at_another_depth_by_hand() -> None:
@@ -25,52 +27,105 @@ def test_the_hidden_width_at_another_depth_by_hand() -> None:
     assert hidden_at_depth(BASE, 2) == 44
     assert hidden_at_depth(BASE, 1) == 100
     assert hidden_at_depth(BASE, 0) is None
-    back = Candidate(1.0, 2, 44).apply(BASE)
+    back = Candidate(1.0, 2, 2, 44).apply(BASE)
     assert training_flops(back, 1) - training_flops(BASE, 1) == 6 * 128 * (10_624 - 10_688)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "down", "up"), [(4, 2, 2, 8), (4, 1, None, 8), (8, 2, 4, None)])
+def test_heads_fit_the_width(heads: int, kv_heads: int, down: int | None, up: int | None) -> None:
+    """The width is 16: eight heads are two wide, and sixteen could not be rotated in pairs. Half of one key head is
+    none. The parameters and the operations stay the same."""
+    model = dataclasses.replace(BASE.model, heads=heads, kv_heads=kv_heads)
+    side = dataclasses.replace(BASE, model=model)
+    start = Candidate.of(side)
+    found = [tuning.next_heads(side, start, up=direction) for direction in (False, True)]
+    assert [c and c.heads for c in found] == [down, up]
+    for candidate in filter(None, found):
+        own = candidate.apply(side)
+        assert own.model.kv_heads * heads == kv_heads * own.model.heads
+        assert training_flops(own, 1) == training_flops(side, 1)
 
 
 BEST = {"none": 2.0, "active": 0.5, "total": 1.0}
 
 
 def score(config: RunConfig) -> float:
-    """Each side has its own best rate, which is lower by 5^-0.32 in whole runs: they are five times as long. Two layers
-    are better for the mixture only."""
+    """Each model has its own best rate, which is lower by 5^-0.32 in whole runs: they are five times as long. Three
+    layers are the best for the mixture, one for the others, and four heads for the baseline of the same parameters."""
     dense, layers = config.model.dense, config.model.layers
     best = BEST[dense] * (1 if config.train.seed == tuning.SEED else 5**-0.32)
     wrong_rate = abs(config.train.lr / 1e-3 - best)
-    return 1.0 + wrong_rate + (layers - 1) * (-0.25 if dense == "none" else 0.25)
+    wrong_heads = abs(config.model.heads - (4 if dense == "active" else 2)) / 8
+    return 1.0 + wrong_rate + wrong_heads + 0.25 * abs(layers - (3 if dense == "none" else 1))
+
+
+def ratio(first: RunConfig, second: RunConfig) -> float:
+    """A layer of a dense network takes a quarter of the time of a layer of the mixture."""
+    return first.model.layers / second.model.layers * (0.25 if first.model.dense != "none" else 1)
 
 
 def found(trainer: Trainer, base: RunConfig = BASE, models: Sequence[Dense] = tuple(DENSE_BASELINES)) -> Tuning:
-    return search(base, FLOPS, Path("out"), models, lambda runs: [trainer(run.config) for run in runs])
+    return search(base, FLOPS, Path("out"), models, lambda runs: [trainer(run.config) for run in runs], ratio)
 
 
-def test_each_side_gets_its_own_best() -> None:
+def test_each_side_goes_on_until_it_gets_worse() -> None:
     trainer = Trainer(score)
     chosen = found(trainer)
-    assert chosen.best("none").candidate == Candidate(2.0, 2, 44)
-    assert chosen.best("active").candidate == Candidate(0.5, 1, 100)
-    assert chosen.best("total").candidate == Candidate(1.0, 1, 100)
-    assert [len(chosen.of(dense)) for dense in DENSE_BASELINES] == [6, 6, 6]  # no depth of 0 layers
+    assert chosen.best(MIXTURE).candidate == Candidate(2.0, 3, 2, hidden_at_depth(BASE, 3) or 0)
+    assert chosen.best(TOKENS).candidate == Candidate(0.5, 1, 4, 100)
+    assert chosen.best(Side("total", "tokens")).candidate == Candidate(1.0, 1, 2, 100)
+    assert [(t.candidate.rate, t.candidate.layers, t.candidate.heads) for t in chosen.of(MIXTURE)] == [
+        *((1.0, 1, 2), (0.5, 1, 2), (2.0, 1, 2), (4.0, 1, 2)),  # half is worse, two is better, four is worse
+        *((2.0, 2, 2), (2.0, 3, 2)),  # no depth of 0 layers, and with four no hidden width has as many operations
+        *((2.0, 3, 1), (2.0, 3, 4)),  # both worse
+    ]
     assert {config.train.seed for config in trainer.asked} == {tuning.SEED} == {1000}
-    assert len(set(trainer.folders)) == 18
-    tried = [(t.candidate.rate, t.candidate.layers) for t in chosen.of("active")]
-    # A quarter is tried because a half was the best here, and four because two was the best of the mixture.
-    assert tried == [(0.5, 1), (1.0, 1), (2.0, 1), (0.25, 1), (4.0, 1), (0.5, 2)]  # the other depth with the best rate
     for config in trainer.asked:
         assert config.train.muon_lr / 0.02 == pytest.approx(config.train.lr / 1e-3)
 
 
+def test_a_side_with_the_same_time_has_the_steps_of_that_time() -> None:
+    """The mixture's best has three layers. A dense network of one layer takes a twelfth of its time, one of two layers
+    a sixth."""
+    chosen = found(Trainer(score))
+    steps = chosen.best(MIXTURE).steps
+    by_layers = {(t.candidate.layers, t.steps) for t in chosen.of(TIME)}
+    assert by_layers == {(1, 12 * steps), (2, 6 * steps)}
+    assert {t.steps for t in chosen.of(TOKENS) if t.candidate.layers == 1} == {200}
+
+
+def test_an_end_of_a_line_is_said() -> None:
+    """Lower rates are always better: the search stops at an eighth of the preset's."""
+    chosen = found(Trainer(lambda config: config.train.lr), models=["none"])
+    assert chosen.best(MIXTURE).candidate.rate == tuning.LOWEST_RATE == 0.125
+    (_, mixture) = chosen.sentences(BASE)
+    assert "rate 0.125 is the last of its line: one beyond it may be better" in mixture
+
+
+def test_choices_are_made_on_a_part_of_the_training_text(tmp_path: Path) -> None:
+    (tmp_path / "train.txt").write_text("a")
+    base = dataclasses.replace(BASE, data=dataclasses.replace(BASE.data, source=str(tmp_path)))
+    assert text_to_choose_on(base) == base  # without a validation file the folder is that text already
+    (tmp_path / "valid.txt").write_text("b")
+    assert text_to_choose_on(base).data.source == str(tmp_path / "train.txt")
+    assert text_to_choose_on(BASE) == BASE
+
+
 def test_a_plan_takes_the_choices_and_keeps_them(tmp_path: Path) -> None:
-    plan = Plan(BASE, FLOPS, {"none": 1.0, "active": 1.0, "total": 1.0}, found(Trainer(score)))
-    mixture, dense = plan.settings("none"), plan.settings("active")
+    names = [side.name for side in sides(list(DENSE_BASELINES))]
+    plan = Plan(BASE, FLOPS, dict.fromkeys(names, 1.0), found(Trainer(score)))
+    mixture, dense = plan.settings(MIXTURE), plan.settings(TOKENS)
     # Whole runs are five times as long: the best rate is lower by 5^-0.32 = exp(-0.32 * 1.6094) = 0.5975.
     assert mixture.train.lr == pytest.approx(0.5975 * 2e-3, rel=1e-4)
     assert mixture.train.muon_lr == pytest.approx(0.5975 * 0.04, rel=1e-4)
     assert dense.train.lr == pytest.approx(0.5975 * 5e-4, rel=1e-4)
-    assert (mixture.model.layers, mixture.model.expert_hidden) == (2, 44)
-    assert (dense.model.layers, dense.model.dense) == (1, "active")
-    assert plan.arms()[0].steps == FLOPS // training_flops(mixture, 1) > 1000
+    assert (mixture.model.layers, dense.model.layers, dense.model.heads) == (3, 1, 4)
+    arms = plan.arms()
+    assert [arm.name for arm in arms] == names
+    assert arms[0].steps == FLOPS // training_flops(mixture, 1)
+    whole = plan.config(arms[1], 0, Path("out"))
+    assert whole.train.eval_every == whole.train.steps, "a second look at the text would choose a checkpoint"
     plan.save(tmp_path / "plan.json", {})
     assert Plan.load(tmp_path / "plan.json") == plan
-    assert json.loads(json.dumps(plan.tuning.to_json()))["chosen"]["moe"]["layers"] == 2
+    assert plan.tuning is not None
+    assert json.loads(json.dumps(plan.tuning.to_json()))["chosen"]["moe"]["layers"] == 3
