@@ -2,8 +2,8 @@
 
 With o = W v, W = P * mask / keep, and P = softmax(q k^T / sqrt(A)), the gradients are
 
-    d_v = W^T d_o        d_P = (d_o v^T) * mask / keep
-    d_S = P * (d_P - rowsum(d_P * P)) = P * (d_P - rowsum(d_o * o))
+    d_v = W^T d_o        d_W = d_o v^T        d_P = d_W * mask / keep
+    d_S = P * (d_P - rowsum(d_P * P)) = W * d_W - P * rowsum(d_o * o)
     d_q = d_S k / sqrt(A)        d_k = d_S^T q / sqrt(A)
 
 The sums over queries in d_v and d_k run over the queries of all heads of a group.
@@ -149,10 +149,8 @@ def _block_gradients(
     w = _dropped(p, mask, keep)
     d_o, q = _by_group(d_out, value), _by_group(query, key)
     d_value = _einsum("bhdq,bhqs->bhds", transpose_contiguous(d_o), _by_group(w, value))
-    d_p = _einsum("bhqd,bhsd->bhqs", d_o, value, at_least_float32(query.dtype)).reshape(p.shape)
-    if mask is not None:
-        d_p = jnp.where(mask, d_p / keep, 0)
-    d_s = (p * (d_p - row_sum) / math.sqrt(query.shape[-1])).astype(query.dtype)
+    d_w = _einsum("bhqd,bhsd->bhqs", d_o, value, at_least_float32(query.dtype)).reshape(p.shape)
+    d_s = ((w * d_w - p * row_sum) / math.sqrt(query.shape[-1])).astype(query.dtype)
     d_s = _by_group(d_s, key)
     d_query = _einsum("bhqs,bhsd->bhqd", d_s, key).reshape(query.shape)
     d_key = _einsum("bhdq,bhqs->bhds", transpose_contiguous(q), d_s)
