@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from foundation.losses import cross_entropy_backward, cross_entropy_forward
-from foundation.moe import MoECache, assign_slots, capacity, combine_backward, moe_backward, moe_forward
+from foundation.moe import assign_slots, capacity, combine_backward, moe_backward, moe_forward
 from foundation.router import router_backward, router_forward
 
 WORDS = ("the", "cat", "saw", "the", "dog", "and", "ran", "home")
@@ -82,8 +82,9 @@ def state(given: Example, token: int, top_k: int, room: float, balance: float) -
     return {"rows": rows, "places": places, "loss": float(value), "probability": float(jnp.exp(-value))}
 
 
-def _forward(given: Example, cache: MoECache, token: int, top_k: int, room: float) -> tuple[list[dict[str, Any]], int]:
+def _forward(given: Example, cache: tuple, token: int, top_k: int, room: float) -> tuple[list[dict[str, Any]], int]:
     """A row for each expert, and the places in each."""
+    _, _, _, (answers, *_), _ = cache
     routing, _ = router_forward(given.x, given.params["router"], top_k)
     logits = (given.x @ given.params["router"])[0, token]
     places = capacity(given.x.shape[1], EXPERTS, top_k, room)
@@ -97,15 +98,16 @@ def _forward(given: Example, cache: MoECache, token: int, top_k: int, room: floa
             k = chosen.index(expert)
             row |= {"gate": float(routing.gates[0, token, k]), "fate": "no room"}
             if keep[0, token, k]:
-                row |= {"fate": "kept", "answer": _numbers(cache.combine[0][0, token, k])}
+                row |= {"fate": "kept", "answer": _numbers(answers[0, token, k])}
         rows.append(row)
     return rows, places
 
 
-def _back(given: Example, cache: MoECache, d_y: Any, token: int, top_k: int, balance: float) -> dict[str, list[float]]:
+def _back(given: Example, cache: tuple, d_y: Any, token: int, top_k: int, balance: float) -> dict[str, list[float]]:
     """Gradients by expert. What has several entries is told by its length."""
+    _, _, _, combine_cache, _ = cache
     zero, weight = jnp.array(0.0), jnp.array(balance)
-    d_h, d_gates = combine_backward(d_y, cache.combine)
+    d_h, d_gates = combine_backward(d_y, combine_cache)
     _, d_params = moe_backward(d_y, weight, zero, cache)
     # The router of x with the matrix W is the router of the logits x W with the identity: so d_x is d_logits there.
     routing, identity = router_forward(given.x @ given.params["router"], jnp.eye(EXPERTS), top_k)

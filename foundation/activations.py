@@ -1,11 +1,9 @@
-"""Elementwise nonlinearities and their derivatives.
+"""Elementwise nonlinearities y = f(x). The Jacobian is diagonal, so d_x = d_y * f'(x). Derived in chapter 3.
 
-An elementwise y = f(x) has a diagonal Jacobian, so its backward pass is one product: d_x = d_y * f'(x).
-What differs is what f' is cheapest to compute from: tanh and sigmoid from their *output*, the others from
-their input. That choice is what each cache holds.
+tanh and sigmoid compute f' from their output, the others from their input: that is what each cache holds.
 
-Sources: ReLU: Glorot, Bordes and Bengio 2011, section 3.1. GELU: Hendrycks and Gimpel 2016, section 2 (both
-forms). SiLU: Elfwing, Uchibe and Doya 2017, equations 2 and 3; Ramachandran et al. 2017 call it Swish.
+Sources: ReLU: Glorot, Bordes and Bengio 2011, section 3.1. GELU: Hendrycks and Gimpel 2016, section 2 (both forms).
+SiLU: Elfwing, Uchibe and Doya 2017, equations 2 and 3; Ramachandran et al. 2017 call it Swish.
 """
 
 import math
@@ -52,14 +50,13 @@ def relu_forward(x: Elementwise) -> tuple[Elementwise, tuple]:
 
 
 def relu_backward(d_y: Elementwise, cache: tuple) -> Elementwise:
-    """relu' = 1 where x > 0, else 0. At the kink x = 0 any value in [0, 1] is a subgradient; we take 0."""
+    """relu' = 1 where x > 0, else 0, also at the kink."""
     (positive,) = cache
     return jnp.where(positive, d_y, 0.0)
 
 
 def gelu_exact_forward(x: Elementwise) -> tuple[Elementwise, tuple]:
-    """y = x Phi(x), with Phi(x) = (1 + erf(x / sqrt 2)) / 2, the distribution function of a standard
-    normal."""
+    """y = x Phi(x), with Phi(x) = (1 + erf(x / sqrt 2)) / 2: how likely a normal number is below x."""
     return x * _normal_cdf(x), (x,)
 
 

@@ -1,20 +1,15 @@
 """Adafactor: Adam's second moment v, [R, C], in R + C numbers. Derived in chapter 10.
 
-Of all products r c^T, the one that is nearest to v in the divergence
+Of all products w = r c^T the nearest to v in the divergence
 
     D(v, w) = sum_ij  v_ij log(v_ij / w_ij) - v_ij + w_ij
 
-is where both gradients are 0, dD/dr_i = sum(c) - (row sum i) / r_i and dD/dc_j = sum(r) - (column sum j) / c_j:
-
-    w_ij = (row sum i) (column sum j) / (sum of all)
-
-Sums are linear in v, so the factors of the running mean are the running means of the factors.
+is w_ij = (row sum i) (column sum j) / (sum of all). Sums are linear in v, so the factors of the running mean are the
+running means of the factors.
 
 Source: Shazeer and Stern 2018, section 3 (the divergence and its minimum) and algorithms 4 and 5; section 6 (clipping),
 section 7.2 (the decay 1 - t^-0.8).
 """
-
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -47,33 +42,26 @@ def rank_one_fit(square: Matrix) -> Matrix:
     return jnp.sum(square, axis=1, keepdims=True) * jnp.sum(square, axis=0, keepdims=True) / jnp.sum(square)
 
 
-class AdafactorState(NamedTuple):
-    """Steps taken, and the running means of the squared gradient's row means and column means."""
-
-    step: Array
-    row: Float[Array, " R"]
-    column: Float[Array, " C"]
+def adafactor_init(matrix: Matrix) -> tuple:
+    """(step, row, column): steps taken, and the running means of the squared gradient's row means and column means."""
+    return jnp.zeros((), int), jnp.zeros_like(matrix[:, 0]), jnp.zeros_like(matrix[0])
 
 
-def adafactor_init(matrix: Matrix) -> AdafactorState:
-    """Means of zero. The first decay is 1 - 1^-0.8 = 0, so there is no start to correct for."""
-    return AdafactorState(jnp.zeros((), int), jnp.zeros_like(matrix[:, 0]), jnp.zeros_like(matrix[0]))
-
-
-def adafactor_update(grad: Matrix, state: AdafactorState, matrix: Matrix, lr: float) -> tuple[Matrix, AdafactorState]:
+def adafactor_update(grad: Matrix, state: tuple, matrix: Matrix, lr: float) -> tuple[Matrix, tuple]:
     """w <- w - lr u / max(1, rms(u)), with u = g / sqrt(r c^T / mean(r)).
 
-    With means instead of sums, row x column / mean(row) is the same fit as above. There is no first moment, so a
-    gradient that is suddenly large makes a large u: the root mean square of a step is clipped at 1.
+    There is no first moment, so a gradient that is suddenly large makes a large u: the root mean square of a step is
+    clipped at 1. The first decay is 1 - 1^-0.8 = 0, so there is no start to correct for.
     """
-    step = state.step + 1
+    step, row, column = state
+    step = step + 1
     keep = 1.0 - jnp.asarray(step, grad.dtype) ** -DECAY
     square = grad**2 + TINY
-    row = keep * state.row + (1.0 - keep) * jnp.mean(square, axis=1)
-    column = keep * state.column + (1.0 - keep) * jnp.mean(square, axis=0)
+    row = keep * row + (1.0 - keep) * jnp.mean(square, axis=1)
+    column = keep * column + (1.0 - keep) * jnp.mean(square, axis=0)
     direction = grad / jnp.sqrt(row[:, None] * column / jnp.mean(row))
     size = jnp.sqrt(jnp.mean(direction**2))
-    return matrix - lr * direction / jnp.maximum(1.0, size / LARGEST_STEP), AdafactorState(step, row, column)
+    return matrix - lr * direction / jnp.maximum(1.0, size / LARGEST_STEP), (step, row, column)
 
 
 def adafactor_path(grads: Float[Array, "S R C"], matrix: Matrix, lr: float) -> Matrix:

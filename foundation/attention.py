@@ -1,25 +1,18 @@
-"""Scaled dot-product attention, and causal multi-head attention with all its projections.
+"""Scaled dot-product attention, and causal multi-head attention with its projections. Derived in chapter 5.
 
-One head:  S = q k^T / sqrt(A),  P = softmax(S) under the mask,  o = P v.  Read the chain from the end:
+    S = q k^T / sqrt(A)     d_q = d_S k / sqrt(A)             d_k = d_S^T q / sqrt(A)
+    P = softmax(S)          d_S = P * (d_P - <P, d_P>)        row by row
+    o = P v                 d_P = d_o v^T                     d_v = P^T d_o
 
-    o = P v              d_P = d_o v^T            d_v = P^T d_o
-    P = softmax(S)       d_S = P * (d_P - <P, d_P>)      row by row (softmax.py)
-    S = q k^T / sqrt(A)  d_q = d_S k / sqrt(A)    d_k = d_S^T q / sqrt(A)
+A masked score has P = 0, and d_S has the factor P, so the mask needs no line of its own.
 
-The mask needs no line of its own: a masked score has P = 0, and d_S has the factor P. So no gradient
-reaches the future. A bias of the keys shifts a whole row of S by one constant, <q_t, b>, which softmax ignores: its
-gradient is 0. That holds only without rotary positions. RoPE turns the bias at position s by R_s, so the shift
-<R_t q_t, R_s b> differs along the row, and the bias has a gradient like any other parameter.
-
-Multi-head: one fused projection x -> (q | k | v), a split into heads, the above, the heads side by side
-again, and an output projection. Fewer key heads than heads, and normalised queries and keys, are in
-grouped_heads.py.
+Multi-head: one projection x -> (q | k | v), a split into heads, the above, the heads side by side again, and an output
+projection. Fewer key heads than heads, and normalised queries and keys, are in grouped_heads.py.
 
 Source: Vaswani et al. 2017, section 3.2.1, equation 1, and section 3.2.2.
 """
 
 import math
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -39,17 +32,6 @@ from foundation.softmax import softmax_backward, softmax_forward
 Heads = Float[Array, "*rows T A"]
 
 
-class AttentionCache(NamedTuple):
-    """q, k, v, the probabilities after dropout, and the caches of the two steps between."""
-
-    q: Array
-    k: Array
-    v: Array
-    kept: Array
-    softmax: tuple
-    dropout: tuple
-
-
 def attention_forward(
     q: Heads,
     k: Float[Array, "*rows S A"],
@@ -57,7 +39,7 @@ def attention_forward(
     mask: Bool[Array, "..."] | None = None,
     keep: Bool[Array, "*rows T S"] | None = None,
     rate: float = 0.0,
-) -> tuple[Float[Array, "*rows T W"], AttentionCache]:
+) -> tuple[Float[Array, "*rows T W"], tuple]:
     """o = dropout(softmax(q k^T / sqrt(A))) v, over any leading axes.
 
     `mask` broadcasts to [*rows, T, S], True where position t may look at s; a row that sees nothing gives 0.
@@ -66,19 +48,19 @@ def attention_forward(
     scores = q @ jnp.swapaxes(k, -1, -2) / math.sqrt(q.shape[-1])  # [*rows, T, S]
     p, softmax_cache = softmax_forward(scores, mask)
     kept, dropout_cache = dropout_forward(p, keep, rate)
-    return kept @ v, AttentionCache(q, k, v, kept, softmax_cache, dropout_cache)
+    return kept @ v, (q, k, v, kept, softmax_cache, dropout_cache)
 
 
 def attention_backward(
-    d_o: Float[Array, "*rows T W"], cache: AttentionCache
+    d_o: Float[Array, "*rows T W"], cache: tuple
 ) -> tuple[Heads, Float[Array, "*rows S A"], Float[Array, "*rows S W"]]:
-    """(d_q, d_k, d_v). The last line reads S = q k^T / sqrt(A) twice: both factors get their gradient from
-    d_S."""
-    d_kept = d_o @ jnp.swapaxes(cache.v, -1, -2)
-    d_v = jnp.swapaxes(cache.kept, -1, -2) @ d_o
-    d_p = dropout_backward(d_kept, cache.dropout)
-    d_scores = softmax_backward(d_p, cache.softmax) / math.sqrt(cache.q.shape[-1])
-    return d_scores @ cache.k, jnp.swapaxes(d_scores, -1, -2) @ cache.q, d_v
+    """(d_q, d_k, d_v)."""
+    q, k, v, kept, softmax_cache, dropout_cache = cache
+    d_kept = d_o @ jnp.swapaxes(v, -1, -2)
+    d_v = jnp.swapaxes(kept, -1, -2) @ d_o
+    d_p = dropout_backward(d_kept, dropout_cache)
+    d_scores = softmax_backward(d_p, softmax_cache) / math.sqrt(q.shape[-1])
+    return d_scores @ k, jnp.swapaxes(d_scores, -1, -2) @ q, d_v
 
 
 def causal_mask(positions: int) -> Bool[Array, "T T"]:
@@ -87,31 +69,15 @@ def causal_mask(positions: int) -> Bool[Array, "T T"]:
 
 
 def split_heads(x: Float[Array, "B T D"], heads: int) -> Float[Array, "B H T A"]:
-    """[B, T, (H A)] -> [B, H, T, A]. A permutation of entries: its adjoint is `join_heads`, its inverse.
-
-    Raises ValueError where the heads do not divide the width.
-    """
-    batch, positions, width = x.shape
-    if width % heads:
-        raise ValueError(f"width {width} is not divided by {heads} heads")
-    return x.reshape(batch, positions, heads, width // heads).transpose(0, 2, 1, 3)
+    """[B, T, (H A)] -> [B, H, T, A]. A permutation of entries: its adjoint is `join_heads`, its inverse."""
+    batch, positions, _ = x.shape
+    return x.reshape(batch, positions, heads, -1).transpose(0, 2, 1, 3)
 
 
 def join_heads(x: Float[Array, "B H T A"]) -> Float[Array, "B T D"]:
     """[B, H, T, A] -> [B, T, (H A)], the inverse of `split_heads`."""
     batch, heads, positions, width = x.shape
     return x.transpose(0, 2, 1, 3).reshape(batch, positions, heads * width)
-
-
-class MultiHeadCache(NamedTuple):
-    """The caches of the steps in order; `norms` (of q and k) and `rope` are None without them."""
-
-    qkv: tuple
-    norms: tuple[tuple, tuple] | None
-    rope: tuple | None
-    shared: tuple
-    attention: AttentionCache
-    out: tuple
 
 
 def multi_head_forward(
@@ -124,13 +90,13 @@ def multi_head_forward(
     base: float = ROPE_BASE,
     eps: float = RMSNORM_EPS,
     slowed: Float[Array, " pairs"] | float = 1.0,
-) -> tuple[Float[Array, "B T D"], MultiHeadCache]:
+) -> tuple[Float[Array, "B T D"], tuple]:
     """Causal multi-head self-attention.
 
     params: {"qkv": {"kernel" [D, (H + 2 KV) A], "bias"?}, "out": {"kernel" [H A, D], "bias"? [D]}, "query_norm"?:
-    {"scale"}, "key_norm"?: {"scale"}}; the columns of qkv are all of q, then k, then v, each by head. The
-    width of a head A and the number of key heads KV follow from the shapes; the scales are [A], or [H A] and
-    [KV A]. `rotary` turns q and k by RoPE, with `slowed` pairs.
+    {"scale"}, "key_norm"?: {"scale"}}; the columns of qkv are all of q, then k, then v, each by head. A and the number
+    of key heads KV follow from the shapes; the scales are [A], or [H A] and [KV A]. `rotary` turns q and k by RoPE,
+    with `slowed` pairs.
     """
     qkv, qkv_cache = linear_forward(x, params["qkv"]["kernel"], params["qkv"].get("bias"))
     queries = params["out"]["kernel"].shape[0]  # H A
@@ -150,28 +116,27 @@ def multi_head_forward(
     v, _ = share_heads_forward(v, heads)
     o, attention_cache = attention_forward(q, k, v, causal_mask(x.shape[1]), keep, rate)
     y, out_cache = linear_forward(join_heads(o), params["out"]["kernel"], params["out"].get("bias"))
-    return y, MultiHeadCache(qkv_cache, norm_caches, rope_cache, shared_cache, attention_cache, out_cache)
+    return y, (qkv_cache, norm_caches, rope_cache, shared_cache, attention_cache, out_cache)
 
 
-def multi_head_backward(d_y: Float[Array, "B T D"], cache: MultiHeadCache) -> tuple[Float[Array, "B T D"], dict]:
+def multi_head_backward(d_y: Float[Array, "B T D"], cache: tuple) -> tuple[Float[Array, "B T D"], dict]:
     """(d_x, d_params): the forward lines in reverse order, each replaced by its adjoint."""
-    heads = cache.attention.q.shape[1]
-    d_joined, d_out_kernel, d_out_bias = linear_backward(d_y, cache.out)
-    d_q, d_k, d_v = attention_backward(split_heads(d_joined, heads), cache.attention)
-    d_k, d_v = share_heads_backward(d_k, cache.shared), share_heads_backward(d_v, cache.shared)
-    if cache.rope is not None:
-        d_q, d_k = rope_backward(d_q, cache.rope), rope_backward(d_k, cache.rope)
-    d_parts = [join_heads(part) for part in (d_q, d_k, d_v)]
-    d_scales = {}
-    if cache.norms is not None:
-        for n, name in enumerate(("query_norm", "key_norm")):
-            d_parts[n], d_scale = normalise_heads_backward(d_parts[n], cache.norms[n])
-            d_scales[name] = {"scale": d_scale}
-    d_qkv = jnp.concatenate(d_parts, axis=-1)
-    d_x, d_qkv_kernel, d_qkv_bias = linear_backward(d_qkv, cache.qkv)
-    d_params = {"qkv": {"kernel": d_qkv_kernel}, "out": {"kernel": d_out_kernel}, **d_scales}
-    if d_qkv_bias is not None:
-        d_params["qkv"]["bias"] = d_qkv_bias
-    if d_out_bias is not None:
-        d_params["out"]["bias"] = d_out_bias
+    qkv_cache, norm_caches, rope_cache, shared_cache, attention_cache, out_cache = cache
+    d_params = {}
+    d_joined, d_params["out"] = _projection_backward(d_y, out_cache)
+    d_q, d_k, d_v = attention_backward(split_heads(d_joined, attention_cache[0].shape[1]), attention_cache)
+    d_k, d_v = share_heads_backward(d_k, shared_cache), share_heads_backward(d_v, shared_cache)
+    if rope_cache is not None:
+        d_q, d_k = rope_backward(d_q, rope_cache), rope_backward(d_k, rope_cache)
+    d_q, d_k, d_v = join_heads(d_q), join_heads(d_k), join_heads(d_v)
+    if norm_caches is not None:
+        d_q, d_query_scale = normalise_heads_backward(d_q, norm_caches[0])
+        d_k, d_key_scale = normalise_heads_backward(d_k, norm_caches[1])
+        d_params |= {"query_norm": {"scale": d_query_scale}, "key_norm": {"scale": d_key_scale}}
+    d_x, d_params["qkv"] = _projection_backward(jnp.concatenate([d_q, d_k, d_v], axis=-1), qkv_cache)
     return d_x, d_params
+
+
+def _projection_backward(d_y: Float[Array, "B T O"], cache: tuple) -> tuple[Float[Array, "B T I"], dict]:
+    d_x, d_kernel, d_bias = linear_backward(d_y, cache)
+    return d_x, {"kernel": d_kernel} if d_bias is None else {"kernel": d_kernel, "bias": d_bias}

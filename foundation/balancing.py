@@ -6,12 +6,7 @@ went to expert e:
     choice    S_t = the K experts with the largest s_te + b_e
     gate      g_te = scale s_te / sum of s_tj over S_t: the bias is not in it
     step      b_e + rate sign(mean f - f_e)        a controller: nothing is differentiated
-
-With s = sigmoid(z), each score depends on its own logit, s' = s (1 - s), and only the division couples the chosen ones:
-
-    d_z_e = g_e (1 - s_e) (d_g_e - <g, d_g> / scale)    for e in S, and 0 elsewhere
-
-That is the rule of a softmax over S with one more factor, 1 - s_e.
+    sigmoid   d_z_e = g_e (1 - s_e) (d_g_e - <g, d_g> / scale)    for e in S, and 0 elsewhere
 
 Sources: Wang et al. 2024, equation 3 and algorithm 1 (bias); DeepSeek-AI 2024 ("DeepSeek-V3"), equations 12 to 16
 (sigmoid, division, scale).

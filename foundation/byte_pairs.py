@@ -1,12 +1,10 @@
 """Byte-pair encoding from scratch. Derived in chapter 20.
 
 Begin with bytes. The most frequent pair of neighbours gets a new number and is replaced everywhere, from left to right,
-as often as one likes. The list of pairs is the tokenizer. Each place counts: "aaa" has (a, a) twice, and becomes (aa,
-a). Of equally frequent pairs the one with the smaller numbers is taken. No pair spans two words, so each different word
-is counted once, times its occurrences.
+as often as one likes. The list of pairs is the tokenizer. Of equally frequent pairs the one with the smaller numbers is
+taken. No pair spans two words, so each different word is counted once, times its occurrences.
 
-A new word is encoded by the pair in it that was learned *first*, again and again. That is the same as going through the
-whole list: a replacement makes new pairs only with the new number, and those were learned later.
+A new word is encoded by the pair in it that was learned *first*, again and again.
 
 Sources: Gage 1994; Sennrich et al. 2016, section 3.2 and algorithm 1; Radford et al. 2019, section 2.2 (bytes).
 """

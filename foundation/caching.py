@@ -1,8 +1,6 @@
 """What may be cached: when an output is a function of the text before it. Derived in chapter 12.
 
-Attention under a causal mask is such a function: keys and values are kept, each key turned by its own position. The
-slots of experts are given by a rule: of the tokens that want an expert, the C first in a queue get one. Two tests, for
-an output t:
+The slots of experts are given by a rule: of the tokens that want an expert, the C first in a queue get one. Two tests:
 
     content     change a token after t: passes if no later token can be before an earlier one, for any text
     length      cut the text after t: passes if, besides, C does not depend on the tokens after t
@@ -88,7 +86,7 @@ def window_mask(positions: int, window: int, sinks: int = 0) -> Bool[Array, "T T
 
 
 def kept_choices(probs: Float[Array, "T E"], top_k: int, factor: float, rule: str) -> Bool[Array, "T E"]:
-    """Which experts each token of one sequence gets a slot of. Raises ValueError for an unknown rule.
+    """Which experts each token of one sequence gets a slot of.
 
     Under "expert" every token wants every expert; else the `top_k` likeliest ones.
     """
@@ -107,8 +105,6 @@ def kept_choices(probs: Float[Array, "T E"], top_k: int, factor: float, rule: st
         "batch": (rank, surest, position),
         "expert": (-probs, position),
     }
-    if rule not in orders:
-        raise ValueError(f"rule {rule}: unknown; give one of {', '.join(RULES)}")
     ahead = jnp.sum(comes_before(orders[rule]) & wants[:, None, :], axis=0)  # tokens before t in the queue of e
     return wants & (ahead < (places if rule == "token, growing" else places[-1]))
 

@@ -10,21 +10,14 @@ the transposed matrix: who sent, receives.
     reduce_scatter  y_r = sum_s part r of x_s        d_x_s = (d_y_0, ..., d_y_(R-1))   all_gather
     all_to_all      part s of y_r = part r of x_s    the same with r and s exchanged   all_to_all
 
-After an all_reduce there is one loss, not R: whoever starts each rank with d_L = 1 gets R times the gradient. Data
-parallelism is copy_to_all of the weights. Expert parallelism is two all_to_alls around the experts, rank e with expert
-e. The gradient of an expert's weights is whole where the expert is. A ring sends 2 (R - 1) / R of the array from each
-rank, an all_to_all (R - 1) / R.
-
 Tensor parallelism cuts a network's hidden columns into parts: x goes to all ranks (Megatron's f), and their outputs are
-added up (g). Each is the other's adjoint. Fully sharded data parallelism (FSDP) cuts every weight into parts, gathers
-it for a layer, forgets it, and scatters the summed gradient.
+added up (g). Fully sharded data parallelism (FSDP) cuts every weight into parts, gathers it for a layer, forgets it,
+and scatters the summed gradient. Expert parallelism is two all_to_alls around the experts, rank e with expert e.
 
 Sources: Shoeybi et al. 2019, section 3 (f and g); Rajbhandari et al. 2020, section 5.3 (weights in parts); Patarasuk
 and Yuan 2009, section 3 (the ring); Lepikhin et al. 2020, section 3.2 (all_to_all around experts); the factor in the
 field: jax #3970.
 """
-
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -137,22 +130,9 @@ def sharded_backward(d_y: Float[Array, "R T O"], cache: tuple) -> tuple[Array, F
     return d_x, all_gather_backward(d_whole.reshape(len(x), -1), None)
 
 
-class ExpertParallelCache(NamedTuple):
-    """What the way back needs: where each token's row is, its gate, the rows at the experts and the results at home."""
-
-    place: Array
-    gate: Array
-    weights: Array
-    rows: Array
-    results: Array
-
-
 def expert_parallel_forward(
-    x: Float[Array, "R T D"],
-    gate: Float[Array, "R T"],
-    weights: Float[Array, "R D D"],
-    place: Bool[Array, "R T R C"],
-) -> tuple[Float[Array, "R T D"], ExpertParallelCache]:
+    x: Float[Array, "R T D"], gate: Float[Array, "R T"], weights: Float[Array, "R D D"], place: Bool[Array, "R T R C"]
+) -> tuple[Float[Array, "R T D"], tuple]:
     """Each token's gate times the answer of its expert, W_e x. Rank e has expert e.
 
     place[r, t, e, c]: token t of rank r has slot c of the C that expert e keeps for rank r. A token without a slot
@@ -163,10 +143,10 @@ def expert_parallel_forward(
     answers = jnp.einsum("ercd,edf->ercf", rows, weights)
     results, _ = all_to_all_forward(answers)  # at home: [R, E, C, D]
     y = gate[..., None] * jnp.einsum("rtec,recd->rtd", at, results)
-    return y, ExpertParallelCache(at, gate, weights, rows, results)
+    return y, (at, gate, weights, rows, results)
 
 
-def expert_parallel_backward(d_y: Float[Array, "R T D"], cache: ExpertParallelCache) -> tuple[Array, Array, Array]:
+def expert_parallel_backward(d_y: Float[Array, "R T D"], cache: tuple) -> tuple[Array, Array, Array]:
     """(d_x, d_gate, d_weights): two all_to_alls again. No sum over ranks is sent."""
     at, gate, weights, rows, results = cache
     d_gate = jnp.einsum("rtd,rtec,recd->rt", d_y, at, results)

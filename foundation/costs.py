@@ -1,8 +1,7 @@
 """What a training step costs: floating-point operations (FLOP), bytes, and the larger of two times. Chapter 16.
 
-A product of [n, k] and [k, m] has n m sums of k products: 2 n k m FLOP. Its backward pass has two products of the same
-size, so training takes three times the forward pass: 6 FLOP for each matrix entry and each token, 6 N D for N entries
-and D tokens. Scores and their mixture have no weights: 4 T W forward for each token and layer, with T keys of width W.
+A product of [n, k] and [k, m] costs 2 n k m FLOP forward, and twice that backward: 6 N D for N matrix entries and D
+tokens. Scores and their mixture have no weights: 4 T W forward for each token and layer, with T keys of width W.
 
     time >= max(FLOP / rate, bytes / bandwidth)                     the roofline
     C = A B in n / b steps, each with b columns of A and b rows of B: each step reads and writes all of C

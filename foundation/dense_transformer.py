@@ -1,15 +1,12 @@
-"""A transformer without experts: the model of `transformer.py` with one network for all tokens.
+"""A transformer without experts: the model of `transformer.py` with one network for all tokens. Derived in chapter 7.
 
     x      = embedding[tokens]
     a      = x + attention(norm(x))          for each block
     x      = a + feed_forward(norm(a))
     logits = norm(x) embedding^T
 
-RMSNorm, rotary positions, SwiGLU, a tied table, no biases. It is small enough to be read in one go, and it learns and
-writes: `notebooks/07_a_transformer_that_writes.ipynb`.
-
-Backward, a plus is a plus: x reaches a block's output straight and through the branch, so d_x = d_a + (what the branch
-sends back). The table is used at both ends, so its gradient is a sum too.
+RMSNorm, rotary positions, SwiGLU, a tied table, no biases. Backward, a plus is a plus: d_x = d_a + (what the branch
+sends back), and the table's gradient is the sum of both uses.
 
 Sources: Vaswani et al. 2017; Radford et al. 2019, section 2.3 (the norm before the branch).
 """

@@ -1,11 +1,6 @@
-"""Dropout with a given mask: y = x keep / (1 - rate).
+"""Dropout with a given mask: y = x keep / (1 - rate), and d_x the same of d_y. One draw serves both passes.
 
-The map is linear once the mask is drawn, and diagonal, so it is its own adjoint: the gradient passes
-through the same mask with the same scale. The mask is an argument, so that one draw can be used by two
-implementations.
-
-Source: Srivastava et al. 2014, section 4; the 1/(1 - rate) at training time ("inverted") from their section
-10.
+Source: Srivastava et al. 2014, section 4; the 1/(1 - rate) at training time ("inverted") from their section 10.
 """
 
 import jax.numpy as jnp
@@ -15,13 +10,7 @@ from jaxtyping import Array, Bool, Float
 def dropout_forward(
     x: Float[Array, "*shape"], keep: Bool[Array, "*shape"] | None, rate: float
 ) -> tuple[Float[Array, "*shape"], tuple]:
-    """y = x / (1 - rate) where `keep`, else 0: the mean over masks is x. With `keep` None, y = x
-    (evaluation).
-
-    Raises ValueError where the rate is not in [0, 1).
-    """
-    if not 0.0 <= rate < 1.0:
-        raise ValueError(f"dropout rate {rate}: must be at least 0 and below 1")
+    """y = x / (1 - rate) where `keep`, else 0: the mean over masks is x. Without a mask, y = x (evaluation)."""
     if keep is None:
         return x, (None, rate)
     return jnp.where(keep, x / (1.0 - rate), 0.0), (keep, rate)

@@ -1,11 +1,7 @@
-"""Token embedding: a lookup forward, a scatter-add backward; and the head that may share its table.
+"""Token embedding: a lookup forward, a scatter-add backward; and the head that may share its table. Chapters 6 and 7.
 
-A lookup is the matrix product onehot(token) W. The gradient onehot^T d_x of that product adds every
-position's gradient to the row that it read, so a token that occurs twice gets two contributions and one
-that never occurs gets exactly 0.
-
-With a tied head the same table is used twice, logits = x W^T; its gradient is the *sum* of both uses, as
-for any value that is used twice.
+A lookup is the matrix product onehot(token) W, so d_W = onehot^T d_x adds every position's gradient to the row that it
+read. A tied head uses the table once more, logits = x W^T, and the two gradients of the table are added.
 
 Source: Press and Wolf 2017, equations 1 to 3 (how the two uses update a tied table).
 """

@@ -1,16 +1,12 @@
-"""The experts: E small feed-forward networks side by side, each on its own slots.
+"""The experts: E small feed-forward networks side by side, each on its own slots. Derived in chapters 7 and 8.
 
     GELU:    y = gelu(x W_in) W_out
     SwiGLU:  y = (silu(x W_gate) * (x W_in)) W_out
 
-Both are `linear.py` once per expert, which one einsum says with the letter e on both sides. No biases, so
-that an empty slot, x = 0, gives y = 0 and leaves no gradient in any weight.
+An einsum with the letter e on both sides is one matrix product per expert. There are no biases, so that an empty slot,
+x = 0, gives y = 0 and leaves no gradient in any weight.
 
-In SwiGLU x is used twice, so d_x is the sum of two terms; and each factor of the product gets d_hidden
-times the *other* factor.
-
-Sources: Shazeer et al. 2017, section 2; Shazeer 2020, equations 5 and 6 (SwiGLU); Hendrycks and Gimpel 2016
-(GELU).
+Sources: Shazeer et al. 2017, section 2; Shazeer 2020, equations 5 and 6; Hendrycks and Gimpel 2016 (GELU).
 """
 
 import jax.numpy as jnp

@@ -1,15 +1,8 @@
-"""The feed-forward network of a dense block: SwiGLU, three matrices and one product of two signals.
+"""The feed-forward network of a dense block: SwiGLU. Derived in chapter 7.
 
     a = x W_gate        u = x W_in        h = silu(a) * u        y = h W_out
 
-Read backward from the last line. The product gives each factor the gradient times the *other* factor:
-
-    d_h = d_y W_out^T                  d_W_out  = h^T d_y
-    d_a = silu'(a) * (d_h * u)         d_W_gate = x^T d_a
-    d_u = d_h * silu(a)                d_W_in   = x^T d_u
-    d_x = d_a W_gate^T + d_u W_in^T
-
-x is used twice, so its gradient is a sum of two terms. `experts.py` is this network, E times side by side.
+`experts.py` is this network, E times side by side.
 
 Source: Shazeer 2020, equations 5 and 6.
 """

@@ -5,18 +5,14 @@ Of each piece of keys keep three things for each query, and merge two pieces by 
     m = max_s S_s        l = sum_s e^(S_s - m)                  o = sum_s e^(S_s - m) v_s
     m = max(m1, m2)      l = l1 e^(m1 - m) + l2 e^(m2 - m)      o = o1 e^(m1 - m) + o2 e^(m2 - m)
 
-The answer is o / l. Kept for the backward pass are the answer and L = m + log l: P_s = e^(S_s - L), tile by tile. With
-W = P keep / (1 - rate), the weights after dropout, the gradients are those of attention.py,
-
-    d_v = W^T d_o        d_P = (d_o v^T) keep / (1 - rate)        d_S = P (d_P - rowsum(d_P P))
-
-and rowsum(d_P P)_t = <d_o_t, o_t> is known before the first tile. l sums *undropped* weights, and o dropped ones.
+The answer is o / l. Kept for the backward pass are the answer and L = m + log l: P_s = e^(S_s - L), tile by tile. The
+gradients are those of attention.py, with rowsum(d_P P)_t = <d_o_t, o_t> known before the first tile. l sums *undropped*
+weights, and o dropped ones.
 
 Sources: Milakov and Gimelshein 2018, section 3 (the running softmax); Dao et al. 2022, section 3.1 and appendix B.
 """
 
 import math
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -25,21 +21,6 @@ from foundation.dropout import dropout_backward, dropout_forward
 
 Rows = Float[Array, "*rows T"]
 Heads = Float[Array, "*rows T A"]
-
-
-class FlashCache(NamedTuple):
-    """The inputs, the output, and the logsumexp of each row. No array of [T, T] but the dropout mask, which would be
-    drawn again in a program that saves memory."""
-
-    q: Array
-    k: Array
-    v: Array
-    keep: Array | None
-    rate: float
-    causal: bool
-    tile: int
-    o: Array
-    logsumexp: Array
 
 
 def merge_parts(
@@ -72,15 +53,10 @@ def tile_scores(q: Heads, k: Float[Array, "*rows S A"], first: int, causal: bool
 
 
 def flash_attention_forward(
-    q: Heads,
-    k: Heads,
-    v: Heads,
-    keep: Bool[Array, "*rows T T"] | None,
-    rate: float,
-    causal: bool,
-    tile: int,
-) -> tuple[Heads, FlashCache]:
-    """dropout(softmax(q k^T / sqrt(A))) v, in tiles of `tile` keys. No array is larger than T x max(tile, A)."""
+    q: Heads, k: Heads, v: Heads, keep: Bool[Array, "*rows T T"] | None, rate: float, causal: bool, tile: int
+) -> tuple[Heads, tuple]:
+    """dropout(softmax(q k^T / sqrt(A))) v, in tiles of `tile` keys. No array is larger than T x max(tile, A), but for
+    the mask `keep`, which a program that saves memory would draw again."""
     m = jnp.full(q.shape[:-1], -jnp.inf, q.dtype)
     total, o = jnp.zeros_like(m), jnp.zeros_like(v)
     for first in range(0, k.shape[-2], tile):
@@ -89,21 +65,20 @@ def flash_attention_forward(
         part = part_of_tile(scores, v[..., here, :], None if keep is None else keep[..., here], rate)
         m, total, o = merge_parts(m, total, o, *part)
     o = o / total[..., None]
-    return o, FlashCache(q, k, v, keep, rate, causal, tile, o, m + jnp.log(total))
+    return o, (q, k, v, keep, rate, causal, tile, o, m + jnp.log(total))
 
 
-def flash_attention_backward(d_o: Heads, cache: FlashCache) -> tuple[Heads, Heads, Heads]:
+def flash_attention_backward(d_o: Heads, cache: tuple) -> tuple[Heads, Heads, Heads]:
     """(d_q, d_k, d_v). Each tile's weights are computed again from the logsumexp. d_q collects from all tiles; d_k and
     d_v of a tile are complete when the tile is done."""
-    q, k, v = cache.q, cache.k, cache.v
-    row_sum = jnp.sum(d_o * cache.o, axis=-1, keepdims=True)
+    q, k, v, keep, rate, causal, tile, o, logsumexp = cache
+    row_sum = jnp.sum(d_o * o, axis=-1, keepdims=True)
     d_q, d_k, d_v = jnp.zeros_like(q), [], []
-    for first in range(0, k.shape[-2], cache.tile):
-        here = slice(first, first + cache.tile)
+    for first in range(0, k.shape[-2], tile):
+        here = slice(first, first + tile)
         k_tile, v_tile = k[..., here, :], v[..., here, :]
-        keep = None if cache.keep is None else cache.keep[..., here]
-        p = jnp.exp(tile_scores(q, k_tile, first, cache.causal) - cache.logsumexp[..., None])
-        kept, dropout = dropout_forward(p, keep, cache.rate)
+        p = jnp.exp(tile_scores(q, k_tile, first, causal) - logsumexp[..., None])
+        kept, dropout = dropout_forward(p, None if keep is None else keep[..., here], rate)
         d_p = dropout_backward(d_o @ jnp.swapaxes(v_tile, -1, -2), dropout)
         d_scores = p * (d_p - row_sum) / math.sqrt(q.shape[-1])
         d_q = d_q + d_scores @ k_tile

@@ -1,16 +1,10 @@
 """What later models add between the projections and the attention: shared key heads, normalised queries and keys.
 
-Grouped-query attention has KV heads of keys and values for H heads of queries; head h reads key head
-g(h) = h // (H / KV). Copying is linear, and its adjoint is a sum over the copies:
+Grouped-query attention has KV heads of keys and values for H heads of queries; head h reads key head g = h // (H / KV).
+Copying is linear, and its adjoint is the sum over the copies: d_k'_g = sum of d_k_h over the heads h of group g.
 
-    k_h = k'_g(h)           d_k'_g = sum of d_k_h over the heads h of group g, and so for v
-
-Nothing else in attention changes: with the copies made, it is the attention of attention.py. A program need
-not make them, but it must sum.
-
-The normalisation of queries and keys is RMSNorm (norms.py). Whether it takes each head by itself, rows of A
-numbers, or all heads together, one row of H A numbers, is a question of how the row is cut, and the length of
-the scale tells. In the second case the mean couples the heads, so the gradient of one head reaches all.
+Queries and keys are normalised by RMSNorm (norms.py): each head by itself, rows of A numbers, or all heads together,
+one row of H A numbers, where the mean couples the heads. The length of the scale tells which.
 
 Sources: Ainslie et al. 2023, section 2.2; Dehghani et al. 2023, section 2.1 (each head, there with LayerNorm);
 Muennighoff et al. 2024, section 4.2 (all heads together).
@@ -23,13 +17,8 @@ from foundation.norms import RMSNORM_EPS, rmsnorm_backward, rmsnorm_forward
 
 
 def share_heads_forward(x: Float[Array, "B KV T A"], heads: int) -> tuple[Float[Array, "B H T A"], tuple]:
-    """y_h = x_g(h): every head of x is read by the H / KV heads of its group.
-
-    Raises ValueError where the heads cannot be grouped evenly.
-    """
+    """y_h = x_g: every head of x is read by the H / KV heads of its group."""
     shared = x.shape[1]
-    if heads % shared:
-        raise ValueError(f"{heads} heads cannot share {shared} key heads evenly")
     return jnp.repeat(x, heads // shared, axis=1), (shared,)
 
 

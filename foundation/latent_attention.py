@@ -1,48 +1,30 @@
-"""Multi-head latent attention (MLA): the cache holds one narrow vector for a token, and not its keys. Chapter 12.
+"""Multi-head latent attention: one small vector per token stands for all its keys and values. Derived in chapter 12.
 
     c = x W_c                     the latent, C numbers for a token                            cached
     r = rope(x W_r)               one key of R numbers that all heads share                    cached
     q_h = (x W_q,h, rope(x W_p,h))        k_h = (c W_k,h, r)        v_h = c W_v,h
 
-and attention over all heads. Only linear maps and a rotation are new, so the backward pass is a sum over paths: c gets
-its gradient through the keys and through the values, and r collects from all heads.
+and attention over all heads. Backward, c gets its gradient through keys and values, and r collects from all heads.
 
-The matrices of keys and values can be moved to the other side, because <q, c W_k> = <q W_k^T, c>. Then all heads read
-the cache itself: one key head (c, r), whose values are c. A rotation of c W_k would stand between q and W_k, which is
-why the position is carried by r alone.
+<q, c W_k> = <q W_k^T, c>, so the matrices of keys and values can be moved to the other side. Then all heads read one
+key (c, r), whose value is c. A rotation of c W_k would stand in between, which is why r alone carries the position.
 
 Source: DeepSeek-AI 2024 ("DeepSeek-V2"), section 2.1 and appendix C; the same in DeepSeek-V3, equations 1 to 11.
 """
 
 import math
-from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from foundation.attention import (
-    AttentionCache,
-    attention_backward,
-    attention_forward,
-    causal_mask,
-    join_heads,
-    split_heads,
-)
+from foundation.attention import attention_backward, attention_forward, causal_mask, join_heads, split_heads
 from foundation.linear import linear_backward, linear_forward
 from foundation.positions import rope_backward, rope_forward
 
 
-class LatentCache(NamedTuple):
-    """The caches of the six linear maps by name, of the rotation, and of attention."""
-
-    linear: dict[str, tuple]
-    rope: tuple
-    attention: AttentionCache
-
-
 def latent_attention_forward(
     x: Float[Array, "B T D"], params: dict[str, Array], heads: int
-) -> tuple[Float[Array, "B T D"], LatentCache]:
+) -> tuple[Float[Array, "B T D"], tuple]:
     """Causal attention. params: "c" [D, C], "r" [D, R], "q" [D, H A], "p" [D, H R], "k" and "v" [C, H A], "out"
     [H A, D]."""
     maps = {name: linear_forward(x, params[name]) for name in ("c", "r", "q", "p")}
@@ -54,21 +36,22 @@ def latent_attention_forward(
     k = jnp.concatenate([k, jnp.broadcast_to(r, p.shape)], axis=-1)
     o, attention_cache = attention_forward(q, k, v, causal_mask(x.shape[1]))
     maps["out"] = linear_forward(join_heads(o), params["out"])
-    return maps["out"][0], LatentCache({name: cache for name, (_, cache) in maps.items()}, rope_cache, attention_cache)
+    return maps["out"][0], ({name: cache for name, (_, cache) in maps.items()}, rope_cache, attention_cache)
 
 
 def latent_attention_backward(
-    d_y: Float[Array, "B T D"], cache: LatentCache
+    d_y: Float[Array, "B T D"], cache: tuple
 ) -> tuple[Float[Array, "B T D"], dict[str, Array]]:
     """(d_x, d_params)."""
-    heads, width = cache.attention.v.shape[1], cache.attention.v.shape[-1]
-    d_joined, d_out, _ = linear_backward(d_y, cache.linear["out"])
-    d_q, d_k, d_v = attention_backward(split_heads(d_joined, heads), cache.attention)
-    d_q, d_p = d_q[..., :width], rope_backward(d_q[..., width:], cache.rope)
-    d_k, d_r = d_k[..., :width], rope_backward(jnp.sum(d_k[..., width:], axis=1), cache.rope)  # all heads read r
+    linear_caches, rope_cache, attention_cache = cache
+    _, heads, _, width = attention_cache[2].shape  # of v
+    d_joined, d_out, _ = linear_backward(d_y, linear_caches["out"])
+    d_q, d_k, d_v = attention_backward(split_heads(d_joined, heads), attention_cache)
+    d_q, d_p = d_q[..., :width], rope_backward(d_q[..., width:], rope_cache)
+    d_k, d_r = d_k[..., :width], rope_backward(jnp.sum(d_k[..., width:], axis=1), rope_cache)  # all heads read r
     d_of = {"q": join_heads(d_q), "p": join_heads(d_p), "k": join_heads(d_k), "v": join_heads(d_v), "r": d_r}
-    back = {name: linear_backward(d, cache.linear[name]) for name, d in d_of.items()}
-    back["c"] = linear_backward(back["k"][0] + back["v"][0], cache.linear["c"])
+    back = {name: linear_backward(d, linear_caches[name]) for name, d in d_of.items()}
+    back["c"] = linear_backward(back["k"][0] + back["v"][0], linear_caches["c"])
     d_x = sum((back[name][0] for name in ("c", "r", "q", "p")), start=jnp.zeros(()))
     return d_x, {name: d_kernel for name, (_, d_kernel, _) in back.items()} | {"out": d_out}
 

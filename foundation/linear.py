@@ -1,15 +1,8 @@
-"""The affine map y = x W + b, and why its gradients are two transposed products.
+"""The affine map y = x W + b. Derived in chapter 2.
 
-Write out one entry, y_ro = sum_i x_ri W_io + b_o, for row r. Then
+    y_ro = sum_i x_ri W_io + b_o      d_x = d_y W^T      d_W = x^T d_y      d_b = sum of d_y over the rows
 
-    dL/dx_ri = sum_o dL/dy_ro W_io     so  d_x = d_y W^T
-    dL/dW_io = sum_r x_ri dL/dy_ro     so  d_W = x^T d_y
-    dL/db_o  = sum_r dL/dy_ro          so  d_b = column sums of d_y
-
-The shapes leave no other choice, which is a good way to remember them. Note what is *not* there: no
-division by the number of rows. Where a loss is a mean, its own backward pass has already put 1/rows into
-d_y; dividing again is the commonest bug of hand-written back-propagation (chapter 2 shows how the check
-catches it).
+Nothing is divided by the number of rows: if a loss is a mean, its own backward pass has put 1/rows into d_y.
 
 Source: Rumelhart, Hinton and Williams 1986, equations 4 to 6.
 """
@@ -21,10 +14,7 @@ from jaxtyping import Array, Float
 def linear_forward(
     x: Float[Array, "*rows I"], kernel: Float[Array, "I O"], bias: Float[Array, " O"] | None = None
 ) -> tuple[Float[Array, "*rows O"], tuple]:
-    """y = x W + b, for any number of leading axes; without `bias`, y = x W.
-
-    The cache holds the input and the kernel: both are needed, and neither can be had from the output.
-    """
+    """y = x W + b, for any number of leading axes; without `bias`, y = x W."""
     y = x @ kernel
     if bias is not None:
         y = y + bias

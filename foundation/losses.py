@@ -1,13 +1,9 @@
-"""Mean squared error, and cross-entropy of logits.
+"""Mean squared error, and cross-entropy of logits. Derived in chapters 2 and 4.
 
-Cross-entropy of one position with target y:  L = -log p_y = logsumexp(z) - z_y. Each part has a one-line
-gradient (`softmax.py`: that of logsumexp is p), and their difference is the best-known formula of the
-field:
+    L = mean of (prediction - target)^2        dL/d prediction = 2 (prediction - target) / n
+    L = logsumexp(z) - z_y = -log p_y          dL/dz = p - onehot(y)
 
-    dL/dz = p - onehot(y)
-
-It is bounded by 1 in every entry, even where p_y underflows to 0. Going through p instead, -1/p_y times the
-softmax Jacobian, is the same in exact arithmetic and 0/0 in a computer.
+Going through p instead, -1/p_y times the softmax Jacobian, is 0/0 in a computer where p_y underflows.
 
 Sources: Bridle 1990, section 3; Rumelhart, Hinton and Williams 1986, equation 3 (squared error).
 """
@@ -30,8 +26,7 @@ def mse_forward(prediction: Float[Array, "*shape"], target: Float[Array, "*shape
 
 
 def mse_backward(d_loss: Scalar, cache: tuple) -> tuple[Float[Array, "*shape"], Float[Array, "*shape"]]:
-    """(d_prediction, d_target): 2 error / n, and its negative. The one division by n is here, and only
-    here."""
+    """(d_prediction, d_target): 2 error / n, and its negative."""
     (error,) = cache
     d_prediction = d_loss * 2.0 * error / error.size
     return d_prediction, -d_prediction

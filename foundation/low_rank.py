@@ -1,13 +1,9 @@
 """LoRA: a trained matrix stays, and a product of two thin ones learns beside it. Derived in chapter 14.
 
     y = x W + s (x A) B        A is [I, R], B is [R, O], s = alpha / R, and W is not trained
+    u = x A                    d_B = s u^T d_y      d_u = s d_y B^T      d_A = x^T d_u      d_x = d_y W^T + d_u A^T
 
-Two linear maps in a row, so with u = x A:
-
-    d_B = s u^T d_y        d_u = s d_y B^T        d_A = x^T d_u        d_x = d_y W^T + d_u A^T
-
-At the start B = 0: y is that of W alone, to the bit, and d_u = 0, so A gets exactly nothing in the first step. d_W is
-not needed, so neither x^T d_y, [I, O], is computed nor are its moments kept. Trained are R (I + O) numbers of I O.
+At the start B = 0: y is that of W alone, to the bit, and A gets exactly nothing in the first step.
 
 Source: Hu et al. 2021 ("LoRA"), section 4.1.
 """

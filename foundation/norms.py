@@ -1,19 +1,12 @@
-"""LayerNorm and RMSNorm.
+"""LayerNorm and RMSNorm. Derived in chapter 6.
 
-Both divide a row by one statistic of itself, so every input moves every output, and the backward pass has
-to take out of the gradient what the normalisation takes out of the input.
+RMSNorm, r = (mean(x^2) + eps)^(-1/2), n = x r, y = scale n. With d_n = scale d_y and dr/dx_j = -r^3 x_j / D,
 
-RMSNorm, r = (mean(x^2) + eps)^(-1/2), n = x r, y = scale n. With d_n = scale d_y:
+    d_x = r (d_n - n mean(d_n n))
 
-    dr/dx_j = -1/2 r^3 (2 x_j / D) = -r^3 x_j / D
-    d_x_i   = r d_n_i + (sum_j d_n_j x_j) dr/dx_i = r (d_n_i - n_i mean(d_n n))
+LayerNorm first subtracts the mean of x, and so the mean of the gradient last. mean(n) = 0, so
 
-LayerNorm first subtracts the mean; the projection x -> x - mean(x) is symmetric, so the same projection is
-applied once more to the gradient, and since mean(n) = 0 it touches the first term only:
-
-    d_x_i = r (d_n_i - mean(d_n) - n_i mean(d_n n))
-
-Both are exact with eps inside the root: eps is in r and nowhere else.
+    d_x = r (d_n - mean(d_n) - n mean(d_n n))
 
 Sources: Ba, Kiros and Hinton 2016, equations 3 and 4; Zhang and Sennrich 2019, equation 4 and section 4.
 """
@@ -32,10 +25,7 @@ def layernorm_forward(
     bias: Float[Array, " D"] | None = None,
     eps: float = LAYERNORM_EPS,
 ) -> tuple[Float[Array, "*rows D"], tuple]:
-    """y = scale (x - mean) / sqrt(variance + eps) + bias, statistics over the last axis (biased variance).
-
-    The cache holds the normalised rows n and 1/sqrt: with them the backward pass needs no x and no mean.
-    """
+    """y = scale (x - mean) / sqrt(variance + eps) + bias, statistics over the last axis (biased variance)."""
     centred = x - jnp.mean(x, axis=-1, keepdims=True)
     rstd = lax.rsqrt(jnp.mean(centred**2, axis=-1, keepdims=True) + eps)
     n = centred * rstd

@@ -1,19 +1,15 @@
-"""Positions: a learned table, or a rotation (RoPE).
+"""Positions: a learned table, or a rotation (RoPE). Derived in chapter 6.
 
-Attention without positions is a set operation. A learned table adds one vector per position to the
-embedding. RoPE rotates pairs of coordinates of queries and keys by an angle proportional to the position:
-with R_t the rotation at position t, <R_s q, R_t k> = <q, R_(t-s) k>, so scores see differences of positions
-only.
+A learned table adds one vector per position to the embedding. RoPE turns the pairs (x_i, x_(i + A/2)) of queries and
+keys by an angle proportional to the position: with R_t the rotation at position t, <R_s q, R_t k> = <q, R_(t-s) k>. A
+rotation is orthogonal, so its adjoint is the rotation back, by -angle.
 
 To read longer texts than in training, slow pairs are slowed further (`slowed_pairs`). A constant 1 / factor for all
 pairs is position interpolation.
 
-A rotation is orthogonal, so its adjoint is its inverse: the backward pass rotates the gradient *back*, by
--angle.
-
-Sources: learned table: Radford et al. 2018, section 3.1. RoPE: Su et al. 2021, section 3.2.2, equations 14
-to 16, here with the pairs (i, i + A/2) instead of (2i, 2i + 1), which is the same map up to an order of
-coordinates. Longer texts: Chen et al. 2023, equation 4; Peng et al. 2024, section 3.2; Grattafiori et al. 2024, 3.1.1.
+Sources: learned table: Radford et al. 2018, section 3.1. RoPE: Su et al. 2021, section 3.2.2, equations 14 to 16, with
+the pairs (2i, 2i + 1). Longer texts: Chen et al. 2023, equation 4; Peng et al. 2024, section 3.2; Grattafiori et al.
+2024, 3.1.1.
 """
 
 import jax.numpy as jnp
@@ -25,33 +21,21 @@ ROPE_BASE = 10_000.0
 def learned_positions_forward(
     x: Float[Array, "B T D"], table: Float[Array, "N D"]
 ) -> tuple[Float[Array, "B T D"], tuple]:
-    """y_bt = x_bt + table_t.
-
-    Raises ValueError where the sequence is longer than the table.
-    """
-    positions, longest = x.shape[1], table.shape[0]
-    if positions > longest:
-        raise ValueError(f"{positions} positions, but the table has {longest}: shorten the sequence")
-    return x + table[:positions], (longest,)
+    """y_bt = x_bt + table_t."""
+    return x + table[: x.shape[1]], (len(table),)
 
 
 def learned_positions_backward(
     d_y: Float[Array, "B T D"], cache: tuple
 ) -> tuple[Float[Array, "B T D"], Float[Array, "N D"]]:
-    """(d_x, d_table): the sum passes d_y on as it is; the table gets its sum over the batch, unused rows
-    get 0."""
+    """(d_x, d_table): the table gets the sum over the batch, unused rows get 0."""
     (longest,) = cache
     d_table = jnp.zeros((longest, d_y.shape[-1]), d_y.dtype)
     return d_y, d_table.at[: d_y.shape[1]].set(jnp.sum(d_y, axis=0))
 
 
 def rope_angles(positions: int, width: int, dtype: jnp.dtype, base: float = ROPE_BASE) -> Float[Array, "T pairs"]:
-    """angle_ti = t base^(-2i/A), for the pairs i = 0 ... A/2 - 1.
-
-    Raises ValueError where the width is odd: coordinates are rotated in pairs.
-    """
-    if width % 2:
-        raise ValueError(f"head width {width}: RoPE rotates pairs, so it must be even")
+    """angle_ti = t base^(-2i/A), for the pairs i = 0 ... A/2 - 1."""
     frequencies = base ** (-jnp.arange(0, width, 2, dtype=dtype) / width)
     return jnp.arange(positions, dtype=dtype)[:, None] * frequencies
 

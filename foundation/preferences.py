@@ -1,22 +1,17 @@
 """Learning from rewards and from preferences, without a sample: every text is enumerated. Derived in chapter 21.
 
 A policy gives each text pi(y) = prod_t p(y_t | y_(t-1)), with p the softmax of a table of logits. Its score s(y) = d
-log pi(y) / d z has the mean 0. So a baseline b changes no expected gradient:
+log pi(y) / d z has the mean 0, so a baseline b changes no expected gradient:
 
     reward            J = sum_y pi(y) r(y)        dJ = sum_y pi(y) (r(y) - b) s(y)
     a group of G      b = the group's mean        E[gradient] = (1 - 1/G) dJ: a text's own reward is in its b
+    DPO               L = -log sigmoid(m), m = beta [log pi(w)/ref(w) - log pi(l)/ref(l)], dL/dm = -sigmoid(-m)
+    PPO               maximise min(rho A, clip(rho, 1 - eps, 1 + eps) A), with rho = pi / pi_old
 
 A term that keeps pi near a reference is estimated with rho = ref / pi by k1 = -log rho, k2 = (log rho)^2 / 2 or k3 =
 rho - 1 - log rho. As losses, with the samples held fixed, they descend
 
     k1: nothing at all        k2: KL(pi || ref)        k3: KL(ref || pi)
-
-DPO has w chosen and l rejected, L = -log sigmoid(m) with m = beta [log pi(w)/ref(w) - log pi(l)/ref(l)], so
-
-    dL/d log pi(w) = -beta sigmoid(-m)        dL/d log pi(l) = beta sigmoid(-m)
-
-PPO maximises min(rho A, clip(rho, 1 - eps, 1 + eps) A), here with rho = pi / pi_old and the advantage A: the clipped
-branch, without a gradient, is taken only where rho has moved in A's favour by more than eps.
 
 Sources: Williams 1992, theorem 1; Rafailov et al. 2023, section 4; Schulman et al. 2017, equation 7; Schulman 2020
 (k1, k2, k3); Shao et al. 2024, section 4.1; Liu et al. 2025, section 3 (the bias of GRPO). In the field: TRL #6503.

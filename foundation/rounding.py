@@ -1,7 +1,7 @@
 """Numbers with 8 bits of mantissa: rounded to nearest, rounded by a draw, summed, and scaled. Derived in chapter 17.
 
-A bfloat16 is the upper half of a float32. In [2^e, 2^(e+1)) its numbers lie 2^(e-7) apart. Read as integers, the
-patterns of one sign are in the order of the magnitudes, and neighbours differ by 1, also where the exponent changes.
+A bfloat16 is the upper half of a float32. In [2^e, 2^(e+1)) its numbers lie 2^(e-7) apart, and the patterns of
+neighbours, read as integers, differ by 1.
 
     to nearest     add 0x7FFF and the last bit of the upper half, then cut: a carry rounds, a tie goes to the even one
     by a draw      add a uniform number of 16 bits, then cut: x goes up with probability lower / 2^16, so E = x exactly

@@ -1,28 +1,21 @@
 """The router: which K of E experts a token is sent to, with which weight, and two losses. Derived in chapter 8.
 
-Forward, for one token with stream x:
-
     z = x W                     logits, [E]
     p = softmax(z)              probabilities over all E experts
     S = the K largest logits    a choice: piecewise constant, so its derivative is 0 wherever it exists
-    g = p_S / sum(p_S)          gates; for K = 1, and in models that do not divide (OLMoE), g = p_S
+    g = p_S / sum(p_S)          d_z_S = g (d_g - <g, d_g>), and 0 outside S
 
-Backward, with d_z = 0 outside S in the first line, since there the gates are a softmax of the chosen logits alone:
+For K = 1, and in models that do not divide (OLMoE), g = p_S, and d_z = p (d_p - <p, d_p>) with d_p = d_g on S.
 
-    divided         d_z_S = g (d_g - <g, d_g>)
-    not divided     d_z = p (d_p - <p, d_p>),  with d_p = d_g at the chosen experts and 0 elsewhere
+    balance loss    E sum_e f_e P_e in a sequence      dL/dz_te = p_te (E / T) (f_e - sum_j p_tj f_j)
+    z-loss          mean of logsumexp(z)^2             dL/dz_te = 2 logsumexp(z_t) p_te / T
 
-The balance loss is E sum_e f_e P_e in a sequence of T tokens, with f_e the share of the (token, choice) pairs that went
-to e, and P_e the mean probability of e. f counts, so it is a constant to the derivative. The loss is 1 at perfect
-balance for every K, and below 1 where f and P put the experts in different orders. The z-loss is the mean of
-logsumexp(z)^2.
+f_e is the share of the (token, choice) pairs that went to e, a count and so a constant to the derivative, and P_e the
+mean probability of e. The loss is 1 at perfect balance for every K.
 
-    balance         dL/dz_te = p_te (E / T) (f_e - sum_j p_tj f_j)
-    z               dL/dz_te = 2 logsumexp(z_t) p_te / T
-
-Sources: Shazeer et al. 2017, equations 3 to 5 (top-K gates); Lepikhin et al. 2020, algorithm 1 (gates
-renormalised over the chosen); Fedus, Zoph and Shazeer 2021, section 2.1 (K = 1) and equations 4 to 6
-(balance loss); Zoph et al. 2022, equation 5 (z-loss).
+Sources: Shazeer et al. 2017, equations 3 to 5 (top-K gates); Lepikhin et al. 2020, algorithm 1 (gates renormalised over
+the chosen); Fedus, Zoph and Shazeer 2021, section 2.1 (K = 1) and equations 4 to 6 (balance loss); Zoph et al. 2022,
+equation 5 (z-loss).
 """
 
 from typing import NamedTuple
@@ -47,7 +40,7 @@ class Routing(NamedTuple):
 
 
 class RouterCache(NamedTuple):
-    """Caches of the steps, the choice, and the counted shares f of the balance loss, [B, E]."""
+    """A type of its own, so that a check finds the routers in the cache of a model."""
 
     linear: tuple
     softmax: tuple
@@ -61,14 +54,9 @@ class RouterCache(NamedTuple):
 def router_forward(
     x: Float[Array, "B T D"], kernel: Float[Array, "D E"], top_k: int, renormalise: bool = True
 ) -> tuple[Routing, RouterCache]:
-    """Routes each token to `top_k` experts, by logit; ties go to the lower index. Without `renormalise` the
-    gates are entries of p for every K.
-
-    Raises ValueError where `top_k` is not between 1 and E.
-    """
+    """Routes each token to `top_k` experts, by logit; ties go to the lower index. Without `renormalise` the gates are
+    entries of p for every K."""
     experts_total = kernel.shape[-1]
-    if not 1 <= top_k <= experts_total:
-        raise ValueError(f"top_k {top_k}: must be between 1 and the {experts_total} experts")
     logits, linear_cache = linear_forward(x, kernel)
     p, softmax_cache = softmax_forward(logits)
     chosen_logits, experts = lax.top_k(logits, top_k)  # [B, T, K], largest first
@@ -86,25 +74,26 @@ def router_forward(
 
 
 def router_backward(
-    d_gates: Float[Array, "B T K"], d_balance: Scalar, d_z: Scalar, cache: RouterCache
+    d_gates: Float[Array, "B T K"], d_balance: Scalar, d_z: Scalar, cache: tuple
 ) -> tuple[Float[Array, "B T D"], Float[Array, "D E"]]:
     """(d_x, d_kernel): the gradients of gates, balance loss and z-loss meet at the logits, and add there."""
+    linear_cache, softmax_cache, gate_cache, experts, share, lse_cache, log_total = cache
     batch, tokens, _ = d_gates.shape
-    experts_total = cache.share.shape[-1]
-    onehot = cache.experts[..., None] == jnp.arange(experts_total)  # [B, T, K, E]
+    experts_total = share.shape[-1]
+    onehot = experts[..., None] == jnp.arange(experts_total)  # [B, T, K, E]
 
-    d_p = d_balance * experts_total * cache.share[:, None, :] / (batch * tokens)  # [B, 1, E], f held constant
-    renormalised = len(cache.gates) > 0
+    d_p = d_balance * experts_total * share[:, None, :] / (batch * tokens)  # [B, 1, E], f held constant
+    renormalised = len(gate_cache) > 0
     if not renormalised:  # the gates are entries of p
         d_p = d_p + jnp.sum(onehot * d_gates[..., None], axis=2)
-    d_logits = softmax_backward(jnp.broadcast_to(d_p, (batch, tokens, experts_total)), cache.softmax)
+    d_logits = softmax_backward(jnp.broadcast_to(d_p, (batch, tokens, experts_total)), softmax_cache)
     if renormalised:  # the gates are a softmax of the chosen logits: scatter its gradient to where they came from
-        d_chosen = softmax_backward(d_gates, cache.gates)
+        d_chosen = softmax_backward(d_gates, gate_cache)
         d_logits = d_logits + jnp.sum(onehot * d_chosen[..., None], axis=2)
 
-    d_log_total = d_z * 2.0 * cache.log_total / (batch * tokens)
-    d_logits = d_logits + logsumexp_backward(d_log_total, cache.logsumexp)
-    d_x, d_kernel, _ = linear_backward(d_logits, cache.linear)
+    d_log_total = d_z * 2.0 * log_total / (batch * tokens)
+    d_logits = d_logits + logsumexp_backward(d_log_total, lse_cache)
+    d_x, d_kernel, _ = linear_backward(d_logits, linear_cache)
     return d_x, d_kernel
 
 
@@ -112,14 +101,3 @@ def choice_share(experts: Int[Array, "B T K"], experts_total: int, dtype: jnp.dt
     """f_be, the share of the T K (token, choice) pairs of a sequence that chose e, dropped ones included."""
     onehot = experts[..., None] == jnp.arange(experts_total)  # [B, T, K, E]
     return jnp.mean(onehot, axis=(1, 2), dtype=dtype)
-
-
-def top_k_margin(logits: Float[Array, "B T E"], top_k: int) -> Scalar:
-    """The smallest gap between a token's K-th and (K+1)-th logit: how far the choice is from changing.
-
-    Finite differences mean something only while no step is as large as this gap. Infinite for K = E.
-    """
-    if top_k == logits.shape[-1]:
-        return jnp.array(jnp.inf, logits.dtype)
-    largest, _ = lax.top_k(logits, top_k + 1)
-    return jnp.min(largest[..., -2] - largest[..., -1])

@@ -6,12 +6,10 @@ A temperature divides the logits. Filters look at the softmax of the result, and
     top-p     the fewest likeliest that together reach p: a token stays if the mass *before* it is below p
     min-p     those with at least min-p times the largest probability
 
-What is left is divided by its sum: p. A draft with a law q of its own proposes x, which is accepted with probability
+What is left is divided by its sum: p. A draft with a law q proposes x, which is accepted with probability
 min(1, p_x / q_x), or else replaced from the residual (p - q)+ / sum (p - q)+. Token x comes out with
 
     min(p_x, q_x) + (p_x - q_x)+ = p_x            whatever q is
-
-A round of n proposals, each accepted with probability a, gives 1 + a + ... + a^n tokens on average.
 
 Sources: Holtzman et al. 2020, section 3.1 (top-p); Nguyen et al. 2024 (min-p); Leviathan et al. 2023, section 2.3,
 theorem 3.5 and equation 1; Chen et al. 2023, algorithm 2.

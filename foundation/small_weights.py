@@ -5,13 +5,12 @@ A weight is a whole number times a scale, w ~ s q, with q from -m to m: m is 127
 
     y_o = s_o sum_d x_d q_do            d_x = (d_y s) q^T     d_s_o = sum_t d_y_to (x q)_to
 
-What should be small is the error of the outputs. With stored weights v, tokens X [T, D] and H = X^T X / T,
+The error of the outputs, with stored weights v, tokens X [T, D] and H = X^T X / T, is
 
     L = (v - w)^T H (v - w)             dL/dv = 2 H (v - w)
 
 If weight k is off by e, the others make L least with d = e H^-1[:, k] / H^-1[k, k], and then L = e^2 / H^-1[k, k].
-GPTQ rounds the weights in turn, moves the free ones so, and takes weight k out: H^-1 - H^-1[:, k] H^-1[k, :] / H^-1[k,
-k]. With fewer tokens than D, H has no inverse, and a multiple of the identity is added.
+GPTQ rounds the weights in turn, moves the free ones so, and takes weight k out of H^-1.
 
 Sources: Hassibi and Stork 1993, section 2; Frantar et al. 2023, equations 2 and 3 and section 3.3; Dettmers et al.
 2022, section 2.
@@ -22,14 +21,9 @@ from jaxtyping import Array, Float, Int
 
 
 def quantize(w: Float[Array, "D O"], most: int, group: int) -> tuple[Float[Array, "D O"], Float[Array, "G O"]]:
-    """(codes, scales): whole numbers from -most to most, and one scale for each `group` inputs of an output.
-
-    A group of zeros has the scale 0 and the codes 0. Raises ValueError where the groups do not divide the inputs.
-    """
-    inputs, outputs = w.shape
-    if inputs % group:
-        raise ValueError(f"{inputs} inputs cannot be divided into groups of {group}")
-    blocks = w.reshape(inputs // group, group, outputs)
+    """(codes, scales): whole numbers from -most to most, and one scale for each `group` inputs of an output. A group of
+    zeros has the scale 0 and the codes 0."""
+    blocks = w.reshape(-1, group, w.shape[1])
     scale = jnp.max(jnp.abs(blocks), axis=1) / most
     codes = jnp.round(blocks / jnp.where(scale == 0.0, 1.0, scale)[:, None])
     return codes.reshape(w.shape), scale

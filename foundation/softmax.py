@@ -1,19 +1,11 @@
-"""Softmax, and the rank-one part of its Jacobian.
+"""Softmax and logsumexp. Derived in chapter 4.
 
-p_i = exp(z_i) / S with S = sum_j exp(z_j). Differentiate the quotient:
+    p_i = exp(z_i) / sum_j exp(z_j)        J = diag(p) - p p^T        d_z = p * (d_p - <p, d_p>)
+    l = log sum_j exp(z_j)                 dl/dz = p
 
-    dp_i/dz_j = p_i [i = j] - p_i p_j          that is  J = diag(p) - p p^T
+The largest logit is subtracted first, for range only: it cancels in the quotient.
 
-so for a cotangent d_p,
-
-    d_z = J^T d_p = p * (d_p - sum_j p_j d_p_j)
-
-The second term, the mean of d_p under p, is the rank-one part. It keeps sum(d_z) = 0: adding a constant to
-every logit changes nothing, so the gradient along that direction must vanish. Forget it and every logit
-moves with its own probability, competitors ignored.
-
-Sources: Bridle 1990, "Training stochastic model recognition algorithms", section 3; the shift by the
-maximum is for range only, and cancels in the quotient.
+Source: Bridle 1990, "Training stochastic model recognition algorithms", section 3.
 """
 
 import jax.numpy as jnp
@@ -23,11 +15,8 @@ from jaxtyping import Array, Bool, Float
 def softmax_forward(
     logits: Float[Array, "*rows N"], mask: Bool[Array, "..."] | None = None
 ) -> tuple[Float[Array, "*rows N"], tuple]:
-    """p = softmax of the logits over the last axis, where `mask` (broadcast to the logits) is True; 0
-    elsewhere.
-
-    A row with nothing unmasked gives zeros, not NaN.
-    """
+    """p = softmax over the last axis where `mask` (broadcast to the logits) is True, 0 elsewhere. A row that is masked
+    whole gives zeros, not NaN."""
     if mask is not None:
         logits = jnp.where(mask, logits, -jnp.inf)
     largest = jnp.max(logits, axis=-1, keepdims=True)
@@ -39,8 +28,7 @@ def softmax_forward(
 
 
 def softmax_backward(d_p: Float[Array, "*rows N"], cache: tuple) -> Float[Array, "*rows N"]:
-    """d_logits = p (d_p - <p, d_p>). A masked entry has p = 0, so it gets exactly 0 without knowing the
-    mask."""
+    """d_logits = p (d_p - <p, d_p>). A masked entry has p = 0, so it gets exactly 0."""
     (p,) = cache
     return p * (d_p - jnp.sum(p * d_p, axis=-1, keepdims=True))
 

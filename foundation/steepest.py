@@ -7,10 +7,8 @@ Of all steps d of size 1, the steepest makes <g, d> as small as it gets, with g 
     largest entry                   -sign(g)         sum |g|         (Adam, where gradients do not change)
     largest singular value          -U V^T           sum of the singular values of g = U S V^T         (Muon)
 
-The last column is the dual norm of g. Its gradient *is* the step that attains it, up to the sign.
-
-A sign step of y = x W moves y by lr sum |x_i|, which grows with the width. So the learning rate of a width-independent
-step falls as 1 / width (muP).
+The last column is the dual norm of g. Its gradient *is* the step that attains it, up to the sign. A sign step of
+y = x W moves y by lr sum |x_i|, which grows with the width (muP).
 
 Sources: Yang et al. 2022 ("Tensor programs V"), table 3 (muP); Bernstein and Newhouse 2024 ("Old optimizer, new norm"),
 propositions 1 to 3; Kingma and Ba 2015, section 2.1.
@@ -24,16 +22,14 @@ NORMS = ("euclidean", "entries", "spectral")
 
 
 def dual_norm_forward(gradient: Float[Array, "I O"], size: str) -> tuple[Float[Array, ""], tuple]:
-    """(the dual norm of the gradient, the step of size 1 that attains it). Raises ValueError for an unknown size."""
+    """(the dual norm of the gradient, the step of size 1 that attains it)."""
     if size == "euclidean":
         length = jnp.sqrt(jnp.sum(gradient**2))
         return length, (gradient / length,)
     if size == "entries":
         return jnp.sum(jnp.abs(gradient)), (jnp.sign(gradient),)
-    if size == "spectral":
-        u, s, vt = jnp.linalg.svd(gradient, full_matrices=False)
-        return jnp.sum(s), (u @ vt,)
-    raise ValueError(f"size {size}: unknown; give one of {', '.join(NORMS)}")
+    u, s, vt = jnp.linalg.svd(gradient, full_matrices=False)
+    return jnp.sum(s), (u @ vt,)
 
 
 def dual_norm_backward(d_length: Float[Array, ""], cache: tuple) -> Float[Array, "I O"]:

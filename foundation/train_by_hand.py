@@ -17,10 +17,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from foundation.block import ModelConfig
 from foundation.optimizers import adam_init, adam_update
 from foundation.parity import autodiff_value_and_gradient
-from foundation.transformer import ModelSize, init_params, loss_and_gradient, loss_forward, model_forward
+from foundation.transformer import ModelConfig, ModelSize, init_params, loss_and_gradient, loss_forward, model_forward
 
 STORIES = Path(__file__).with_name("stories.txt")
 """One story a line, from the grammar of the embedded corpus of `moe_jax`."""
@@ -87,7 +86,7 @@ def train(
 ) -> Curve:
     """AdamW from the same start on the same batches, with the gradient that is given."""
     tokens, alphabet = corpus()
-    params: Any = init_params(jax.random.key(0), size._replace(vocabulary=len(alphabet)), config)
+    params: Any = init_params(jax.random.key(0), size._replace(vocabulary=len(alphabet)))
     state = adam_init(params)
 
     @jax.jit

@@ -1,14 +1,9 @@
 """Upcycling: a mixture of experts that starts as copies of one trained network. Derived in chapter 14.
 
 Every expert is the dense network h. If a token's gates add up to 1 and none is dropped, y = h(x), and the router gets
-*exactly nothing*: all d_g_e = <d_y, h_e> are one number c, and d_z_S = g (c - c sum(g)) = 0. Three things change that:
-
-    K = 1               g = p_s:           d_z = p_s c (onehot(s) - p)
-    gates not divided   g = p_S:           d_z = p (d_p - <p, d_p>), with d_p = c on S and 0 elsewhere
-    a dropped choice    its h_e is 0:      d_g is c on what is kept and 0 on what is dropped, no constant
-
-What the router then learns depends on the sign of c, and none of it says which expert is better. The experts do learn:
-expert e collects g_e times the gradient of its tokens. Copying has the adjoint "sum".
+*exactly nothing*: all d_g_e = <d_y, h_e> are one number c, and d_z_S = g (c - c sum(g)) = 0. With K = 1, with gates
+that are not divided, or with a dropped choice it gets something, whose direction depends on the sign of c. Expert e
+collects g_e times the gradient of its tokens: copying has the adjoint "sum".
 
 Source: Komatsuzaki et al. 2023, section 3; the vanishing gradient: derived here.
 """

@@ -65,12 +65,12 @@ BUGS = [
         ".reshape(d_y.shape)",
     ),
     Bug("rope: pairs that turn often are slowed", "positions.slowed_pairs", "(turns - low)", "(low - turns)"),
-    Bug("attention: 1 / sqrt(A) is forgotten", "attention.attention_backward", " / math.sqrt(cache.q.shape[-1])", ""),
+    Bug("attention: 1 / sqrt(A) is forgotten", "attention.attention_backward", " / math.sqrt(q.shape[-1])", ""),
     Bug(
         "attention: d_k needs d_S transposed: its rows are keys",
         "attention.attention_backward",
-        "jnp.swapaxes(d_scores, -1, -2) @ cache.q",
-        "d_scores @ cache.q",
+        "jnp.swapaxes(d_scores, -1, -2) @ q",
+        "d_scores @ q",
     ),
     Bug(
         "attention: no causal mask",
@@ -95,14 +95,14 @@ BUGS = [
     Bug(
         "router: the sum that divides the gates is treated as a constant",
         "router.router_backward",
-        "softmax_backward(d_gates, cache.gates)",
-        "cache.gates[0] * d_gates",
+        "softmax_backward(d_gates, gate_cache)",
+        "gate_cache[0] * d_gates",
     ),
     Bug("router: plain gates get no gradient", "router.router_backward", "if not renormalised:", "if False:"),
     Bug(
         "router: the gates' gradient is forgotten",
         "router.router_backward",
-        "d_chosen = softmax_backward(d_gates, cache.gates)",
+        "d_chosen = softmax_backward(d_gates, gate_cache)",
         "d_chosen = jnp.zeros_like(d_gates)",
     ),
     Bug(
@@ -153,12 +153,12 @@ BUGS = [
         "test:test_capacity_table",
     ),
     Bug("moe: the router's share of d_x is forgotten", "moe.moe_backward", "d_x_experts + d_x_router", "d_x_experts"),
-    Bug("block: residual path forgotten", "block.block_backward", "d_y + d_a_branch", "d_a_branch"),
+    Bug("block: residual path forgotten", "transformer.block_backward", "d_y + d_a_branch", "d_a_branch"),
     Bug("model: auxiliary losses not averaged over layers", "transformer.model_backward", "d_z / layers", "d_z"),
     Bug(
         "model: tied table without the head's share",
         "transformer.model_backward",
-        'grads["embedding"] + d_table_head',
+        'grads["embedding"] + d_head.T',
         'grads["embedding"]',
     ),
     Bug(
@@ -171,8 +171,8 @@ BUGS = [
     Bug(
         "adamw: decay rescaled by the gradient",
         "optimizers.adam_update",
-        "lambda m, g: beta1 * m + (1.0 - beta1) * g, state.mean, grads)",
-        "lambda m, g, w: beta1 * m + (1.0 - beta1) * (g + weight_decay * w), state.mean, grads, params)",
+        "lambda m, g: beta1 * m + (1.0 - beta1) * g, mean, grads)",
+        "lambda m, g, w: beta1 * m + (1.0 - beta1) * (g + weight_decay * w), mean, grads, params)",
         "adam",
     ),
     Bug(
@@ -196,8 +196,8 @@ BUGS = [
     Bug(
         "flash: the row sum of undropped weights",
         "flash_attention.flash_attention_backward",
-        "row_sum = jnp.sum(d_o * cache.o, axis=-1, keepdims=True)",
-        "row_sum = jnp.sum(d_o * cache.o, axis=-1, keepdims=True) * (1.0 - cache.rate)",
+        "row_sum = jnp.sum(d_o * o, axis=-1, keepdims=True)",
+        "row_sum = jnp.sum(d_o * o, axis=-1, keepdims=True) * (1.0 - rate)",
     ),
     Bug(
         "decoding: rotary position one off", "caching.decode_step", "heads, position)", "heads, position + 1)", "decode"

@@ -103,7 +103,7 @@ def stub(operation: str, challenge: Challenge) -> str:
         "",
         "",
         f"def {challenge.backward}({arguments}):",
-        *(f"    {line}" for line in reference.unpacking(operation)),
+        *(f"    {line}" for line in reference.unpacking()),
         f"    return None  # {answer}",
         "",
     ]

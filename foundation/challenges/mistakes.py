@@ -154,7 +154,6 @@ class _Letters:
         self.scope = scope
         self.given = [argument.arg for argument in tree.args.args]
         self.defined: dict[str, ast.expr] = {}
-        self.fields = []
         for node in ast.walk(tree):
             if isinstance(node, ast.Assign):
                 for target in ast.walk(node.targets[0]):
@@ -162,13 +161,9 @@ class _Letters:
                         self.given.append(target.id)
                     elif isinstance(target, ast.Name):
                         self.defined.setdefault(target.id, node.value)
-            elif isinstance(node, ast.Attribute) and _is_field(node) and node.attr not in self.fields:
-                self.fields.append(node.attr)
 
     def of(self, node: ast.AST, seen: tuple[str, ...] = ()) -> list[str]:
         """The given letters that an expression depends on, in order."""
-        if isinstance(node, ast.Attribute) and _is_field(node):
-            return [node.attr]
         if isinstance(node, ast.Name):
             if node.id in self.defined and node.id not in seen:
                 return self.of(self.defined[node.id], (*seen, node.id))
@@ -180,7 +175,7 @@ class _Letters:
         """An expression, or what is in it where it is long or made of the solution's own letters."""
         names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
         source = ast.unparse(node)
-        for noise in ("cache.", "jnp.", "math.", "lax."):
+        for noise in ("jnp.", "math.", "lax."):
             source = source.replace(noise, "")
         if len(source) <= longest and not names & self.defined.keys():
             return source.removesuffix(".0").replace(".0 ", " ")
@@ -203,11 +198,7 @@ class _Letters:
 
     def others(self, node: ast.expr) -> Iterator[Change]:
         """Another array in the place of this one."""
-        if isinstance(node, ast.Attribute) and _is_field(node):
-            for field in self.fields:
-                if field != node.attr:
-                    yield f"{field} stands where {node.attr} belongs", ast.Attribute(node.value, field, ast.Load())
-        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id not in _MODULES | {"cache"}:
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id not in _MODULES | {"cache"}:
             if callable(self.scope.get(node.id)):
                 return
             yield f"{self.text(node)} is left out, as if it were 1", _call("ones_like", node)
@@ -229,10 +220,6 @@ def _reduction(node: ast.expr) -> str:
         case ast.Call(func=ast.Attribute(value=ast.Name(id="jnp"), attr=name), args=[_, *_]) if name in _REDUCTIONS:
             return name
     return ""
-
-
-def _is_field(node: ast.Attribute) -> bool:
-    return isinstance(node.value, ast.Name) and node.value.id == "cache"
 
 
 def _changes(letters: _Letters, node: ast.expr) -> Iterator[Change]:

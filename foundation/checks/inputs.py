@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from foundation.parity import Check, OracleCheck, as_jax
-from foundation.router import RouterCache, top_k_margin
+from foundation.router import RouterCache
 
 
 def gradient(
@@ -100,6 +100,13 @@ def router_margin(top_k: int) -> Callable[[Any], jax.Array]:
     def margin(cache: Any) -> jax.Array:
         leaves = jax.tree.leaves(cache, is_leaf=lambda part: isinstance(part, RouterCache))
         products = [leaf.linear for leaf in leaves if isinstance(leaf, RouterCache)]
-        return jnp.min(jnp.stack([top_k_margin(x @ kernel, top_k) for x, kernel, _ in products]))
+        return jnp.min(jnp.stack([jnp.min(gaps(x @ kernel)) for x, kernel, _ in products]))
+
+    def gaps(logits: jax.Array) -> jax.Array:
+        """Between a token's K-th and (K+1)-th logit: finite differences mean something while no step is as large."""
+        if top_k == logits.shape[-1]:
+            return jnp.array(jnp.inf)
+        largest, _ = jax.lax.top_k(logits, top_k + 1)
+        return largest[..., -2] - largest[..., -1]
 
     return margin

@@ -3,13 +3,12 @@
 from collections.abc import Iterator
 from typing import Any
 
-from foundation.block import ModelConfig, block_forward
 from foundation.checks.inputs import Draws, gradient, router_margin
+from foundation.checks.router_and_its_gradient import moe_params
 from foundation.losses import IGNORE
 from foundation.parity import Check
-from foundation.transformer import ModelSize, init_params, loss_forward
+from foundation.transformer import ModelConfig, block_forward, loss_forward
 
-SMALL = {"vocabulary": 7, "width": 4, "layers": 2, "experts": 3, "hidden": 3}
 MODELS: dict[str, tuple[ModelConfig, dict]] = {
     "tied, rotary, SwiGLU": (ModelConfig(capacity_factor=0.75), {}),
     "untied, learned, GELU, biases": (
@@ -24,7 +23,7 @@ MODELS: dict[str, tuple[ModelConfig, dict]] = {
     "dropout": (ModelConfig(dropout=0.25), {"layers": 1}),
     "grouped keys, one norm, plain gates": (
         ModelConfig(heads=4, norm_eps=0.1, rope_base=50.0, renormalise_gates=False),
-        {"layers": 1, "kv_heads": 2, "head_width": 2, "qk_norm": "full"},
+        {"layers": 1, "grouped": True},
     ),
     "one layer, one expert": (ModelConfig(top_k=1, rotary=False), {"layers": 1, "experts": 1}),
 }
@@ -39,8 +38,7 @@ def checks() -> Iterator[Check]:
     ):
         draws = Draws(f"block/{case}")
         masks = block_masks(draws, config, 4) if config.dropout else None
-        size = ModelSize(**{**SMALL, "layers": 1, **options})
-        inputs = (draws.normal(2, 4, 4), draws.like(init_params, size, config)["blocks"][0])
+        inputs = (draws.normal(2, 4, 4), block_params(draws, **options))
         yield gradient(
             block_forward,
             case,
@@ -54,16 +52,50 @@ def checks() -> Iterator[Check]:
     for case, (config, options) in MODELS.items():
         tokens, targets = Draws("model/tokens").integers(7, 2, 5), Draws("model/targets").integers(7, 2, 5)
         targets[0, -1] = IGNORE
-        size = ModelSize(**{**SMALL, **options})
         yield gradient(
             loss_forward,
             case,
-            (Draws(f"model/{case}").like(init_params, size, config),),
-            *(tokens, targets, config, model_masks(config, size.layers) if config.dropout else None),
+            (model_params(Draws(f"model/{case}"), **options),),
+            *(tokens, targets, config, model_masks(config, options.get("layers", 2)) if config.dropout else None),
             operation="model",
             after_cache=(config,),
             margin=router_margin(config.top_k),
         )
+
+
+def norm_params(draws: Draws, width: int = 4, bias: bool = False) -> dict:
+    """Around 1, and a bias of LayerNorm."""
+    scale = {"scale": 1.0 + draws.normal(width, std=0.5)}
+    return scale | {"bias": draws.normal(width, std=0.5)} if bias else scale
+
+
+def linear_params(draws: Draws, inputs: int, outputs: int, bias: bool) -> dict:
+    """One projection of attention."""
+    kernel = {"kernel": draws.normal(inputs, outputs, std=0.5)}
+    return kernel | {"bias": draws.normal(outputs)} if bias else kernel
+
+
+def block_params(
+    draws: Draws, experts: int = 3, swiglu: bool = True, bias: bool = False, grouped: bool = False
+) -> dict:
+    """One block of width 4; if it is grouped, with two normalised key heads for four heads of width 2."""
+    queries = 8 if grouped else 4
+    attention = {"qkv": linear_params(draws, 4, queries + 8, bias), "out": linear_params(draws, queries, 4, bias)}
+    if grouped:
+        attention |= {"query_norm": norm_params(draws, 8), "key_norm": norm_params(draws, 4)}
+    norms = {name: norm_params(draws, bias=bias) for name in ("norm1", "norm2")}
+    return {**norms, "attention": attention, "moe": moe_params(draws, experts, 3, swiglu)}
+
+
+def model_params(draws: Draws, layers: int = 2, tied: bool = True, longest: int = 0, **options: Any) -> dict:
+    """A model of width 4 and a vocabulary of 7, with these options of its blocks."""
+    params: dict = {"embedding": draws.normal(7, 4, std=0.5), "norm": norm_params(draws, bias="bias" in options)}
+    params["blocks"] = [block_params(draws, **options) for _ in range(layers)]
+    if longest:
+        params["positions"] = draws.normal(longest, 4, std=0.5)
+    if not tied:
+        params["head"] = draws.normal(4, 7, std=0.5)
+    return params
 
 
 def block_masks(draws: Draws, config: ModelConfig, positions: int) -> dict:

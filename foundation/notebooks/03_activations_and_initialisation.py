@@ -46,7 +46,7 @@
 
 # %%
 from foundation.activations import ACTIVATIONS, gelu_backward, gelu_forward
-from foundation.initializers import INITIALIZERS, predicted_variance
+from foundation.initializers import INITIALIZERS, initialised, predicted_variance
 from foundation.lessons.notebook import check, jax, jnp, pictures, shown
 from foundation.linear import linear_backward, linear_forward
 
@@ -111,8 +111,8 @@ for three in (names[:3], names[3:]):
 
 # %%
 shape = (400, 300)
-for name, initializer in INITIALIZERS.items():
-    measured = jnp.var(initializer(jax.random.key(0), shape))
+for name in INITIALIZERS:
+    measured = jnp.var(initialised(name, jax.random.key(0), shape))
     promised = predicted_variance(name, shape)
     print(f"{name:<8} predicted {promised:.6f}   measured {measured:.6f}")
 
@@ -132,7 +132,7 @@ def through(initializer, activation):
     h = jax.random.normal(key, (64, WIDTH))
     signal, caches = [jnp.mean(h**2)], []
     for k in jax.random.split(key, LAYERS):
-        z, affine = linear_forward(h, INITIALIZERS[initializer](k, (WIDTH, WIDTH)))
+        z, affine = linear_forward(h, initialised(initializer, k, (WIDTH, WIDTH)))
         h, elementwise = forward(z)
         caches.append((affine, elementwise))
         signal.append(jnp.mean(h**2))

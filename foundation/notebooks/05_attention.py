@@ -40,10 +40,9 @@ k = v = jnp.array(
     [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 0, 0], [0, 1, 0.2], [0, 0, 1.0]]
 )
 q = k @ jnp.array([[0.0, 3.0, 0.0], [0.0, 0.0, 3.0], [0.0, 3.0, 0.0]])
-looks = {
-    name: attention.attention_forward(q, k, v, mask)[1].kept
-    for name, mask in (("no mask", None), ("causal", attention.causal_mask(6)))
-}
+looks = {}
+for name, mask in (("no mask", None), ("causal", attention.causal_mask(6))):
+    _, (_, _, _, looks[name], *_) = attention.attention_forward(q, k, v, mask)
 pictures.heatmaps(looks, "looked at", "looking", words, words, diverging=False)
 
 # %% [markdown]
@@ -137,8 +136,8 @@ for width in widths:
     q, k = (jax.random.normal(jax.random.key(i), (32, 16, width)) for i in (3, 4))
     v, d_o = (jax.random.normal(jax.random.key(i), (32, 16, 8)) for i in (5, 6))
     for label, factor in (("with 1/√A", 1.0), ("without", width**0.5)):
-        _, cache = attention.attention_forward(factor * q, k, v)
-        d_S = attention.softmax_backward(d_o @ jnp.swapaxes(v, -1, -2), cache.softmax)
+        _, (*_, softmax, _) = attention.attention_forward(factor * q, k, v)
+        d_S = attention.softmax_backward(d_o @ jnp.swapaxes(v, -1, -2), softmax)
         sizes[label].append(float(jnp.median(jnp.abs(d_S))))
 medians = {"the gradient of the scores": {n: (widths, s) for n, s in sizes.items()}}
 axes = ("width of a head, A", "median of |d_S|")

@@ -320,9 +320,10 @@ assert guesses[-1].mean() > guesses[0].mean() + 0.3
 
 # %%
 _, cache = dense.dense_model_forward(trained, shown_ids[None, :16], HEADS)
-attended = cache[1][0][1].attention  # blocks, the first, its attention
+_, (first, *_), *_ = cache  # of the blocks the first
+_, (*_, (q, k, v, kept, *_), _), *_ = first  # its attention, and in it the heads
 HEAD, pieces = 0, pieces[:16]
-parts = {"query": attended.q, "key": attended.k, "value": attended.v}
+parts = {"query": q, "key": k, "value": v}
 panels = {name: part[0, HEAD] for name, part in parts.items()}
 unnamed = [""] * (WIDTH // HEADS)
 pictures.heatmaps(panels, "entry of the head", "", unnamed, pieces, numbers="")
@@ -336,7 +337,7 @@ pictures.heatmaps(panels, "entry of the head", "", unnamed, pieces, numbers="")
 # to the beginning of the word or of the text.
 
 # %%
-weights = np.asarray(attended.kept[0])
+weights = np.asarray(kept[0])
 panels = {f"head {h}": weights[h] for h in range(HEADS)}
 axes = ("looked at, in the same order", "looking", [""] * len(pieces), pieces)
 pictures.heatmaps(panels, *axes, numbers="", diverging=False, height=3.2)

@@ -7,8 +7,7 @@
 # their loss curves are *one* curve. Then we ask how far the model is causal, and find a
 # limit that is easy to overlook.
 #
-# The code is `foundation/block.py`, `foundation/transformer.py` and
-# `foundation/train_by_hand.py`.
+# The code is `foundation/transformer.py` and `foundation/train_by_hand.py`.
 #
 # ## The model
 # With L blocks, and norm for RMSNorm or LayerNorm:
@@ -45,19 +44,19 @@
 #    With a tied head this is the second contribution, and the two add.
 #
 # At each step the forward pass has left a cache. The caches are taken in reverse order.
-# In the code this is a list, and `reversed(cache.blocks)`.
+# In the code this is a list, and `reversed(block_caches)`.
 #
 # ## One gradient, every parameter
 
 # %%
-from foundation import block, parity, transformer
+from foundation import parity, transformer
 from foundation import train_by_hand as lesson
 from foundation.lessons.notebook import check, jax, jnp, np, pictures, shown
 
-shown(transformer.model_backward, block.block_backward)
+shown(transformer.model_backward, transformer.block_backward)
 
 # %%
-config = block.ModelConfig(heads=4, capacity_factor=1.0)
+config = transformer.ModelConfig(heads=4, capacity_factor=1.0)
 size = transformer.ModelSize(vocabulary=0, width=32, layers=3, experts=6, hidden=24)
 start = lesson.train(transformer.loss_and_gradient, 0, size, config=config).params
 window = lesson.batch(lesson.corpus().tokens, 0, 32)
@@ -127,7 +126,7 @@ pictures.curves(panels, "step", "nats per character", log=(False, True))
 # text grows; so evaluation and writing drop nothing. Chapter 12 tries all texts.
 
 # %%
-tight = block.ModelConfig(heads=4, capacity_factor=0.5)
+tight = transformer.ModelConfig(heads=4, capacity_factor=0.5)
 
 
 @jax.jit

@@ -23,13 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from foundation.block import ModelConfig
 from foundation.losses import IGNORE, cross_entropy_forward
 from foundation.trained import Problem
 from foundation.trained.tokens import Vocabulary, read_vocabulary
 from foundation.trained.validation import mean_loss, stored_stream, text_stream
 from foundation.trained.weights import config_of, parameters_of, read_safetensors
-from foundation.transformer import model_forward
+from foundation.transformer import ModelConfig, model_forward
 from foundation.writing import write
 
 ALLOWED = 1e-6

@@ -11,9 +11,9 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from foundation.block import ModelConfig
 from foundation.positions import ROPE_BASE, slowed_pairs
 from foundation.trained import Problem
+from foundation.transformer import ModelConfig
 
 _TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
 _CODES = ("I8", "U8")

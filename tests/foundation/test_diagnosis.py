@@ -65,8 +65,8 @@ def test_at_most_five_of_the_plausible_answers_are_not_understood() -> None:
 NAMED = {
     ("softmax", "return p * d_p"): "the cross terms are forgotten",
     ("softmax", "axis=0"): "over axis 0",
-    ("attention", "d_s @ cache.k, d_s @ cache.q"): "d_k needs d_S transposed",
-    ("attention", "cache.kept @ d_o"): "a matrix is not transposed: kept",
+    ("attention", "d_s @ k, d_s @ q"): "d_k needs d_S transposed",
+    ("attention", "kept @ d_o"): "a matrix is not transposed: kept",
     ("attention", "= d_kept / math"): "the step back through softmax is left out",
     ("layernorm", "d_n - mean)"): "a summand is left out: the part with n",
     ("layernorm", "d_n = d_y\nmean"): "d_y is not multiplied by scale first",
@@ -76,7 +76,7 @@ NAMED = {
     ("gelu", "1.0 + _GELU_CUBIC"): "the 3 is forgotten",
     ("silu", "return d_y * s"): "s is treated as a constant",
     ("router", "= d_z_balance + d_z_z"): "the gates' gradient is forgotten",
-    ("router", "cache.softmax[0] * d_p"): "the cross terms are forgotten",
+    ("router", "softmax_cache[0] * d_p"): "the cross terms are forgotten",
     ("router", "d_z_gates + d_z_balance\n"): "a summand is left out",
     ("linear", "/ len(x), jnp.sum"): "a second time",
 }

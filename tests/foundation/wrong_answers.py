@@ -22,10 +22,10 @@ d_n = d_y * scale
 along = jnp.mean(d_n * n, -1, keepdims=True)
 return rrms * (d_n - n * along), jnp.sum(d_y * n, (0, 1))"""
 ATTENTION = """\
-d_kept = d_o @ jnp.swapaxes(cache.v, -1, -2)
-d_v = jnp.swapaxes(cache.kept, -1, -2) @ d_o
-d_s = softmax_backward(dropout_backward(d_kept, cache.dropout), cache.softmax) / math.sqrt(cache.q.shape[-1])
-return d_s @ cache.k, jnp.swapaxes(d_s, -1, -2) @ cache.q, d_v"""
+d_kept = d_o @ jnp.swapaxes(v, -1, -2)
+d_v = jnp.swapaxes(kept, -1, -2) @ d_o
+d_s = softmax_backward(dropout_backward(d_kept, dropout_cache), softmax_cache) / math.sqrt(q.shape[-1])
+return d_s @ k, jnp.swapaxes(d_s, -1, -2) @ q, d_v"""
 CROSS_ENTROPY = """\
 p = logsumexp_backward(jnp.ones(targets.shape), lse_cache)
 onehot = jnp.arange(p.shape[-1]) == targets[..., None]
@@ -176,17 +176,17 @@ WRONG_ANSWERS: dict[str, list[str]] = {
     ],
     "attention": varied(
         ATTENTION,
-        (" / math.sqrt(cache.q.shape[-1])", ""),
-        ("cache.q.shape[-1]", "cache.q.shape[-2]"),
-        ("math.sqrt(cache.q.shape[-1])", "cache.q.shape[-1]"),
-        ("jnp.swapaxes(d_s, -1, -2) @ cache.q", "d_s @ cache.q"),
-        ("jnp.swapaxes(cache.kept, -1, -2)", "cache.kept"),
-        ("jnp.swapaxes(cache.kept, -1, -2) @ d_o", "d_o"),
-        ("softmax_backward(dropout_backward(d_kept, cache.dropout), cache.softmax)", "d_kept"),
-        ("softmax_backward(dropout_backward(d_kept, cache.dropout), cache.softmax)", "cache.kept * d_kept"),
-        ("d_s @ cache.k, jnp.swapaxes(d_s, -1, -2) @ cache.q", "d_s @ cache.q, jnp.swapaxes(d_s, -1, -2) @ cache.k"),
-        ("d_s @ cache.k, jnp.swapaxes(d_s, -1, -2) @ cache.q", "jnp.swapaxes(d_s, -1, -2) @ cache.k, d_s @ cache.q"),
-        ("d_s @ cache.k, jnp.swapaxes(d_s, -1, -2) @ cache.q", "jnp.swapaxes(d_s, -1, -2) @ cache.q, d_s @ cache.k"),
+        (" / math.sqrt(q.shape[-1])", ""),
+        ("q.shape[-1]", "q.shape[-2]"),
+        ("math.sqrt(q.shape[-1])", "q.shape[-1]"),
+        ("jnp.swapaxes(d_s, -1, -2) @ q", "d_s @ q"),
+        ("jnp.swapaxes(kept, -1, -2)", "kept"),
+        ("jnp.swapaxes(kept, -1, -2) @ d_o", "d_o"),
+        ("softmax_backward(dropout_backward(d_kept, dropout_cache), softmax_cache)", "d_kept"),
+        ("softmax_backward(dropout_backward(d_kept, dropout_cache), softmax_cache)", "kept * d_kept"),
+        ("d_s @ k, jnp.swapaxes(d_s, -1, -2) @ q", "d_s @ q, jnp.swapaxes(d_s, -1, -2) @ k"),
+        ("d_s @ k, jnp.swapaxes(d_s, -1, -2) @ q", "jnp.swapaxes(d_s, -1, -2) @ k, d_s @ q"),
+        ("d_s @ k, jnp.swapaxes(d_s, -1, -2) @ q", "jnp.swapaxes(d_s, -1, -2) @ q, d_s @ k"),
     ),
     "feed_forward": varied(
         FEED_FORWARD,
@@ -202,28 +202,28 @@ WRONG_ANSWERS: dict[str, list[str]] = {
 
 ROUTER = """\
 batch, tokens, _ = d_gates.shape
-onehot = cache.experts[..., None] == jnp.arange(cache.share.shape[-1])
-d_p = d_balance * cache.share.shape[-1] * cache.share[:, None, :] / (batch * tokens)
-d_p = jnp.broadcast_to(d_p, (batch, tokens, cache.share.shape[-1]))
-chosen = softmax_backward(d_gates, cache.gates)
+onehot = experts[..., None] == jnp.arange(share.shape[-1])
+d_p = d_balance * share.shape[-1] * share[:, None, :] / (batch * tokens)
+d_p = jnp.broadcast_to(d_p, (batch, tokens, share.shape[-1]))
+chosen = softmax_backward(d_gates, gate_cache)
 d_z_gates = jnp.sum(onehot * chosen[..., None], axis=2)
-d_z_balance = softmax_backward(d_p, cache.softmax)
-d_z_z = logsumexp_backward(d_z * 2.0 * cache.log_total / (batch * tokens), cache.logsumexp)
+d_z_balance = softmax_backward(d_p, softmax_cache)
+d_z_z = logsumexp_backward(d_z * 2.0 * log_total / (batch * tokens), lse_cache)
 d_logits = d_z_gates + d_z_balance + d_z_z
-return linear_backward(d_logits, cache.linear)[:2]"""
+return linear_backward(d_logits, linear_cache)[:2]"""
 WRONG_ANSWERS["router"] = varied(
     ROUTER,
-    ("softmax_backward(d_gates, cache.gates)", "d_gates"),
+    ("softmax_backward(d_gates, gate_cache)", "d_gates"),
     ("d_z_gates + d_z_balance + d_z_z", "d_z_balance + d_z_z"),
     ("d_z_gates + d_z_balance + d_z_z", "d_z_gates + d_z_z"),
     ("d_z_gates + d_z_balance + d_z_z", "d_z_gates + d_z_balance"),
-    ("d_z * 2.0 * cache", "d_z * cache"),
-    ("d_z * 2.0 * cache.log_total", "jnp.full_like(cache.log_total, d_z * 2.0)"),
-    ("cache.log_total / (batch * tokens)", "cache.log_total"),
-    ("cache.log_total / (batch * tokens)", "cache.log_total / tokens"),
-    ("softmax_backward(d_p, cache.softmax)", "d_p"),
-    ("softmax_backward(d_p, cache.softmax)", "cache.softmax[0] * d_p"),
-    ("d_balance * cache.share.shape[-1] * cache.share", "d_balance * cache.share"),
+    ("d_z * 2.0 * log", "d_z * log"),
+    ("d_z * 2.0 * log_total", "jnp.full_like(log_total, d_z * 2.0)"),
+    ("log_total / (batch * tokens)", "log_total"),
+    ("log_total / (batch * tokens)", "log_total / tokens"),
+    ("softmax_backward(d_p, softmax_cache)", "d_p"),
+    ("softmax_backward(d_p, softmax_cache)", "softmax_cache[0] * d_p"),
+    ("d_balance * share.shape[-1] * share", "d_balance * share"),
     ("[:, None, :] / (batch * tokens)", "[:, None, :] / tokens"),
 )
 EXPERTS = """\
