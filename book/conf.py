@@ -39,6 +39,7 @@ autodoc2_render_plugin = "myst"
 autodoc2_docstring_parser_regexes = [(".*", "myst")]
 autodoc2_skip_module_regexes = [r".*\.__main__"]
 autodoc2_hidden_objects = {"dunder", "private", "inherited"}
+autodoc2_sort_names = True
 autodoc2_index_template = None
 autodoc2_replace_annotations = [
     (f"jaxtyping.{name}", name)
