@@ -11,7 +11,7 @@ Finite differences know nothing of either. They are central and of fourth order,
     f'(x) = (8 (f(x + h) - f(x - h)) - (f(x + 2h) - f(x - 2h))) / 12h + O(h^4),    h = 1e-4
 
 Chapter 0 weighs their two errors. Rounding is about 1e-16 |f| / h, and it counts relative to the gradient's largest
-entry. The worst check of the table is at 3.3e-8, and 1e-6 is allowed. One h serves every operation.
+entry. The worst check of the table is at 3.4e-8, and 1e-6 is allowed. One h serves every operation.
 
 Errors are relative to the largest entry, not elementwise: an entry that is 0 in exact arithmetic (the gradient of a
 key bias, where keys are not rotated) is rounding noise in all three.

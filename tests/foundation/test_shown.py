@@ -1,10 +1,16 @@
 """The code that a notebook shows is the module's own."""
 
+import ast
+import json
+from pathlib import Path
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from foundation import attention, softmax
+
+NOTEBOOKS = sorted((Path(__file__).resolve().parents[2] / "foundation/notebooks").glob("[0-9]*.ipynb"))
 
 
 def test_what_is_shown_runs_and_gives_what_the_module_gives() -> None:
@@ -25,3 +31,21 @@ def test_what_is_shown_runs_and_gives_what_the_module_gives() -> None:
     assert "\n\n\ndef softmax_backward(d_p, cache):\n    (p,) = cache\n" in text
     assert shown(softmax.softmax_backward)._repr_markdown_().startswith("```python\ndef softmax_backward(")
     assert "rate=0.0):" in repr(shown(attention.attention_forward))
+
+
+@pytest.mark.parametrize("stored", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_stored_notebook_shows_the_code_of_today(stored: Path) -> None:
+    """Of its cells, only the imports and those that show code are run."""
+    pytest.importorskip("matplotlib", reason="the extra lessons is not installed")
+    from foundation.lessons.notebook import shown
+
+    scope = {"shown": shown}
+    for cell in json.loads(stored.read_text())["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "code":
+            continue
+        imports = [node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        exec("\n".join(map(ast.unparse, imports)), scope)
+        if source.startswith("shown("):
+            (output,) = cell["outputs"]
+            assert "".join(output["data"]["text/markdown"]) == eval(source, scope)._repr_markdown_()
