@@ -329,7 +329,7 @@ def test_a_saved_text_is_without_the_model_and_shows_the_same(browser: Any, fold
 
 def test_a_conversation_a_dense_model_and_a_file_that_was_spoiled(browser: Any, folder: Path) -> None:
     inside = Inside(browser, (folder / "chat.html").as_uri())
-    inside.write("Hi", 6)
+    inside.write("Hi", 6, seed="5")
     assert inside.page.locator(".turn.assistant .t").count() == 6
     inside.page.locator("#edit").click()
     assert inside.page.locator("#prompt").input_value() == "Hi"
@@ -339,7 +339,7 @@ def test_a_conversation_a_dense_model_and_a_file_that_was_spoiled(browser: Any, 
     inside.page.locator("#error", has_text="and the model reads 32. Begin a new one.").wait_for()
     inside.page.close()
     inside = Inside(browser, (folder / "dense.html").as_uri())
-    inside.write("Hi", 6)
+    inside.write("Hi", 6, seed="5")
     assert not inside.page.locator("#switches").is_visible()
     inside.page.locator("#prompt").fill("a beginning that is longer than the context")
     inside.page.locator("#write").click()
