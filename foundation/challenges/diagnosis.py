@@ -56,7 +56,8 @@ def judge(
         if finding.wrong:
             made = [(meaning, _as_tuple(result, len(names))) for meaning, result in mistakes()]
             made = [(meaning, dict(_parts(names, result))) for meaning, result in made if len(result) == len(names)]
-            alike = [(meaning, result[name]) for meaning, result in made if result.get(name) is not None]
+            # Some mistakes give no array: a part of the cache, which is a tuple, in the place of a product.
+            alike = [(meaning, result[name]) for meaning, result in made if hasattr(result.get(name), "shape")]
             return examine(name, ours, wanted[name], known, others, alike, tolerance)
     return Finding()
 
