@@ -88,10 +88,10 @@ class Plan:
 
     def config(self, arm: Arm, seed: int, out: Path) -> RunConfig:
         """The settings of one run. Two arms of the same settings and length are one run, and share a folder."""
-        name, once = DENSE_BASELINES[arm.dense], self.tuning is not None
-        if self.tuning is not None:
-            name += f"-{self.tuning.chosen(arm.side).name}"
-        return run_config(self.settings(arm.side), name, arm.steps, seed, out, evaluations=1 if once else None)
+        name, settings = DENSE_BASELINES[arm.dense], self.settings(arm.side)
+        if self.tuning is None:
+            return run_config(settings, name, arm.steps, seed, out)
+        return run_config(settings, f"{name}-{self.tuning.chosen(arm.side).name}", arm.steps, seed, out, evaluations=1)
 
     def runs(self, seeds: int, out: Path) -> Iterator[tuple[Arm, int, RunConfig]]:
         """Every run of the comparison, seed by seed."""
@@ -255,6 +255,8 @@ def report(plan: Plan, results: Sequence[ArmResult], out: Path) -> Report:
     if plan.tuning is not None:
         searched = plan.tuning.sentences(plan.base)
         searched.append(f"each whole run was scored once, at its last step: {scores} scores of {plan.base.data.source}")
+        if plan.tuning.text == plan.base.data.source:
+            searched[-1] += ", on which the settings were chosen too"
     record = {
         "preset": plan.base.preset,
         "data": plan.base.data.source,

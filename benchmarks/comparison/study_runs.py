@@ -45,13 +45,11 @@ def with_prepared_text(asked: RunConfig) -> RunConfig:
     return dataclasses.replace(asked, model=dataclasses.replace(asked.model, vocab_size=vocab_size))
 
 
-def run_config(
-    settings: RunConfig, name: str, steps: int, seed: int, out: Path, evaluations: int | None = None
-) -> RunConfig:
+def run_config(settings: RunConfig, name: str, steps: int, seed: int, out: Path, evaluations: int = 0) -> RunConfig:
     """The settings of one run of `steps` steps, in the folder OUT/NAME-STEPS-steps-seed-SEED.
 
-    The run knows its last step from the start, so its learning rate reaches its final value there. With a single
-    evaluation, its result is its last step, and no choice of a checkpoint sees the text of the score.
+    The run knows its last step from the start, so its learning rate reaches its final value there. `evaluations` is
+    EVALUATIONS unless given. A run with one has its last step as its result, so the text of the score chooses nothing.
     """
     each = math.ceil(steps / (evaluations or EVALUATIONS))
     train = dataclasses.replace(settings.train, steps=steps, seed=seed, eval_every=each, save_every=each, patience=0)

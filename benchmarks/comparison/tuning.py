@@ -219,30 +219,42 @@ def text_to_choose_on(base: RunConfig) -> RunConfig:
     return dataclasses.replace(base, data=dataclasses.replace(base.data, source=source))
 
 
+class _ShortRuns(NamedTuple):
+    """What the short runs of all sides have in common."""
+
+    base: RunConfig
+    flops: float
+    out: Path
+    train: Train
+    ratio: Ratio
+
+    def steps(self, side: Side, candidate: Candidate, found: Tuning) -> int:
+        """The rate changes no time. So a shape is measured once, and all its rates get the same steps."""
+        settings = dense_baseline(self.base, side.dense)
+        if side.basis == "tokens":
+            return max(1, math.floor(SHARE * self.flops / training_flops(candidate.apply(settings), 1)))
+        mixture = found.best(MIXTURE)
+        own, other = candidate._replace(rate=1.0), mixture.candidate._replace(rate=1.0)
+        return max(1, round(mixture.steps / self.ratio(own.apply(settings), other.apply(self.base))))
+
+    def trial(self, side: Side, found: Tuning, candidate: Candidate) -> Trial:
+        """A run of the side with the settings of `candidate`. `found` has the mixture's trials."""
+        steps, settings = self.steps(side, candidate, found), candidate.apply(dense_baseline(self.base, side.dense))
+        name = f"tune-{DENSE_BASELINES[side.dense]}-{candidate.name}"
+        run = StudyRun(f"search, {side.name}, {candidate.name}", run_config(settings, name, steps, SEED, self.out))
+        (summary,) = self.train([run])
+        return Trial(side, candidate, steps, summary["training_flops"], summary[BITS])
+
+
 def search(base: RunConfig, flops: float, out: Path, models: Sequence[Dense], train: Train, ratio: Ratio) -> Tuning:
     """Train the short runs of all sides for a budget of `flops` operations. Raises what `train` raises.
 
     `base` has the text to choose on. A side with the mixture's time has as many steps as the mixture's best candidate
     would take in that time, by `ratio`.
     """
-    found = Tuning((), base.data.source)
+    runs, found = _ShortRuns(base, flops, out, train, ratio), Tuning((), base.data.source)
     for side in sides(models):
-        settings = dense_baseline(base, side.dense)
-
-        def tried(
-            candidate: Candidate, side: Side = side, settings: RunConfig = settings, found: Tuning = found
-        ) -> Trial:
-            own = candidate.apply(settings)
-            if side.basis == "tokens":
-                steps = max(1, math.floor(SHARE * flops / training_flops(own, 1)))
-            else:
-                mixture = found.best(MIXTURE)
-                steps = max(1, round(mixture.steps / ratio(own, mixture.candidate.apply(base))))
-            name = f"tune-{DENSE_BASELINES[side.dense]}-{candidate.name}"
-            run = StudyRun(f"search, {side.name}, {candidate.name}", run_config(own, name, steps, SEED, out))
-            (summary,) = train([run])
-            return Trial(side, candidate, steps, summary["training_flops"], summary[BITS])
-
+        settings, tried = dense_baseline(base, side.dense), partial(runs.trial, side, found)
         trials = [tried(Candidate.of(settings))]
         for move in LINES.values():
             start = min(trials, key=lambda trial: trial.bits)
