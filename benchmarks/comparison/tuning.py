@@ -185,8 +185,9 @@ class Tuning(NamedTuple):
             text += f"width of an expert {c.expert_hidden}; {best.bits:.4f} bits per byte in its short run, the best "
             text += f"of {len(self.of(side))}"
             for line, move in LINES.items():
-                if move(settings, c, True) is None or move(settings, c, False) is None:
-                    text += f"; {line} {getattr(c, line):g} is the last of its line: one beyond it may be better"
+                for up, end in ((False, "lowest"), (True, "highest")):
+                    if move(settings, c, up) is None:
+                        text += f"; {line} {getattr(c, line):g} is the {end} that could be tried"
             text += f"; in whole runs the learning rate is {self.chosen(side).rate:.3g} x the preset's"
             found.append(text)
         return found

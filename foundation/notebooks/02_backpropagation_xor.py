@@ -201,7 +201,7 @@ pictures.plane(net(right, square)[1][..., 0], corners, "red: the net says 1")
 # layer must have moved the points to places where a line suffices. Here are the four
 # points as the last layer sees them. A point has four hidden units $h$. To the right is
 # the direction of $W_2$, the only one that the last layer looks at. Upwards is the
-# direction in which the points differ most besides. The dashed line is where the net
+# direction across $W_2$ in which the points differ most. The dashed line is where the net
 # answers 1/2, and it separates red from blue. This is what hidden layers are for, in
 # this net and in the largest: they move things until a simple rule is enough.
 
@@ -214,7 +214,7 @@ rest = hidden - seen[:, None] * direction
 _, _, main_axes = jnp.linalg.svd(rest - rest.mean(axis=0))
 places = jnp.stack([seen, rest @ main_axes[0]], axis=1)
 names = [f"({a:.0f}, {b:.0f})" for a, b in X]
-pictures.points(places, names, t[:, 0] == 1, half, "along W2", "besides")
+pictures.points(places, names, t[:, 0] == 1, half, "along W2", "across W2")
 assert ((seen > half) == t[:, 0]).all()
 
 # %% [markdown]

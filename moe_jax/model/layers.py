@@ -99,8 +99,8 @@ def _rotated_by_halves(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def _rotated_on_cpu(x: Array, cos: Array, sin: Array) -> Array:
-    """The same as (a, b) (cos, cos) + (b, a) (-sin, sin). With the barrier (b, a) is written to memory, and the rest is
-    one loop over whole heads: in bfloat16 it takes a third of the time, in float32 two thirds."""
+    """The same, as (a, b) * (cos, cos) + (b, a) * (-sin, sin). The barrier makes XLA write (b, a) to memory. What
+    remains is one loop over whole heads. In bfloat16 this takes a third of the time, in float32 two thirds."""
     other = jax.lax.optimization_barrier(jnp.roll(x, x.shape[-1] // 2, axis=-1))
     cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
     return (x.astype(cos.dtype) * cos + other.astype(cos.dtype) * sin).astype(x.dtype)

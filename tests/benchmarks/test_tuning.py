@@ -100,7 +100,8 @@ def test_an_end_of_a_line_is_said() -> None:
     chosen = found(Trainer(lambda config: config.train.lr), models=["none"])
     assert chosen.best(MIXTURE).candidate.rate == tuning.LOWEST_RATE == 0.125
     (_, mixture) = chosen.sentences(BASE)
-    assert "rate 0.125 is the last of its line: one beyond it may be better" in mixture
+    assert "; rate 0.125 is the lowest that could be tried" in mixture
+    assert "highest" not in mixture
 
 
 def test_choices_are_made_on_a_part_of_the_training_text(tmp_path: Path) -> None:

@@ -218,7 +218,7 @@ def _cross_entropy(
         loss = losses.sum() if token_weight is None else (losses * token_weight).sum()
         if not with_gradients:
             return d_head, (loss, jnp.zeros((0, h.shape[1]), h.dtype))
-        # softmax - onehot. With `where`, a CPU converts no array of integers to float32.
+        # softmax - onehot(target). To make the array of zeros and ones took a CPU a sixth of the time of head and loss.
         d_z = jnp.where(jnp.arange(z.shape[1]) == target[:, None], softmax - 1, softmax)
         if weights is not None and token_weight is not None:
             d_z = d_z * (token_weight if loss_scale is None else token_weight * loss_scale.astype(wide))[:, None]

@@ -35,6 +35,8 @@ def scale_by_muon(narrow: bool = False, stacked: bool = False) -> optax.Gradient
 
     With `stacked` all matrices of one shape, or of its transpose, are one stack, up to `LARGEST_STACK` numbers. On a
     CPU, one bfloat16 product of many small matrices is faster than several of few. In float32 it is not.
+
+    The state is that of `optax`, so that saved runs resume. Its `ns_coeffs` are not read.
     """
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, contrib.MuonState]:
@@ -60,8 +62,8 @@ def orthogonalised(x: Float[Array, "*E m n"]) -> Float[Array, "*E m n"]:
     """About U V^T of each matrix U S V^T: X <- a X + (b S + c S S) X with S = X X^T, five times, after a division by
     the norm. Every singular value ends near 1.
 
-    The equation of S multiplies rows with rows. As `x @ x.mT`, XLA's product on a CPU takes 4.5 times as long in
-    bfloat16.
+    S is written as an equation over pairs of rows. In bfloat16, XLA's product of `x @ x.mT` takes 4.5 times as long on
+    a CPU.
     """
     if x.shape[-2] > x.shape[-1]:
         return orthogonalised(x.mT).mT
