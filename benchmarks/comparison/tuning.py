@@ -8,9 +8,10 @@ another. Where a neighbour is better, the next one beyond it is tried too, until
     layers  one layer fewer and one more; the hidden width changes, so that a step has as many operations
     heads   half and twice as many attention heads, with as many operations
 
-All short runs have SEED, which no run of the comparison has, and SHARE of the operations of the comparison's budget, or
-of the mixture's time. Their learning rate reaches its final value at their own last step. They are scored on a part of
-the training text (`text_to_choose_on`), so no choice sees the text that scores the whole runs.
+The mixture's short runs have SHARE of the operations of the comparison's budget. Those of a dense side have the tokens
+or the time of the mixture's best one. All have SEED, which no run of the comparison has. Their learning rate reaches
+its final value at their own last step. They are scored on a part of the training text (`text_to_choose_on`), so no
+choice sees the text that scores the whole runs.
 
 The best rate falls with the length of a run. So the runs of the comparison have the best rate of the short runs times
 FOR_WHOLE_RUNS.
@@ -33,7 +34,7 @@ from moe_jax.model.costs import training_flops
 LOWEST_RATE, HIGHEST_RATE = 0.125, 8.0
 """The factors on the preset's learning rates beyond which none is tried."""
 SHARE = 0.2
-"""Operations of a short run, divided by the budget of the comparison."""
+"""Operations of a short run of the mixture, divided by the budget of the comparison."""
 LENGTH_EXPONENT = 0.32
 """How the best learning rate falls: as (tokens of a run)^-0.32, for AdamW (Bjorck et al. 2024, "Scaling Optimal LR
 Across Token Horizons"). `benchmarks/quality.md` compares this with runs by Muon."""
@@ -175,7 +176,7 @@ class Tuning(NamedTuple):
         """The choice of each side and the cost of the search, in words."""
         cost = sum(trial.flops for trial in self.trials)
         found = [
-            f"the search: {len(self.trials)} short runs, seed {SEED}, each of {SHARE:.0%} of the budget, scored on "
+            f"the search: {len(self.trials)} short runs, seed {SEED}, a fifth as long as the whole ones, scored on "
             f"the validation part of {self.text}; {cost:.3g} operations in all"
         ]
         for side in dict.fromkeys(trial.side for trial in self.trials):
@@ -232,9 +233,11 @@ class _ShortRuns(NamedTuple):
     def steps(self, side: Side, candidate: Candidate, found: Tuning) -> int:
         """The rate changes no time. So a shape is measured once, and all its rates get the same steps."""
         settings = dense_baseline(self.base, side.dense)
-        if side.basis == "tokens":
+        if side == MIXTURE:
             return max(1, math.floor(SHARE * self.flops / training_flops(candidate.apply(settings), 1)))
         mixture = found.best(MIXTURE)
+        if side.basis == "tokens":
+            return mixture.steps
         own, other = candidate._replace(rate=1.0), mixture.candidate._replace(rate=1.0)
         return max(1, round(mixture.steps / self.ratio(own.apply(settings), other.apply(self.base))))
 
@@ -250,8 +253,7 @@ class _ShortRuns(NamedTuple):
 def search(base: RunConfig, flops: float, out: Path, models: Sequence[Dense], train: Train, ratio: Ratio) -> Tuning:
     """Train the short runs of all sides for a budget of `flops` operations. Raises what `train` raises.
 
-    `base` has the text to choose on. A side with the mixture's time has as many steps as the mixture's best candidate
-    would take in that time, by `ratio`.
+    `base` has the text to choose on. `ratio` says how many steps a side takes in the mixture's time.
     """
     runs, found = _ShortRuns(base, flops, out, train, ratio), Tuning((), base.data.source)
     for side in sides(models):

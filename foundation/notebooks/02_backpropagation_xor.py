@@ -201,9 +201,9 @@ pictures.plane(net(right, square)[1][..., 0], corners, "red: the net says 1")
 # layer must have moved the points to places where a line suffices. Here are the four
 # points as the last layer sees them. A point has four hidden units $h$. To the right is
 # the direction of $W_2$, the only one that the last layer looks at. Upwards is the
-# direction across $W_2$ in which the points differ most. The dashed line is where the net
-# answers 1/2, and it separates red from blue. This is what hidden layers are for, in
-# this net and in the largest: they move things until a simple rule is enough.
+# direction across $W_2$ in which the points differ most. The dashed line is where the
+# net answers 1/2, and it separates red from blue. This is what hidden layers are for,
+# in this net and in the largest: they move things until a simple rule is enough.
 
 # %%
 hidden, _ = net(right, X)
