@@ -1,11 +1,13 @@
 """A public model as a run, to read and not to train: the weights of a Hugging Face folder, rounded while they are read.
 
 The parts of a tensor are read, rounded and written one after another. So the memory that is needed does not grow with
-the model: one parameter in its new form, and a few parts. The folder of the run is whole or absent.
+the model: two parameters in their new form, one of them being written, and a few parts. The folder of the run is whole
+or absent.
 """
 
 import dataclasses
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -20,7 +22,7 @@ from moe_jax.config import RunConfig, UserError
 from moe_jax.config.presets import preset
 from moe_jax.interop.pretrained import Part, Pretrained, oriented
 from moe_jax.model.costs import Count, count_parameters, totals
-from moe_jax.model.quantized import QuantizedMatrix, Weights, quantized_shapes, rounded
+from moe_jax.model.quantized import QuantizedMatrix, Weights, quantized_shapes, rounded_rows
 from moe_jax.model.transformer import abstract_model
 from moe_jax.runs.arrays import WeightsWriter, named_leaves
 from moe_jax.runs.checkpoint import CheckpointStore
@@ -102,7 +104,8 @@ def _write_weights(
     # The writer is told the order of the arrays: that of the table, and of a quantised matrix the codes first.
     arrays = {full: leaves[full] for name in table for full in _stored_names(name, leaves)}
     progress = byte_progress(f"importing {model.shape.folder.name}", model.size(table))
-    with WeightsWriter(folder, arrays) as writer, progress as advance:
+    with WeightsWriter(folder, arrays) as writer, ThreadPoolExecutor(1) as thread, progress as advance:
+        written: list[Future[None]] = []
         for name, parts in groupby(model.read(table, digest), lambda part: part.parameter):
             made = [np.empty(leaves[full].shape, leaves[full].dtype) for full in _stored_names(name, leaves)]
             if len(made) > 1 and quantized:
@@ -115,8 +118,11 @@ def _write_weights(
                     filled = part.put(oriented(name, made[0]), part.values())
                     model.check_finite(np.isfinite(filled), part, str(made[0].dtype))
                     advance(part.stored.nbytes)
-            for array in made:
-                writer.add(array)
+            for future in written:
+                future.result()
+            written = [thread.submit(writer.add, array) for array in made]
+        for future in written:
+            future.result()
     return writer.described()
 
 
@@ -144,4 +150,4 @@ def _put_rounded(model: Pretrained, part: Part, made: list[np.ndarray], matrix: 
 @partial(jax.jit, static_argnums=2)
 def rounded_part(rows: Any, factor: float, weights: Weights) -> QuantizedMatrix:
     """Rows of a tensor `[outputs, inputs]`, times a factor, rounded."""
-    return rounded(rows.T.astype(jnp.float32) * factor, weights)
+    return rounded_rows(rows.astype(jnp.float32) * factor, weights)
