@@ -8,16 +8,18 @@ In a notebook:
 
 The first wrong answer gets a hint where to look. From the second on, if it is another one, the formula is told.
 An answer may be anything: a wrong shape, a wrong type, a function that raises. It gets no traceback.
-The questions are in `lessons/questions.py`.
+The questions are in `lessons/exercises.toml`, the answers in `lessons/solutions.py`.
 """
 
 import difflib
 import inspect
 import math
+import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -26,6 +28,7 @@ import numpy as np
 
 from foundation.challenges import diagnosis
 from foundation.challenges.mistakes import made_on_purpose
+from foundation.lessons.solutions import MISTAKES, SOLUTIONS
 
 TOLERANCE = 1e-4
 """Of a function's answer, relative to the largest entry: float32 will do."""
@@ -38,14 +41,15 @@ type Judge = Callable[[Any], str]
 
 @dataclass(frozen=True)
 class Exercise:
-    """One question; `judge` looks at an answer, `solution` is a right answer. `first_hint` says what to look at. `hint`
-    is nearly the answer, so it is told from the second wrong attempt on."""
+    """One question. `judge` looks at an answer, `solution` is a right answer."""
 
     question: str
     judge: Judge
-    hint: str
     solution: Any
     first_hint: str
+    """What to look at."""
+    hint: str
+    """Nearly the answer, so it is told from the second wrong attempt on."""
 
 
 _WRONG: dict[str, set[str]] = {}
@@ -112,21 +116,23 @@ def _sources(function: FunctionType) -> list[str]:
     function = inspect.unwrap(function)  # the tests wrap each function to check shapes
     called = [function.__globals__.get(name) for name in function.__code__.co_names]
     own = [f for f in called if isinstance(f, FunctionType) and f.__module__ == function.__module__]
-    found = [source for f in own for source in _sources(f)] + [inspect.getsource(function).strip(" ,\n")]
+    source = inspect.getsource(function)
+    if function.__name__ == "<lambda>":  # behind its key in the table of solutions
+        source = source[source.index("lambda ") :]
+    found = [source for f in own for source in _sources(f)] + [source.strip(" ,\n")]
     return list(dict.fromkeys(found))
 
 
 def _find(number: object) -> Exercise | None:
-    from foundation.lessons.questions import EXERCISES  # which imports the judges from here
-
     if str(number) not in EXERCISES:
         near = difflib.get_close_matches(str(number), EXERCISES, n=3, cutoff=0.3) or list(EXERCISES)[:3]
         print(f"{number}: no such exercise; near it: {', '.join(near)}")
     return EXERCISES.get(str(number))
 
 
-def number(question: str, expected: float, hint: str, first_hint: str, tolerance: float = FOUR_DIGITS) -> Exercise:
-    """Right where the answer is this number, to a relative tolerance. An answer within 5 % is asked for more digits."""
+def by_number(expected: float) -> Judge:
+    """Right where the answer is this number: exactly for an int, else to four digits."""
+    tolerance = 1e-9 if isinstance(expected, int) else FOUR_DIGITS
 
     def judge(answer: Any) -> str:
         try:
@@ -140,7 +146,7 @@ def number(question: str, expected: float, hint: str, first_hint: str, tolerance
         near = (text for text, wrong in _like(expected) if math.isclose(value, wrong, rel_tol=FOUR_DIGITS))
         return f"{value:.6g} is not the number{next(near, '')}."
 
-    return Exercise(question, judge, hint, expected, first_hint)
+    return judge
 
 
 def _like(expected: float) -> list[tuple[str, float]]:
@@ -159,14 +165,9 @@ def _like(expected: float) -> list[tuple[str, float]]:
     ]
 
 
-def function(
-    question: str,
-    expected: Callable[..., Any],
-    shapes: Sequence[tuple[int, ...]],
-    hint: str,
-    first_hint: str,
-    likely: Mapping[str, Callable[..., Any]] | None = None,
-) -> Exercise:
+def by_function(
+    expected: Callable[..., Any], shapes: Sequence[Sequence[int]], likely: Mapping[str, Callable[..., Any]]
+) -> Judge:
     """Right where the answer is a function that equals `expected` on random arrays of these shapes. `likely` are
     mistakes by what they are called, beside those that are small changes of `expected`."""
 
@@ -176,7 +177,7 @@ def function(
         arrays = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
         names = inspect.signature(expected).parameters
         known = [diagnosis.Named(name, np.asarray(array)) for name, array in zip(names, arrays, strict=True)]
-        named = ((name, wrong(*arrays)) for name, wrong in (likely or {}).items())
+        named = ((name, wrong(*arrays)) for name, wrong in likely.items())
         mistakes = partial(chain, named, made_on_purpose(expected, tuple(arrays)))
         try:
             ours = answer(*arrays)
@@ -185,7 +186,7 @@ def function(
             return f"Your function stops with {type(error).__name__}: {first_line(error)}."
         return f"{found.wrong}; {found.meaning}." if found.wrong else ""
 
-    return Exercise(question, judge, hint, expected, first_hint)
+    return judge
 
 
 def first_line(error: BaseException, width: int = 140) -> str:
@@ -193,3 +194,14 @@ def first_line(error: BaseException, width: int = 140) -> str:
     text = str(error).strip()
     line = text.splitlines()[0].rstrip(".") if text else "no message"
     return line if len(line) <= width else line[: width - 3] + "..."
+
+
+def _exercise(number: str, question: str, first_hint: str, hint: str, shapes: Sequence[Sequence[int]] = ()) -> Exercise:
+    solution = SOLUTIONS[number]
+    judge = by_function(solution, shapes, MISTAKES.get(number, {})) if callable(solution) else by_number(solution)
+    question, first_hint, hint = (" ".join(text.split()) for text in (question, first_hint, hint))
+    return Exercise(question, judge, solution, first_hint, hint)
+
+
+_TEXTS = (Path(__file__).parent / "lessons" / "exercises.toml").read_text(encoding="utf-8")
+EXERCISES = {number: _exercise(number, **texts) for number, texts in tomllib.loads(_TEXTS).items()}

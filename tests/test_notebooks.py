@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from foundation.chapters import CHAPTERS, PATH, Chapter, part
-from foundation.lessons.questions import EXERCISES
+from foundation.exercises import EXERCISES
 from tests.support import short_form
 
 ROOT = Path(__file__).resolve().parents[1]

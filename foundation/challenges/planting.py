@@ -50,8 +50,8 @@ def tree_of(function: FunctionType, old: str = "", new: str = "") -> ast.Functio
     The old text must occur exactly once, so that a bug can't go stale when the source changes.
     """
     source = textwrap.dedent(inspect.getsource(function))
-    if source.startswith("lambda "):  # an argument, on lines of its own
-        source = "def answer(" + source[7:].rstrip(",\n").replace(": ", "):\n    return ", 1)
+    if function.__name__ == "<lambda>":  # the value of a dict
+        source = "def answer(" + source.partition("lambda ")[2].rstrip(",\n").replace(": ", "):\n    return ", 1)
     if old and source.count(old) != 1:
         raise ValueError(f"{old!r} occurs {source.count(old)} times in {function.__name__}")
     tree = ast.parse(source.replace(old, new) if old else source).body[0]

@@ -11,8 +11,7 @@ from foundation.challenges.catalogue import CHALLENGES
 from foundation.challenges.derive import stub
 from foundation.challenges.diagnosis import Finding, examine
 from foundation.challenges.reference import cases_of
-from foundation.exercises import check
-from foundation.lessons.questions import EXERCISES
+from foundation.exercises import EXERCISES, check
 from tests.foundation.wrong_answers import WRONG_ANSWERS, WRONG_FUNCTIONS
 
 UNEXPLAINED = "no simple pattern"

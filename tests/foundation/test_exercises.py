@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from foundation import exercises, router
-from foundation.lessons.questions import EXERCISES
+from foundation.exercises import EXERCISES
+from foundation.lessons.solutions import MISTAKES, SOLUTIONS
 from foundation.micro_batches import grouped_balance_forward
 
 
@@ -29,6 +30,11 @@ def test_exercise_takes_its_solution_and_no_other(number: str, capsys: pytest.Ca
     assert said[0].endswith("right.")
     assert said[1].startswith(f"{number}: not yet. ")
     assert said[2] == f"Exercise {number}. {EXERCISES[number].question}"
+
+
+def test_every_question_has_an_answer_and_no_answer_is_without_one() -> None:
+    assert list(EXERCISES) == list(SOLUTIONS)
+    assert set(MISTAKES) <= {number for number, exercise in EXERCISES.items() if callable(exercise.solution)}
 
 
 def complains(*_: object) -> None:
@@ -59,7 +65,7 @@ FUNCTIONS = [n for n, exercise in EXERCISES.items() if callable(exercise.solutio
 def test_a_function_is_shown_as_source_that_runs(number: str) -> None:
     """The text alone, with the imports of the questions, is a right answer."""
     *helpers, answer = repr(exercises.solution(number)).split("\n\n\n")
-    scope: dict = {"jax": jax, "jnp": jnp, "math": math}
+    scope: dict = {"jax": jax, "jnp": jnp, "math": math, "Array": jax.Array, "softmax": jax.nn.softmax}
     for helper in helpers:
         exec(helper, scope)
     if not answer.startswith("lambda "):
@@ -218,7 +224,7 @@ def test_an_unknown_number_is_answered_with_near_ones(capsys: pytest.CaptureFixt
 
 
 def test_a_number_is_judged_relatively() -> None:
-    judge = exercises.number("", 2.0**-20, "", "").judge
+    judge = exercises.by_number(2.0**-20)
     assert not judge(2.0**-20)
     assert judge(2.1**-20) == f"{2.1**-20:.6g} is not the number."
     assert judge(2.0**-19)
