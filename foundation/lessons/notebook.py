@@ -1,4 +1,5 @@
-"""What a notebook begins with: jax in float64, checks, pictures, and `shown`, the code that a chapter derives."""
+"""What a notebook begins with: jax in float64, pictures, checks that print what they find, and `shown`, the code that a
+chapter derives."""
 
 import ast
 import inspect
@@ -14,9 +15,23 @@ from foundation.exercises import check
 from foundation.lessons import pictures
 from foundation.parity import Check, max_relative_error, run
 
-__all__ = ["Check", "check", "jax", "jnp", "max_relative_error", "np", "pictures", "run", "shown"]
+__all__ = ["Check", "agree", "check", "checked", "jax", "jnp", "max_relative_error", "np", "pictures", "run", "shown"]
 
 jax.config.update("jax_enable_x64", True)  # 16 digits: a check needs them
+
+
+def agree(what: str, ours: Any, theirs: Any, within: float) -> None:
+    """Prints how far two results differ, relative to the largest entry; stops where it is more than `within`."""
+    error = max_relative_error(ours, theirs)
+    print(f"{what}: relative difference {error:.1e}")
+    assert error <= within
+
+
+def checked(name: str, forward: Callable[..., Any], backward: Callable[..., Any], arguments: tuple) -> None:
+    """Holds a backward pass against autodiff and finite differences; stops where it is wrong."""
+    found = run(Check(name, "", forward, backward, arguments))
+    print(f"{name}: {found.autodiff:.1e} from autodiff, {found.finite_difference:.1e} from finite differences")
+    assert found.passed
 
 
 class Code:

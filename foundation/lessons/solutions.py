@@ -62,6 +62,11 @@ def _parted(z: Array, h: Array, d_y: Array) -> Array:
     return g * (d_g - g @ d_g)
 
 
+def _gated_in_parts(x: Array, G: Array, U: Array, W: Array, d_y: Array) -> Array:
+    d_h = d_y @ W.mT
+    return jnp.sum((d_h * (x @ U)) @ G.mT + (d_h * (x @ G)) @ U.mT, axis=0)
+
+
 def _unigram_bits(counts: Array, lengths: Array) -> Array:
     n = jnp.abs(counts)
     return -jnp.sum(n * jnp.log2(n / jnp.sum(n))) / jnp.sum(n * jnp.abs(lengths))
@@ -142,6 +147,8 @@ SOLUTIONS: dict[str, float | Callable[..., Any]] = {
     "19.1": 8,
     "19.2": lambda d_y: jnp.cumsum(d_y[::-1], axis=0)[::-1],
     "19.3": 187.5,
+    "19.4": _gated_in_parts,
+    "19.5": 38.5,
     "20.1": 4,
     "20.2": 2.8 / 4 / math.log(2.0),
     "20.3": _unigram_bits,
@@ -179,6 +186,12 @@ MISTAKES: dict[str, dict[str, Callable[..., Any]]] = {
         "u and v are logits: take a softmax first": lambda u, v: jnp.sum(jnp.minimum(u, v)),
     },
     "17.3": {"this is the probability of rounding down": lambda x, s: jnp.ceil(x / jnp.abs(s)) - x / jnp.abs(s)},
+    "19.4": {
+        "the other factor is left out of both": lambda x, G, U, W, d_y: jnp.sum(d_y @ W.mT @ (G + U).mT, axis=0),
+        "each factor gets d_h times the other factor, and not times itself": lambda x, G, U, W, d_y: jnp.sum(
+            (d_y @ W.mT * (x @ G)) @ G.mT + (d_y @ W.mT * (x @ U)) @ U.mT, axis=0
+        ),
+    },
     "21.3": {"this is the gradient of KL(pi || ref)": _kl_gradient},
 }
 """Of an exercise: what a mistake is called, and the answer with it. Small changes of the solution are tried too."""

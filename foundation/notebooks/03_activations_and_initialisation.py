@@ -3,10 +3,9 @@
 #
 # Two affine layers in a row are one affine layer: $(xW_1)W_2 = x(W_1 W_2)$. To gain
 # anything from depth, something that is not affine must stand between them: an
-# **activation** function, applied to each number by itself. In this chapter we derive
-# the slopes of six of them. Then we ask what a stack of twenty layers does to the size
-# of a signal, and of a gradient. The answer decides with which random numbers a net
-# must start.
+# **activation** function, applied to each number by itself. We derive the slopes of six
+# of them, and look at each. Then we ask what twenty layers do to the size of a signal,
+# and of a gradient. The answer decides with which random numbers a net must start.
 #
 # The code is `foundation/activations.py` and `foundation/initializers.py`.
 #
@@ -22,14 +21,46 @@
 #
 # **tanh.** The quotient rule on $\tanh = \sinh/\cosh$ gives $(\cosh^2 -
 # \sinh^2)/\cosh^2 = 1 - \tanh^2$. So $f' = 1 - y^2$, from the *output* alone. The input
-# may be forgotten.
-#
+# may be forgotten:
+
+# %%
+from foundation import activations, initializers, linear
+from foundation.lessons.notebook import check, jax, jnp, pictures, shown
+
+shown(activations.tanh_forward, activations.tanh_backward)
+
+# %% [markdown]
 # **sigmoid.** $y = 1/(1 + e^{-x})$. By the chain rule $y' = e^{-x}/(1 + e^{-x})^2$. One
 # factor is $y$. The other is $e^{-x}/(1+e^{-x}) = 1 - y$. So $f' = y(1-y)$, again from
 # the output.
 #
 # **ReLU.** $y = \max(x, 0)$: slope 1 where $x > 0$, and 0 where $x < 0$. At $x = 0$
 # there is a kink, and no derivative. We take 0 there, as everybody does.
+
+
+# %%
+def drawn(*names):
+    """Activations and their slopes, which are held against autodiff."""
+    x = jnp.linspace(-4.0, 4.0, 400)
+    panels = {}
+    for name in names:
+        forward, backward = activations.ACTIVATIONS[name]
+        y, cache = forward(x)
+        slope = backward(jnp.ones_like(x), cache)
+        by_jax = jax.vmap(jax.grad(lambda v, f=forward: f(v)[0]))(x)
+        assert jnp.max(jnp.abs(slope - by_jax)) < 1e-14
+        panels[name] = {"f": (x, y), "its slope": (x, slope)}
+    pictures.curves(panels)
+
+
+drawn("tanh", "sigmoid", "relu")
+
+# %% [markdown]
+# Look at the red lines. tanh and sigmoid are flat on both sides: far from 0 their
+# slope vanishes, and a gradient that passes there dies. The slope of the sigmoid is
+# never above 1/4, so twenty of them in a row leave at most $4^{-20} = 10^{-12}$ of a
+# gradient. ReLU passes a gradient whole or not at all. The other three are smooth
+# versions of it:
 #
 # **SiLU.** $y = x\,s$ with $s = \sigma(x)$. Product rule, with $s' = s(1-s)$: $f' = s +
 # x\,s(1-s) = s\,(1 + x(1-s))$.
@@ -45,33 +76,12 @@
 # once. In the code $u'$ is `d_u`.
 
 # %%
-from foundation.activations import ACTIVATIONS, gelu_backward, gelu_forward
-from foundation.initializers import INITIALIZERS, initialised, predicted_variance
-from foundation.lessons.notebook import check, jax, jnp, pictures, shown
-from foundation.linear import linear_backward, linear_forward
-
-shown(gelu_forward, gelu_backward)
+drawn("silu", "gelu_exact", "gelu")
 
 # %%
-x = jnp.linspace(-4.0, 4.0, 400)
-drawn = {}
-for name, (forward, backward) in ACTIVATIONS.items():
-    y, cache = forward(x)
-    slope = backward(jnp.ones_like(x), cache)
-    by_jax = jax.vmap(jax.grad(lambda v, f=forward: f(v)[0]))(x)
-    assert jnp.max(jnp.abs(slope - by_jax)) < 1e-14
-    drawn[name] = {"f": (x, y), "its slope": (x, slope)}
-names = list(drawn)
-for three in (names[:3], names[3:]):
-    pictures.curves({name: drawn[name] for name in three})
+shown(activations.gelu_forward, activations.gelu_backward)
 
 # %% [markdown]
-# Look at the red lines. tanh and sigmoid are flat on both sides: far from 0 their
-# slope vanishes, and a gradient that passes there dies. The slope of the sigmoid is
-# never above 1/4, so twenty of them in a row leave at most $4^{-20} = 10^{-12}$ of a
-# gradient. ReLU passes a gradient whole or not at all. GELU and SiLU are smooth
-# versions of it.
-#
 # ## The variance of a signal
 # Now the affine layer. Let the $x_i$ have the mean square $q$. They need not be
 # independent, nor have the mean 0: after a ReLU they have not. Let the $W_{io}$ be
@@ -111,9 +121,9 @@ for three in (names[:3], names[3:]):
 
 # %%
 shape = (400, 300)
-for name in INITIALIZERS:
-    measured = jnp.var(initialised(name, jax.random.key(0), shape))
-    promised = predicted_variance(name, shape)
+for name in initializers.INITIALIZERS:
+    measured = jnp.var(initializers.initialised(name, jax.random.key(0), shape))
+    promised = initializers.predicted_variance(name, shape)
     print(f"{name:<8} predicted {promised:.6f}   measured {measured:.6f}")
 
 # %% [markdown]
@@ -128,18 +138,19 @@ LAYERS, WIDTH = 20, 128
 
 def through(initializer, activation):
     key = jax.random.key(1)
-    forward, backward = ACTIVATIONS[activation]
+    forward, backward = activations.ACTIVATIONS[activation]
     h = jax.random.normal(key, (64, WIDTH))
     signal, caches = [jnp.mean(h**2)], []
     for k in jax.random.split(key, LAYERS):
-        z, affine = linear_forward(h, initialised(initializer, k, (WIDTH, WIDTH)))
+        W = initializers.initialised(initializer, k, (WIDTH, WIDTH))
+        z, affine = linear.linear_forward(h, W)
         h, elementwise = forward(z)
         caches.append((affine, elementwise))
         signal.append(jnp.mean(h**2))
     d_h = jax.random.normal(jax.random.key(2), h.shape)
     gradient = [jnp.mean(d_h**2)]
     for affine, elementwise in reversed(caches):
-        d_h, _, _ = linear_backward(backward(d_h, elementwise), affine)
+        d_h, _, _ = linear.linear_backward(backward(d_h, elementwise), affine)
         gradient.append(jnp.mean(d_h**2))
     return jnp.array(signal), jnp.array(gradient[::-1])
 
@@ -148,8 +159,8 @@ pairs = [("he", "relu"), ("lecun", "relu"), ("normal", "relu")]
 pairs += [("xavier", "tanh"), ("he", "gelu")]
 both = {f"{start}, {function}": through(start, function) for start, function in pairs}
 panels = {
-    "signal, forward": {label: found[0] for label, found in both.items()},
-    "gradient, backward": {label: found[1] for label, found in both.items()},
+    way: {label: found[n] for label, found in both.items()}
+    for n, way in enumerate(("signal, forward", "gradient, backward"))
 }
 pictures.curves(panels, "layer", "mean square", log=True, markers=True)
 signal, _ = both["he, relu"]

@@ -11,12 +11,13 @@
 # `moe_jax/model/quantized.py`.
 #
 # ## Step 1: codes and scales
-# Store a weight as a whole number, its **code** $q$, times a **scale** $s$:
+# Store a weight as a whole number, its **code**, times a **scale**:
 #
-# $$w \approx s\,q, \qquad q \in \{-m, \dots, m\}, \qquad s = \frac{\max |w|}{m}.$$
+# $$w \approx \text{scale} \cdot \text{code}, \qquad \text{code} \in \{-m, \dots,
+# m\}, \qquad \text{scale} = \frac{\max |w|}{m}.$$
 #
 # With 8 bits $m = 127$, with 4 bits $m = 7$. The largest weight gets the code $\pm m$,
-# so nothing is cut off. Rounding to the nearest code is wrong by at most $s/2$.
+# so nothing is cut off. The nearest code is wrong by at most half a scale.
 #
 # How many weights share a scale? If it is the whole matrix, its one largest entry makes
 # all others coarse. If each **output** has its own scale, an output suffers from its
@@ -26,11 +27,12 @@
 # ## Step 2: the product
 # The scale of an output is the same for all inputs, so it leaves the sum:
 #
-# $$y_o = \sum_d x_d\, s_o q_{do} = s_o \sum_d x_d\, q_{do}. \qquad
-# \boxed{\;d_x = (d_y \odot s)\,q^\top, \quad d_{s_o} = \sum_t d_{y,to}\,(xq)_{to}\;}$$
+# $$y_o = \text{scale}_o \cdot \text{unscaled}_o, \qquad \text{unscaled} = x\,
+# \text{codes}. \qquad \boxed{\;d_x = (d_y \odot \text{scale})\, \text{codes}^\top,
+# \quad d_{\text{scale}_o} = \sum_t (d_y \odot \text{unscaled})_{to}\;}$$
 #
 # The product reads the codes, and multiplies by the scale once for each output. Codes
-# are whole numbers and have no gradient. In the code $xq$ is `unscaled`.
+# are whole numbers and have no gradient.
 
 # %%
 import itertools
@@ -69,28 +71,29 @@ assert error[3] < 4.0 * jnp.median(error)
 # up, and you should round the other down. Rounding to nearest knows nothing of this.
 #
 # ## Step 4: one weight
-# Suppose weight $k$ is stored, and is off by $e$. The others are still free. How should
-# they move? Minimise $d^\top H d$ over all changes $d$ with $d_k = e$. With a
-# multiplier $\mu$ for the condition, the derivative is $2Hd - \mu\,\mathbf e_k = 0$. So
-# $d$ is in proportion to column $k$ of $H^{-1}$, and the condition gives the factor:
+# Suppose weight $k$ is stored, and is off by an **error**. The others are still free.
+# How should they move? Minimise $d^\top H d$ over all changes $d$ with $d_k =
+# \text{error}$. With a multiplier $\mu$ for the condition, the derivative is $2Hd -
+# \mu\,\mathbf e_k = 0$. So $d$ is in proportion to column $k$ of the **inverse** of
+# $H$, and the condition gives the factor:
 #
-# $$\boxed{\;d = \frac{e}{(H^{-1})_{kk}}\,H^{-1}_{:,k}, \qquad L =
-# \frac{e^2}{(H^{-1})_{kk}}\;}$$
+# $$\boxed{\;d = \text{error} \cdot \frac{\text{inverse}_{:,k}}{\text{inverse}_{kk}},
+# \qquad L = \frac{\text{error}^2}{\text{inverse}_{kk}}\;}$$
 #
 # This rule is from 1993, for weights that are *removed*. Rounding is the same with
-# another $e$.
+# another error.
 #
 # ## Step 5: one after the other
 # Round the weights in turn, and after each let the free ones move. A weight that is
 # stored leaves the problem. What is left has the matrix $H$ without row and column $k$.
 # Its inverse need not be computed anew. One step of Gaussian elimination gives it:
 #
-# $$H^{-1} - \frac{H^{-1}_{:,k}\,H^{-1}_{k,:}}{(H^{-1})_{kk}}.$$
+# $$\text{inverse} - \frac{\text{inverse}_{:,k}\,\text{inverse}_{k,:}}
+# {\text{inverse}_{kk}}.$$
 #
-# This is **GPTQ**. In the code $H^{-1}$ is `inverse`, $e$ is `error`, and $v$ holds the
-# weights of all outputs. It is greedy: it never takes back a code. Is it good? With 8
-# weights and two choices for each, up or down, there are 256 ways to round. We can try
-# them all.
+# This is **GPTQ**, for all outputs at once. It is greedy: it never takes back a code.
+# Is it good? With 8 weights and two choices for each, up or down, there are 256 ways to
+# round. We can try them all.
 
 
 # %%
@@ -134,10 +137,10 @@ assert means["best of 256"] < means["GPTQ"] < means["to nearest"]
 #
 # ## Step 6: an expert sees few tokens
 # $H$ is made of $T$ tokens, so its rank is at most $T$. A layer that every token passes
-# has enough of them. An **expert** gets only its share. An expert that has seen fewer
-# tokens than it has inputs has no $H^{-1}$ at all. In some directions no token says
-# anything, and there the rule divides by zero. The cure is to add a small multiple of
-# the identity to $H$. It says: where the tokens do not care, stay where you are.
+# has enough of them. An **expert** gets only its share. If it has seen fewer tokens
+# than it has inputs, $H$ has no inverse: in some directions no token says anything, and
+# there the rule divides by zero. The cure is to add a small multiple of the identity to
+# $H$. It says: where the tokens do not care, stay where you are.
 
 # %%
 x = jax.random.normal(jax.random.key(1), (5, 8))
@@ -152,9 +155,8 @@ assert jnp.all(jnp.isfinite(d))
 # %% [markdown]
 # ## The answer
 # 8 bits are enough with one scale for each output. 4 bits need a scale for each group.
-# And a weight should be rounded so that the *outputs* stay, which is often not to the
-# nearest code. What a weight does wrong, the weights beside it can put right, as far as
-# their inputs have something in common.
+# And round so that the *outputs* stay: what a weight does wrong, the weights beside it
+# can put right, as far as their inputs have something in common.
 #
 # ## Exercises
 # In the terminal: `uv run python -m foundation derive coded_product`.

@@ -169,6 +169,7 @@ def sink(p_b: jax.Array, d_o: jax.Array, o: jax.Array) -> jax.Array:
         ("11.3", sink),
         ("18.2", lambda x, q, d_y: jax.grad(lambda s: jnp.vdot(d_y, x @ (s[:, None] * q)))(jnp.ones(4))),
         ("19.2", lambda d_y: jax.grad(lambda x: jnp.vdot(d_y, jnp.cumsum(x, axis=0)))(jnp.ones((4, 8)))),
+        ("19.4", by_autodiff(lambda x, g, u, w, d: jnp.vdot(d, jnp.sum((x @ g) * (x @ u) @ w, axis=0)), 0)),
         (
             "21.2",
             by_autodiff(lambda z, r: jnp.sum(jax.nn.softmax(z) * (r - 0.1 * jax.nn.log_softmax(z))), 0),
