@@ -31,7 +31,7 @@ from moe_jax.model.precision import writing_policy
 from moe_jax.model.transformer import Params, abstract_model, merge
 from moe_jax.runs.load import LoadedRun
 from moe_jax.system.random_keys import Purpose, purpose_key
-from moe_jax.system.terminal import step_progress
+from moe_jax.system.terminal import progress_bar
 
 TEXT_TOKENS, LEAST_TOKENS = 512, 64
 """Tokens of the text whose losses are computed, rounded down to whole windows of T tokens, but at least one window. For
@@ -191,12 +191,12 @@ def switched_losses(run: LoadedRun, tokens: np.ndarray, off: np.ndarray) -> np.n
     width = min(run.config.model.seq_len, len(tokens))
     size = min(max(tokens_at_once(run.config.model) // width, 1), off.shape[1])
     parts, groups = [], -(-off.shape[1] // size)
-    with step_progress("switching experts off", groups * -(-len(tokens) // width)) as advance:
+    with progress_bar("switching experts off", groups * -(-len(tokens) // width)) as advance:
         for window, n in windows(tokens, width):
             batch, rows = np.broadcast_to(window, (size, width + 1)), []
             for group, count in _groups(off, size):
                 rows.append(np.asarray(step(run.params, group, batch))[:count, :n])
-                advance()
+                advance(1)
             parts.append(np.concatenate(rows))
     return np.concatenate(parts, axis=1)[:, :-1]
 

@@ -14,7 +14,7 @@ from moe_jax.config import ModelConfig, capacity
 from moe_jax.inference.traced_pass import make_traced_pass, router_entropy, tokens_at_once
 from moe_jax.model.costs import count_parameters, totals
 from moe_jax.runs.load import LoadedRun
-from moe_jax.system.terminal import step_progress
+from moe_jax.system.terminal import progress_bar
 
 CORPUS_TOKENS = 16_384
 MOST_FLOPS = 6e12
@@ -74,14 +74,14 @@ def corpus_routing(run: LoadedRun, tokens: np.ndarray) -> CorpusRouting:
     batch = min(max(tokens_at_once(c) // width, 1), windows)
     step = make_traced_pass(run.graphdef)
     parts: list[dict[str, np.ndarray]] = []
-    with step_progress("routing the validation text", -(-windows // batch)) as advance:
+    with progress_bar("routing the validation text", -(-windows // batch)) as advance:
         for first in range(0, windows, batch):
             group = stream[first : first + batch]
             trace = step(run.params, np.resize(group, (batch, width))).decisions
             parts.append(
                 {name: np.asarray(getattr(trace, name))[:, : len(group)] for name in ("probs", "expert_index", "keep")}
             )
-            advance()
+            advance(1)
     probs, expert, keep = (
         np.concatenate([p[name] for p in parts], axis=1) for name in ("probs", "expert_index", "keep")
     )

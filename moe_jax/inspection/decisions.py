@@ -27,7 +27,7 @@ from moe_jax.inspection.trace import window_width, windows
 from moe_jax.model.moe.layer import Mode
 from moe_jax.runs.load import LoadedRun
 from moe_jax.system.files import json_text, open_output
-from moe_jax.system.terminal import step_progress
+from moe_jax.system.terminal import progress_bar
 
 
 class Decisions(NamedTuple):
@@ -49,7 +49,7 @@ def decisions(run: LoadedRun, tokens: np.ndarray) -> Iterator[Decisions]:
     width = window_width(run.config.model, len(tokens))
     batch = max(min(tokens_at_once(run.config.model) // width, -(-len(tokens) // width)), 1)
     step, texts = make_traced_pass(run.graphdef, Mode.EVALUATE), list(windows(tokens, width))
-    with step_progress("routing the text", -(-len(texts) // batch)) as advance:
+    with progress_bar("routing the text", -(-len(texts) // batch)) as advance:
         for begin in range(0, len(texts), batch):
             group = texts[begin : begin + batch]
             padded = np.stack([window[:-1] for window, _ in group] + [group[0][0][:-1]] * (batch - len(group)))
@@ -58,7 +58,7 @@ def decisions(run: LoadedRun, tokens: np.ndarray) -> Iterator[Decisions]:
             expert, gate = np.asarray(made.expert_index), np.asarray(made.gate)
             for b, (window, n) in enumerate(group):
                 yield Decisions((begin + b) * width, window[:n], expert[:, b, :n], gate[:, b, :n])
-            advance()
+            advance(1)
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from moe_jax.runs.folder import RunFolder
 from moe_jax.system.errors import disk_cause
 from moe_jax.system.files import new_folder
 from moe_jax.system.signals import unwinding
-from moe_jax.system.terminal import byte_progress
+from moe_jax.system.terminal import progress_bar
 
 Form = Literal["int4", "int8", "bfloat16"]
 
@@ -103,7 +103,7 @@ def _write_weights(
     table, leaves = model.table(), named_leaves(shapes)
     # The writer is told the order of the arrays: that of the table, and of a quantised matrix the codes first.
     arrays = {full: leaves[full] for name in table for full in _stored_names(name, leaves)}
-    progress = byte_progress(f"importing {model.shape.folder.name}", model.size(table))
+    progress = progress_bar(f"importing {model.shape.folder.name}", model.size(table), of_bytes=True)
     with WeightsWriter(folder, arrays) as writer, ThreadPoolExecutor(1) as thread, progress as advance:
         written: list[Future[None]] = []
         for name, parts in groupby(model.read(table, digest), lambda part: part.parameter):

@@ -9,7 +9,6 @@ What a plan has compiled is kept for later plans: one small JSON file for each p
 
 import contextlib
 import importlib.metadata
-import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -54,33 +53,18 @@ class Memory:
         return self.arguments + self.outputs + self.temporary
 
 
-@dataclass(frozen=True)
-class Bound:
-    """The memory of one program, compiled with each matmul back end of the target. The largest total is the bound."""
-
-    back_ends: dict[str, Memory]
-
-    @property
-    def total(self) -> float:
-        """MiB."""
-        return max(m.total for m in self.back_ends.values())
-
-    def fits(self, target: Target) -> bool:
-        return self.total <= target.budget
-
-
-def bound(target: Target, program: Any, *arguments: Any, most: float = math.inf) -> Bound:
-    """The device memory of a jitted program, compiled for the target. Only the arguments' shapes and dtypes matter. The
-    first back end with more than `most` MiB is the last: it decides.
+def bound(target: Target, program: Any, *arguments: Any, most: float) -> float:
+    """MiB of a jitted program, compiled for the target with each matmul back end: the largest counts, and the first one
+    above `most` is the last, since it decides. Only the arguments' shapes and dtypes matter.
 
     Raises UserError if JAX's CUDA plugin or ptxas is not installed.
     """
-    lowered, found = lower_for(target, program, *arguments), dict[str, Memory]()
-    for name, options in back_ends(target).items():
-        found[name] = measured(target, lowered, options)
-        if found[name].total > most:
+    lowered, largest = lower_for(target, program, *arguments), 0.0
+    for options in back_ends(target).values():
+        largest = max(largest, measured(target, lowered, options).total)
+        if largest > most:
             break
-    return Bound(found)
+    return largest
 
 
 def back_ends(target: Target) -> dict[str, dict[str, bool]]:

@@ -18,7 +18,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -202,90 +202,30 @@ def _columns(text: str) -> int:
 
 
 @contextmanager
-def keys_hidden() -> Iterator[None]:
-    """Do not show the keys that are typed meanwhile. They wait for what reads the terminal next, such as a prompt.
-
-    Nothing without a terminal, and in the background, where a change of the terminal would stop the program.
-    """
-    global _modes
-    if _modes is not None or not (sys.stdin and sys.stdin.isatty() and _has_terminal()):
-        yield
-        return
-    import termios
-
-    _modes = termios.tcgetattr(sys.stdin)
-    quiet = [*_modes]
-    quiet[3] &= ~termios.ECHO
-    termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
-    try:
-        yield
-    finally:
-        show_keys()
-
-
-def show_keys() -> None:
-    """End `keys_hidden`, also from a process that ends without leaving its contexts."""
-    global _modes
-    modes, _modes = _modes, None
-    if modes is not None and _has_terminal():
-        import termios
-
-        with suppress(termios.error):  # it was closed
-            termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)
-
-
-_modes: list[Any] | None = None
-"""The modes of the terminal before `keys_hidden`. None outside of it."""
-
-
-def _has_terminal() -> bool:
-    """Whether this process may change the terminal that is its input."""
-    try:
-        return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
-    except AttributeError:  # Windows
-        return False
-    except OSError:  # it controls no process
-        return True
-
-
-@contextmanager
 def working(what: str) -> Iterator[None]:
     """Show a spinner and what is done, while it is done. Nothing if stderr is not a terminal. The work must not
     print."""
     if not sys.stderr.isatty():
         yield
         return
-    with keys_hidden(), rich_console(stderr=True).status(what):
+    with rich_console(stderr=True).status(what):
         yield
 
 
 @contextmanager
-def step_progress(what: str, total: int) -> Iterator[Callable[[], None]]:
-    """Show how many of `total` steps are done: a bar on a terminal, nothing elsewhere. Call the result after each."""
+def progress_bar(what: str, total: int, of_bytes: bool = False) -> Iterator[Callable[[int], None]]:
+    """Show how many of `total` steps or bytes are done, and the time left: a bar on a terminal, nothing elsewhere. Call
+    the result with what each part adds."""
     if not sys.stderr.isatty():
-        yield lambda: None
+        yield lambda added: None
         return
-    from rich.progress import MofNCompleteColumn, Progress
+    from rich.progress import DownloadColumn, MofNCompleteColumn, Progress, TransferSpeedColumn
 
-    columns = (*Progress.get_default_columns(), MofNCompleteColumn())
+    counts = (DownloadColumn(), TransferSpeedColumn()) if of_bytes else (MofNCompleteColumn(),)
+    columns = (*Progress.get_default_columns(), *counts)
     with Progress(*columns, console=rich_console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)
-
-
-@contextmanager
-def byte_progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
-    """Show how many of `total` bytes are done, how fast, and the time left: a bar on a terminal, nothing elsewhere.
-    Call the result with the bytes of each part."""
-    if not sys.stderr.isatty():
-        yield lambda size: None
-        return
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=rich_console(stderr=True), transient=True) as bar:
-        task = bar.add_task(what, total=total)
-        yield lambda size: bar.advance(task, size)
+        yield lambda added: bar.advance(task, added)
 
 
 @contextmanager

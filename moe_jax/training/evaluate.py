@@ -26,7 +26,7 @@ from moe_jax.model.kernels.cross_entropy import blocked_token_losses
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import Params, merge
 from moe_jax.runs.load import LoadedRun
-from moe_jax.system.terminal import step_progress
+from moe_jax.system.terminal import progress_bar
 
 EVALUATION_ROWS, EVALUATION_TOKENS = 16, 8_192
 """Most rows and tokens of one evaluation batch. A context of more tokens than that has a batch of its own."""
@@ -97,12 +97,12 @@ def evaluate(
     rows = evaluation_rows(seq_len)
     batches = list(evaluation_windows(tokens, seq_len=seq_len, batch_size=rows, answers=answers))
     results = []
-    with step_progress(what, len(batches)) if what else nullcontext() as advance:
+    with progress_bar(what, len(batches)) if what else nullcontext() as advance:
         for batch in batches:
             results.append(step(params, batch.inputs, batch.targets, batch.start, batch.weights))
             if advance:
                 jax.block_until_ready(results[-1])
-                advance()
+                advance(1)
     nats = math.fsum(float(n) for n, _ in results)
     size = text_bytes(tokens, token_bytes, answers)
     count = len(tokens) - 1 if answers is None else int(answers[1:].sum())
