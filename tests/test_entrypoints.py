@@ -13,7 +13,6 @@ from moe_jax.cli.main import main, run_as, run_command
 from moe_jax.cli.train import Train
 from tests.reliability import runs
 from tests.support import saved_run
-from tests.training.test_run import SUMMARY_KEYS
 
 pytestmark = pytest.mark.runs
 
@@ -52,9 +51,6 @@ def test_training_leaves_its_files(trained: Path) -> None:
     assert names <= {p.name for p in trained.iterdir()}
     newest = trained / "checkpoints" / "step_00000004"
     assert {"arrays", "manifest.json", "weights.safetensors"} == {p.name for p in newest.iterdir()}
-    assert set(json.loads((trained / "summary.json").read_text())) >= SUMMARY_KEYS
-    for line in (trained / "metrics.jsonl").read_text().splitlines():
-        assert {"step", "split", "loss"} <= set(json.loads(line))
 
 
 def train(out: Path, *argv: str) -> None:

@@ -41,12 +41,36 @@ class Inspect(ModelCommand):
 
     def execute(self) -> int:
         self.check()
-        if self.trace:
-            return self._trace()
-        if self.versus:
+        if self.versus and not self.trace:
             raise ConfigError(f"--versus {self.versus}: needs --trace FILE")
-        text = self._text()
+        if self.trace and self.out:
+            raise ConfigError(f"--out {self.out}: --trace {self.trace} writes no page; leave one of them out")
+        for flag, value in (("--trace", self.trace), ("--out", self.out), ("--json", self.json)):
+            if value:
+                check_out_file(flag, value)
+        texts = self._texts()
         environment.prepare_environment()
+        return self._trace(texts) if self.trace else self._page(texts[0][1] if texts else "")
+
+    def _texts(self) -> list[tuple[str, str]]:
+        """(kind, text) of the texts that are given."""
+        if not self.file:
+            return [("text", self.text)] if self.text else []
+        if self.text:
+            raise ConfigError(f"--file {self.file}: --text is given too; give one of them")
+        files, texts = [Path(self.file)], []
+        if self.trace and files[0].is_dir():
+            files = sorted(p for p in files[0].iterdir() if p.is_file() and not p.name.startswith("."))
+        for file in files:
+            try:
+                texts.append((file.stem, file.read_text(encoding="utf-8")))
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(f"--file {file}: must be a text in UTF-8 that can be read ({error})") from None
+        if not any(text for _, text in texts):
+            raise ConfigError(f"--file {self.file}: is empty; give a text")
+        return texts
+
+    def _page(self, text: str) -> int:
         with working(f"routing a text through {self.name}"):
             from moe_jax.inspection.report import report_path, write_report
         folder = Path(self.run)
@@ -56,24 +80,13 @@ class Inspect(ModelCommand):
         say(f"{path}: the routing report; open it in a browser")
         return 0
 
-    def _trace(self) -> int:
-        if self.out:
-            raise ConfigError(f"--out {self.out}: --trace {self.trace} writes no page; leave one of them out")
-        if self.file and self.text:
-            raise ConfigError(f"--file {self.file}: --text is given too; give one of them")
-        for flag, value in (("--trace", self.trace), ("--json", self.json)):
-            if value:
-                check_out_file(flag, value)
-        if self.file and not Path(self.file).exists():
-            raise ConfigError(f"--file {self.file}: does not exist; name a text, or a folder of texts")
-        environment.prepare_environment()
+    def _trace(self, named: list[tuple[str, str]]) -> int:
         with working(f"loading {self.name}"):
-            from moe_jax.inspection.decisions import read_texts, write_decisions
+            from moe_jax.inspection.decisions import write_decisions
             from moe_jax.runs.load import open_run
 
             run = open_run(self.run, self.step)
             other = open_run(run_folder(self.versus)) if self.versus else None
-            named = read_texts(Path(self.file)) if self.file else [("text", self.text)] if self.text else []
             texts = [(kind, [run.tokenizer.separator_id, *run.tokenizer.encode(text)]) for kind, text in named]
             texts = texts or [("validation", run.validation_text(progress=False).store.valid.tokens.tolist())]
         counts = write_decisions(run, texts, Path(self.trace), other)
@@ -81,22 +94,6 @@ class Inspect(ModelCommand):
         if self.json:
             write_output(Path(self.json), json_text(counts.to_json()) + "\n")
         return 0
-
-    def _text(self) -> str:
-        for flag, value in (("--out", self.out), ("--json", self.json)):
-            if value:
-                check_out_file(flag, value)
-        if not self.file:
-            return self.text
-        if self.text:
-            raise ConfigError(f"--file {self.file}: --text is given too; give one of them")
-        try:
-            text = Path(self.file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"--file {self.file}: must be a text in UTF-8 that can be read ({error})") from None
-        if not text:
-            raise ConfigError(f"--file {self.file}: is empty; give a text")
-        return text
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ killed starts again. A second process waits for the first and uses its store. Th
 whenever a store is opened; a damaged store is made again.
 """
 
-import hashlib
 import json
 import re
 import shutil
@@ -26,14 +25,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import xxhash
 
 from moe_jax.config import DataConfig, UserError
 from moe_jax.data.corpora import Corpus, open_corpus
 from moe_jax.data.documents import SplitName
-from moe_jax.data.tokenizers import Tokenizer, encode_chats, load_tokenizer, train_tokenizer
+from moe_jax.data.tokenizers import Tokenizer, encode_chats, json_digest, load_tokenizer, train_tokenizer
 from moe_jax.system.errors import disk_cause
-from moe_jax.system.files import cache_dir, json_text, locked
+from moe_jax.system.files import cache_dir, file_digest, json_text, locked
 from moe_jax.system.signals import unwinding
 from moe_jax.system.terminal import Report, document_progress
 
@@ -223,7 +221,7 @@ def open_store(folder: Path) -> TokenStore:
         train, valid = (_open_split(folder / name, manifest["splits"][name], tokenizer) for name in _SPLITS)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: no whole token store ({type(error).__name__}); prepare the data again") from None
-    digest = _digest({key: value for key, value in manifest.items() if key != "source"})  # saved runs hold it
+    digest = json_digest({key: value for key, value in manifest.items() if key != "source"})  # saved runs hold it
     return TokenStore(train, valid, tokenizer, folder, manifest["source"], digest)
 
 
@@ -238,24 +236,15 @@ def _open_split(path: Path, entry: dict[str, Any], tokenizer: Tokenizer) -> Spli
 
 
 def _mapped(path: Path, digest: str, dtype: np.dtype, count: int) -> np.ndarray:
-    if _digest_of(path) != digest or path.stat().st_size != count * dtype.itemsize:
+    if file_digest(path) != digest or path.stat().st_size != count * dtype.itemsize:
         raise UserError(f"{path}: damaged, its digest does not match; prepare the data again")
     return np.memmap(path, dtype, mode="r").view(np.ndarray)
-
-
-def _digest(values: object) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
-
-
-def _digest_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # pyright: ignore[reportArgumentType]
 
 
 def _cached_tokenizer(data: DataConfig, corpus: Corpus, cache: Path, progress: bool) -> Tokenizer:
     if data.tokenizer != "bpe":
         return train_tokenizer(data)
-    path = cache / "tokenizers" / f"{_digest([FORMAT, corpus.fingerprint(), data.vocab_size])}.json"
+    path = cache / "tokenizers" / f"{json_digest([FORMAT, corpus.fingerprint(), data.vocab_size])}.json"
     with suppress(UserError):  # none yet, or a damaged one
         return load_tokenizer(path)
     tokenizer = train_tokenizer(data, corpus.documents("train"), progress)
@@ -266,7 +255,7 @@ def _cached_tokenizer(data: DataConfig, corpus: Corpus, cache: Path, progress: b
 
 @unwinding()
 def _open_or_make(corpus: Corpus, tokenizer: Tokenizer, cache: Path, progress: bool) -> TokenStore:
-    key = _digest([FORMAT, corpus.fingerprint(), tokenizer.digest])
+    key = json_digest([FORMAT, corpus.fingerprint(), tokenizer.digest])
     folder, draft = cache / key, cache / f"{key}.partial"
     with suppress(UserError):  # before the lock: a whole cache may lie in a folder that cannot be written
         return open_store(folder)
@@ -317,8 +306,8 @@ def _write_split(path: Path, documents: Iterator[Any], tokenizer: Tokenizer, rep
                 learned["tokens"] += int(piece.answers.sum())
                 learned["bytes"] += int(lengths[piece.tokens[piece.answers]].sum(dtype=np.int64))
             report(entry["stories"], entry["bytes"])
-    entry["digest"] = _digest_of(stream)
+    entry["digest"] = file_digest(stream)
     if mask.stat().st_size:
-        return {**entry, "answers": {**learned, "digest": _digest_of(mask)}}
+        return {**entry, "answers": {**learned, "digest": file_digest(mask)}}
     mask.unlink()
     return entry

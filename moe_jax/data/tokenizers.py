@@ -67,7 +67,7 @@ class Tokenizer:
         self._entries = entries if separator_id is not None else [*entries, b""]
         self.vocab_size = len(self._entries)
         self.separator_id = len(entries) if separator_id is None else separator_id
-        self.digest = _digest(definition)
+        self.digest = json_digest(definition)
         self._definition = definition
         self._entries[self.separator_id] = SEPARATOR.encode()
         self.encode_batch = encode_batch
@@ -109,7 +109,7 @@ class Tokenizer:
         if not isinstance(values, dict):
             raise UserError("tokenizer: not a JSON object; take the file from the run again")
         definition = {key: value for key, value in values.items() if key != "digest"}
-        if values.get("digest") != _digest(definition):
+        if values.get("digest") != json_digest(definition):
             raise UserError("tokenizer: its digest does not match, so it is damaged; take the file from the run again")
         match definition.get("kind"):
             case "byte":
@@ -227,8 +227,9 @@ def _of_library(library: "tokenizers.Tokenizer", definition: dict[str, Any], sam
     return tokenizer
 
 
-def _digest(definition: dict[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(definition, sort_keys=True).encode())
+def json_digest(values: Any) -> str:
+    """xxh3-128 of a value's JSON, whatever the order of its keys."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
 
 
 def _byte() -> Tokenizer:

@@ -109,6 +109,13 @@ def make_traced_pass(
     return jax.jit(spread(step))
 
 
+def choice_mask(expert: np.ndarray, experts: int) -> np.ndarray:
+    """bool [..., E]: whether each expert is among the chosen experts [..., K]."""
+    mask = np.zeros((*expert.shape[:-1], experts), bool)
+    np.put_along_axis(mask, expert, True, axis=-1)
+    return mask
+
+
 def choice_totals(expert: np.ndarray, experts: int) -> np.ndarray:
     """int [L, E]: how often each expert was chosen, from the chosen experts [L, ..., K]."""
     return np.stack([np.bincount(layer.reshape(-1), minlength=experts) for layer in expert])

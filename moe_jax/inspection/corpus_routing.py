@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from moe_jax.config import ModelConfig, capacity
-from moe_jax.inference.traced_pass import make_traced_pass, router_entropy, tokens_at_once
+from moe_jax.inference.traced_pass import choice_mask, make_traced_pass, router_entropy, tokens_at_once
 from moe_jax.model.costs import count_parameters, totals
 from moe_jax.runs.load import LoadedRun
 from moe_jax.system.terminal import progress_bar
@@ -93,8 +93,7 @@ def count_routing(
 ) -> CorpusRouting:
     """Count the decisions: stream int [W, T], probs float [L, W, T, E], expert int and keep bool [L, W, T, K]."""
     layers, experts, vocabulary = len(expert), config.experts, config.vocab_size
-    hits = np.zeros((*expert.shape[:3], experts), bool)
-    np.put_along_axis(hits, expert, True, axis=-1)
+    hits = choice_mask(expert, experts)
     flat = stream.reshape(-1)
     by_token = np.zeros((layers, experts, vocabulary), np.int32)
     together = np.zeros((layers, experts, experts), np.int64)

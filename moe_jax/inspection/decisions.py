@@ -22,7 +22,7 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 
 from moe_jax.config import ModelConfig, UserError
-from moe_jax.inference.traced_pass import check_routed, make_traced_pass, tokens_at_once
+from moe_jax.inference.traced_pass import check_routed, choice_mask, make_traced_pass, tokens_at_once
 from moe_jax.inspection.trace import window_width, windows
 from moe_jax.model.moe.layer import Mode
 from moe_jax.runs.load import LoadedRun
@@ -154,7 +154,7 @@ def count_decisions(
     first_seen, shared = np.full(shape, len(tokens)), np.zeros(c.layers, np.int64)
     others = iter(decisions(other, tokens)) if other else None
     for made in decisions(run, tokens):
-        hits = _hits(made.expert, c.experts)
+        hits = choice_mask(made.expert, c.experts)
         together += np.einsum("lni,lnj->lij", hits, hits, dtype=np.int64)
         here = kind[made.first : made.first + len(made.tokens)]
         for k in np.unique(here):
@@ -162,7 +162,7 @@ def count_decisions(
         seen = np.where(hits.any(1), made.first + hits.argmax(1), len(tokens))
         first_seen = np.minimum(first_seen, seen)
         if others:
-            shared += (hits & _hits(next(others).expert, c.experts)).sum((1, 2))
+            shared += (hits & choice_mask(next(others).expert, c.experts)).sum((1, 2))
         if writer:
             writer.write(made)
     return Counts(c, list(kinds), by_kind, together, first_seen, shared if other else None, len(tokens))
@@ -170,13 +170,6 @@ def count_decisions(
 
 def _likeness(run: LoadedRun) -> tuple[Any, ...]:
     return run.config.model.layers, run.config.model.experts, run.tokenizer.digest
-
-
-def _hits(expert: np.ndarray, experts: int) -> np.ndarray:
-    """bool [L, n, E]: whether a token chose an expert."""
-    hits = np.zeros((*expert.shape[:2], experts), bool)
-    np.put_along_axis(hits, expert, True, axis=-1)
-    return hits
 
 
 class LinesWriter:
@@ -240,14 +233,3 @@ def write_decisions(
         counts = count_decisions(run, tokens, kind, kinds, other, writer)
         writer.close()
     return counts
-
-
-def read_texts(path: Path) -> Iterator[tuple[str, str]]:
-    """(kind, text) of a file, or of each file of a folder: the kind is the file's name without its ending. Raises
-    UserError for what is no text in UTF-8."""
-    files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")) if path.is_dir() else [path]
-    for file in files:
-        try:
-            yield file.stem, file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"--file {file}: must be a text in UTF-8 that can be read ({error})") from None

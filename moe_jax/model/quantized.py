@@ -312,42 +312,23 @@ def quantize(params: dict[str, Any], weights: Weights) -> dict[str, Any]:
 
     Raises UserError, with the name of the matrix, for an odd number of inputs in int4.
     """
-    leaves, tree = jax.tree_util.tree_flatten_with_path(params)
-    return tree.unflatten([_quantized_leaf(path, leaf, weights) for path, leaf in leaves])
+
+    def quantized(path: jax.tree_util.KeyPath, leaf: Array) -> Array | QuantizedMatrix:
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        kind = name.rpartition(".")[2]
+        if kind not in MATRICES:
+            return leaf
+        matrix = leaf.T if kind == "embedding" else leaf
+        if weights == "int4" and matrix.shape[-2] % 2:
+            raise UserError(f"{name}: has {matrix.shape[-2]} inputs, and int4 packs two into a byte; take int8")
+        return jax.jit(rounded, static_argnums=1)(matrix, weights)
+
+    return jax.tree_util.tree_map_with_path(quantized, params)
 
 
 def quantized_shapes(shapes: dict[str, Any], weights: Weights) -> dict[str, Any]:
     """The shapes and dtypes of `quantize(params, weights)`. Allocates nothing. Raises the same error."""
-
-    def shape_of(path: jax.tree_util.KeyPath, leaf: Any) -> Any:
-        if _last_name(path) not in MATRICES:
-            return leaf
-        _check_inputs(path, leaf, weights)
-        return jax.eval_shape(lambda w: rounded(_oriented(path, w), weights), leaf)
-
-    return jax.tree_util.tree_map_with_path(shape_of, shapes)
-
-
-def _quantized_leaf(path: jax.tree_util.KeyPath, leaf: Array, weights: Weights) -> Array | QuantizedMatrix:
-    if _last_name(path) not in MATRICES:
-        return leaf
-    _check_inputs(path, leaf, weights)
-    return jax.jit(rounded, static_argnums=1)(_oriented(path, leaf), weights)
-
-
-def _check_inputs(path: jax.tree_util.KeyPath, leaf: Any, weights: Weights) -> None:
-    inputs = leaf.shape[-1 if _last_name(path) == "embedding" else -2]
-    if weights == "int4" and inputs % 2:
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        raise UserError(f"{name}: has {inputs} inputs, and int4 packs two into a byte; take int8")
-
-
-def _last_name(path: jax.tree_util.KeyPath) -> str:
-    return str(getattr(path[-1], "key", path[-1]))
-
-
-def _oriented(path: jax.tree_util.KeyPath, leaf: Array) -> Array:
-    return leaf.T if _last_name(path) == "embedding" else leaf
+    return jax.eval_shape(partial(quantize, weights=weights), shapes)
 
 
 def rounded(matrix: Float[Array, "*E D F"], weights: Weights) -> QuantizedMatrix:

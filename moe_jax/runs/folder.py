@@ -96,17 +96,8 @@ def new_run_id() -> str:
     return secrets.token_hex(8)
 
 
-def read_run_id(run: Folder) -> str | None:
-    """The run's id in config.json. None if there is none."""
-    return _read_entry(run, "run_id")
-
-
-def read_fitted(run: Folder) -> Any:
-    """How the settings in config.json were fitted to a device (`Session.fitted`). None if they were not."""
-    return _read_entry(run, "fitted")
-
-
-def _read_entry(run: Folder, name: str) -> Any:
+def read_entry(run: Folder, name: str) -> Any:
+    """A value in config.json beside the settings: `run_id`, or `fitted` (`Session.fitted`). None if there is none."""
     try:
         return run.read_json("config.json").get(name)
     except (FileNotFoundError, ValueError, AttributeError):
@@ -134,7 +125,7 @@ class RunFolder:
 
     def check_run(self, run_id: str) -> None:
         """Raise UserError if the folder does not hold this run any more."""
-        if first() and read_run_id(self.files) != run_id:
+        if first() and read_entry(self.files, "run_id") != run_id:
             raise UserError(
                 f"--out {self.path}: the folder was removed or made anew while this process used it, so nothing more "
                 "is written there; start again with another --out"

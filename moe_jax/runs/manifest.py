@@ -12,7 +12,6 @@ A checkpoint may come from an untrusted source. Sizes are checked before a file 
 nothing is unpickled.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -27,7 +26,7 @@ import xxhash
 
 from moe_jax.config import UserError
 from moe_jax.parallel.processes import is_here, whole
-from moe_jax.system.files import Folder, UnsafeFile, step_number
+from moe_jax.system.files import Folder, UnsafeFile, file_digest, step_number
 
 NAME = "manifest.json"
 VERSION = 3
@@ -58,11 +57,6 @@ def array_digest(array: Any) -> str:
     """xxh3-128 of an array's bytes in C order. (SHA-256 would take half the time of a whole save, as measured.)"""
     values = np.ascontiguousarray(np.asarray(array))
     return xxhash.xxh3_128(values.reshape(-1).view(np.uint8).data).hexdigest()
-
-
-def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # pyright: ignore[reportArgumentType]
 
 
 def _digests[T](digest: Callable[[T], str], things: Iterable[T]) -> list[str]:

@@ -3,7 +3,7 @@
 A run's folder may come from somebody else. A link in it could lead a write, a delete or a read to any other file, and a
 pipe or a device would stop the program. So `Folder` uses plain files below it only.
 
-Standard library only, apart from `platformdirs` and `filelock`, which are imported when they are needed.
+Standard library only, apart from `platformdirs`, `filelock` and `xxhash`, which are imported when they are needed.
 """
 
 import errno
@@ -255,6 +255,14 @@ def cached_json(folder: str, parts: Sequence[str], make: Callable[[], Any]) -> A
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, json_text(made))
     return made
+
+
+def file_digest(path: Path) -> str:
+    """xxh3-128 of a file's content."""
+    import xxhash
+
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()  # pyright: ignore[reportArgumentType]
 
 
 def json_text(value: Any, **options: Any) -> str:

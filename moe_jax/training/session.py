@@ -34,7 +34,7 @@ from moe_jax.parallel.layout import mesh_of
 from moe_jax.parallel.processes import agree_on, placed
 from moe_jax.runs.arrays import named_leaves
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointCorrupted, CheckpointStore, doctor_of
-from moe_jax.runs.folder import RunFolder, new_run_id, read_fitted, read_run_id
+from moe_jax.runs.folder import RunFolder, new_run_id, read_entry
 from moe_jax.runs.load import check_full_weights, check_same_model, kept_precision, load_run_tokenizer, saved_config
 from moe_jax.system.random_keys import Purpose, purpose_key
 from moe_jax.training.evaluate import Evaluation, Tracer, evaluate
@@ -172,12 +172,12 @@ class Session:
         if saved is not None:
             newest = next(reversed(checkpoints.list()), None)
             precision = kept_precision(newest) if newest else ""
-            run_id = read_run_id(folder.files) or new_run_id()
+            run_id = read_entry(folder.files, "run_id") or new_run_id()
             tokenizer = load_run_tokenizer(folder.path, newest, saved.model)
         store = prepare_token_store(config.data, tokenizer=tokenizer, seq_len=config.model.seq_len)
         vocab_size = config.model.vocab_size or store.tokenizer.vocab_size
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
-        fitted = Fitted(config, read_fitted(folder.files) if saved else None)
+        fitted = Fitted(config, read_entry(folder.files, "fitted") if saved else None)
         if fit is not None:
             fitted = fit(config, precision, saved, fitted.record)
             config = fitted.config

@@ -120,7 +120,7 @@ def test_training_is_deterministic():
 
 def signed(definition: Any) -> Any:
     """With the digest that belongs to it, as someone who means harm would write it."""
-    return {"digest": tokenizers._digest(definition), **definition} if isinstance(definition, dict) else definition
+    return {"digest": tokenizers.json_digest(definition), **definition} if isinstance(definition, dict) else definition
 
 
 DOUBLING = [[97, 97], *([i, i] for i in range(256, 300))]

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import UserError
+from moe_jax.cli.inspect import Inspect
+from moe_jax.config import ConfigError, UserError
 from moe_jax.inspection import decisions as module
-from moe_jax.inspection.decisions import Decisions, count_decisions, decisions, read_texts, write_decisions
+from moe_jax.inspection.decisions import Decisions, count_decisions, decisions, write_decisions
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import merge
 from moe_jax.runs.load import LoadedRun
@@ -148,11 +149,15 @@ def test_the_files_of_a_folder_are_kinds(tmp_path: Path) -> None:
     (tmp_path / "a.md").write_text("one")
     (tmp_path / ".hidden").write_text("no")
     (tmp_path / "folder").mkdir()
-    assert list(read_texts(tmp_path)) == [("a", "one"), ("b", "two")]
-    assert list(read_texts(tmp_path / "b.txt")) == [("b", "two")]
+
+    def texts(path: Path) -> list[tuple[str, str]]:
+        return Inspect(run="run", file=str(path), trace="out")._texts()
+
+    assert texts(tmp_path) == [("a", "one"), ("b", "two")]
+    assert texts(tmp_path / "b.txt") == [("b", "two")]
     (tmp_path / "c.bin").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"c\.bin: must be a text in UTF-8"):
-        list(read_texts(tmp_path))
+    with pytest.raises(ConfigError, match=r"c\.bin: must be a text in UTF-8"):
+        texts(tmp_path)
 
 
 def test_shared_choices_of_a_changed_model() -> None:

@@ -16,7 +16,6 @@ from moe_jax.data.token_store import stored_documents
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.inspection.report import write_report
 from moe_jax.interop.source import open_source
-from moe_jax.runs import manifest
 from moe_jax.runs.folder import locked_for_training
 from moe_jax.runs.load import open_run
 from moe_jax.training import initial_weights
@@ -37,13 +36,6 @@ def trained(
     config = load_config(tmp_path / "trained")
     assert config is not None
     return tmp_path / "trained", dataclasses.replace(config, out=str(tmp_path / "trained"))
-
-
-def reseal(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change a checkpoint's manifest, with a right digest."""
-    document = json.loads((folder / manifest.NAME).read_text())
-    change(document)
-    (folder / manifest.NAME).write_text(manifest.render(document))
 
 
 def edit(run: Path, **changes: Any) -> None:
@@ -74,7 +66,7 @@ OPENINGS: dict[str, Callable[[Path], Any]] = {
 
 def another_tokenizer(run: Path) -> None:
     definition = {"kind": "bpe", "merges": [[ord("a"), ord(letter)] for letter in "bcd"]}
-    Tokenizer.from_dict(definition | {"digest": tokenizers._digest(definition)}).save(run / "tokenizer.json")
+    Tokenizer.from_dict(definition | {"digest": tokenizers.json_digest(definition)}).save(run / "tokenizer.json")
 
 
 @pytest.mark.parametrize("opening", OPENINGS)
