@@ -30,14 +30,6 @@ from moe_jax.config import UserError
 _COUNT_CHUNK = 1 << 22
 
 
-def windows_per_epoch(tokens: int, seq_len: int) -> int:
-    """Windows of `seq_len` targets in a stream of `tokens` tokens. Raises ValueError if there is none."""
-    windows = (tokens - 1) // seq_len
-    if windows < 1:
-        raise ValueError(f"a stream of {tokens} tokens has no window of {seq_len} + 1")
-    return windows
-
-
 class MaskedBatch(NamedTuple):
     """A batch of which only some targets count."""
 
@@ -61,10 +53,10 @@ def train_positions(count: int, *, seed: int, step: int, batch_size: int, seq_le
     inputs, and the last T its targets.
 
     Steps count from 0, through all epochs. For gradient accumulation, a caller asks for all rows of the step at once
-    and reshapes them. Raises ValueError if the stream has fewer than T + 1 tokens.
+    and reshapes them. The stream has at least T + 1 tokens (`prepare_token_store` checks it).
     """
-    windows = windows_per_epoch(count, seq_len)
     ring = count - 1
+    windows = ring // seq_len
     epochs, turns = np.divmod(step * batch_size + np.arange(batch_size, dtype=np.int64), windows)
     starts = np.empty(batch_size, dtype=np.int64)
     for epoch in np.unique(epochs):

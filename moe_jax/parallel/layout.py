@@ -233,20 +233,16 @@ class Layout:
 # Inside `shard_map`, where arrays are the parts of one device
 
 
-def gathered(params: Any, axes: tuple[str, ...] = ("fsdp",)) -> Any:
-    """Parameters, of a model or of a part of it, whole along the mesh axes `axes`."""
+def gathered(params: Any) -> Any:
+    """Parameters, of a model or of a part of it, whole along the mesh axis `fsdp`."""
 
     def gather(name: str, x: Array) -> Array:
         for dimension, axis in enumerate(mesh_axes(name)):
-            x = joined(x, axis, dimension) if axis in axes else x
+            if axis == "fsdp" and jax.lax.axis_size(axis) > 1:
+                x = jax.lax.all_gather(x, axis, axis=dimension, tiled=True)
         return x
 
     return _map_named(gather, params)
-
-
-def joined(x: Array, axis: str, dimension: int) -> Array:
-    """The parts of an array, which the devices along a mesh axis have, one after another along a dimension."""
-    return jax.lax.all_gather(x, axis, axis=dimension, tiled=True) if jax.lax.axis_size(axis) > 1 else x
 
 
 def _map_named(function: Callable[[str, Array], Array], params: Mapping[Any, Any]) -> Any:

@@ -30,8 +30,8 @@ from moe_jax.model.transformer import Params, merge
 from moe_jax.parallel.layout import AXES, Layout, gathered
 from moe_jax.parallel.processes import placed
 from moe_jax.training.evaluate import EvaluationStep
-from moe_jax.training.loss import Metrics, training_loss
-from moe_jax.training.step import Loss, gradients
+from moe_jax.training.loss import Metrics
+from moe_jax.training.step import gradients
 
 REPLICATED = PartitionSpec()
 
@@ -44,7 +44,6 @@ def mesh_gradients(
     key: Array,
     scale: Array | None,
     config: TrainConfig,
-    loss: Loss = training_loss,
     frozen: Params | None = None,
 ) -> tuple[Params, Metrics]:
     """`step.gradients` on the mesh: the mean gradient over the whole batch, laid out as `layout.updates`, and the mean
@@ -59,9 +58,7 @@ def mesh_gradients(
         micro_batches = len(jax.tree.leaves(batch)[0])
         blocks = jnp.arange(micro_batches) * layout.devices + jax.lax.axis_index(AXES)
         whole = gathered(frozen)
-        grads, metrics = gradients(
-            graphdef, gathered(params), batch, key, scale, config, loss=loss, frozen=whole, blocks=blocks
-        )
+        grads, metrics = gradients(graphdef, gathered(params), batch, key, scale, config, frozen=whole, blocks=blocks)
         mean: Metrics = jax.lax.pmean(metrics, AXES)
         if mean.answers is not None:
             mean = mean._replace(answers=mean.answers * layout.devices)

@@ -167,7 +167,6 @@ def make_step(
     optimizer: optax.GradientTransformationExtraArgs,
     config: TrainConfig,
     loss_scaling: bool,
-    loss: Loss = training_loss,
     mesh: MeshPrograms | None = None,
 ) -> Step:
     """The jitted step. It reuses the memory of the state that it is given. A batch is int32 `[M, B, T+1]`: M
@@ -175,8 +174,6 @@ def make_step(
 
     If the loss or the gradient norm is not finite, the step is counted as skipped, and parameters and optimizer keep
     every bit. With float16 the step also halves the loss scale.
-
-    `loss` computes the loss to minimise.
 
     If the state has adapters, `graphdef` is that of the adapted model. Then only the adapters change.
 
@@ -190,7 +187,7 @@ def make_step(
         scale: LossScale = state.loss_scale
         factor = scale.scale if loss_scaling else None
         trained = state.trained
-        grads, metrics = compute_gradients(graphdef, trained, batch, key, factor, config, loss, state.frozen)
+        grads, metrics = compute_gradients(graphdef, trained, batch, key, factor, config, frozen=state.frozen)
         norm = global_norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics.loss)
         spike = finite & (metrics.loss > state.loss_track.limit())

@@ -64,27 +64,6 @@ def test_bound_by_hand() -> None:
     assert layer_flops(config(shared_experts=1).model, 2) == (80 + 32) * 2304 + 32 * 128
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"dispatch": "blocks", "activation": "gelu", "shared_experts": 1, "top_k": 3, "layers": 1},
-        {"activation": "gelu", "tied_head": False, "positions": "learned"},
-        {"dense": "active"},
-        {"remat": True, "shared_experts": 1},
-    ],
-    ids=str,
-)
-def test_formula_and_program_agree(changes: dict) -> None:
-    changes = dict(changes)
-    remat = changes.pop("remat", False)
-    whole = config(**changes)
-    whole = dataclasses.replace(whole, execution=dataclasses.replace(whole.execution, remat=remat))
-    found = CostTable.of(whole, 2)
-    assert found.difference < 0.02, (found.formula, found.compiled)
-    assert min(found.compiled.values()) > 0
-
-
 @pytest.mark.parametrize("changes", [{"activation": "gelu"}, {"shared_experts": 1}], ids=str)
 def test_dense_layouts_are_one_function_with_the_arithmetic_of_a_token_s_experts(changes: dict) -> None:
     model = config(**changes).model

@@ -17,6 +17,7 @@ from moe_jax.parallel import experts
 from moe_jax.parallel.layout import AXES, Layout, mesh_of
 from moe_jax.system.hlo import read_program
 from moe_jax.training import on_mesh
+from moe_jax.training.loss import training_loss
 from moe_jax.training.programs import Programs
 from moe_jax.training.step import gradients, make_step
 from tests.parallel import made
@@ -113,9 +114,9 @@ def test_a_planted_bug_is_seen(owner: Any, name: str, planted: Callable, monkeyp
 def test_a_sum_in_every_micro_batch_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Number 5 of the strict list, planted: something is summed inside the loop over micro-batches."""
 
-    def summed_often(*args: Any, loss: Any, **kwargs: Any) -> Any:
+    def summed_often(*args: Any, **kwargs: Any) -> Any:
         def reduced(model: Any, *inputs: Any, **named: Any) -> Any:
-            value, metrics = loss(model, *inputs, **named)
+            value, metrics = training_loss(model, *inputs, **named)
             return value, metrics._replace(load=jax.lax.pmean(metrics.load, AXES))
 
         return gradients(*args, loss=reduced, **kwargs)

@@ -59,12 +59,12 @@ class Derivation:
 
 
 class Grammar:
-    """Rules and word lists, compiled. The rule named `start` is the whole text."""
+    """Rules and word lists, compiled. The rule `start` is the whole text."""
 
-    def __init__(self, rules: Mapping[str, str], slots: Mapping[str, Sequence[Word]], start: str = "start") -> None:
+    def __init__(self, rules: Mapping[str, str], slots: Mapping[str, Sequence[Word]]) -> None:
         self._slots = slots
         self._rivals = {a: [b for b in slots if b != a and slots[b] is slots[a]] for a in slots}
-        self.template = _compiled(rules, start)
+        self.template = _compiled(rules, "start")
 
     def words(self, slot: str, memory: Memory) -> Sequence[Word]:
         """The words that a slot may still take: those of its list that no other slot of the text holds."""
