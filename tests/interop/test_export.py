@@ -116,6 +116,7 @@ GPT2 = {"dense": "active", "norm": "layernorm", "positions": "learned", "activat
         ({"head_size": 8}, {}, "MixtralForCausalLM", "llama"),
         ({"qk_norm": "head"}, {}, "Qwen3MoeForCausalLM", "qwen3moe"),
         ({"qk_norm": "head"}, {"renormalise_gates": False}, "Qwen3MoeForCausalLM", None),
+        ({"qk_norm": "head"}, {"top_k": 1}, "Qwen3MoeForCausalLM", None),
         ({"qk_norm": "full"}, {}, "OlmoeForCausalLM", None),
         ({"qk_norm": "full"}, {"renormalise_gates": False}, "OlmoeForCausalLM", "olmoe"),
         ({"qk_norm": "full"}, {"top_k": 1}, "OlmoeForCausalLM", "olmoe"),
@@ -173,14 +174,6 @@ def test_what_no_class_holds_is_blamed_on_its_option(changes: dict, routing: dic
         architecture_of(model)
     assert str(failure.value).startswith(option)
     assert "`--to safetensors`" in str(failure.value)
-
-
-def test_top_1_is_held_by_transformers_and_not_by_llama_cpp() -> None:
-    model = preset("nano").model.with_routing(top_k=1)
-    architecture = architecture_of(model)
-    assert architecture.model_type == "qwen3_moe"
-    assert architecture.gguf is None
-    assert architecture.gguf_problem.startswith("--routing.top-k 1")
 
 
 def test_a_folder_for_transformers(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

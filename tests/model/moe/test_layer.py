@@ -205,9 +205,6 @@ def test_blocks_of_evaluation_have_room_for_half_as_much_again() -> None:
     assert [inference_block_rows(pairs, 16) for pairs in (256, 258, 4096, 40, 4)] == [24, 32, 384, 8, 4]
 
 
-# Plans with drops: token 1's second choice, both of token 2's and the invalid token 3's have no row.
-
-
 @pytest.mark.parametrize("dispatch", ["capacity", "blocks"])
 @pytest.mark.parametrize("block", [1, 128])
 def test_no_gradient_of_the_layer_is_a_scatter_add(dispatch: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
