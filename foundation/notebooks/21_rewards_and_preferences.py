@@ -6,11 +6,7 @@
 # Then it turns out that two programs with the same "KL term" do different things, and
 # that a third one's term does nothing. **Which KL does the KL term descend?** To find
 # out, this chapter takes away what makes the subject hard, chance. All texts are
-# listed, and every expectation is a sum.
-#
-# The code is `foundation/preferences.py`. The project does not train with rewards. This
-# chapter is here because its mathematics is chapter 4 again, and because hardly anybody
-# checks it.
+# listed, and every expectation is a sum. The code is `foundation/preferences.py`.
 #
 # ## Step 1: a policy
 # A model that writes is called a **policy**, $\pi$. It gives each text $y$ a
@@ -37,7 +33,7 @@
 
 # %%
 from foundation import preferences
-from foundation.lessons.notebook import check, jax, jnp, np, pictures, shown
+from foundation.lessons.notebook import agree, check, jax, jnp, np, pictures, shown
 
 shown(preferences.text_log_probs_forward, preferences.text_log_probs_backward)
 
@@ -47,11 +43,11 @@ keys = jax.random.split(jax.random.key(0), 3)
 logits = jax.random.normal(keys[0], (4, 3))
 reference = jax.random.normal(keys[1], (4, 3))
 reward = jax.random.normal(keys[2], (9,))
-one = jnp.ones(())
 
 log_pi, texts_cache = preferences.text_log_probs_forward(logits, texts)
-print("the probabilities of the nine texts:", np.round(jnp.exp(log_pi), 3))
-zero = preferences.text_log_probs_backward(jnp.exp(log_pi), texts_cache)
+pi = jnp.exp(log_pi)
+print("the probabilities of the nine texts:", np.round(pi, 3))
+zero = preferences.text_log_probs_backward(pi, texts_cache)
 print(f"sum of pi times score: at most {jnp.max(jnp.abs(zero)):.0e}")
 assert jnp.max(jnp.abs(zero)) < 1e-15
 
@@ -69,25 +65,30 @@ assert jnp.max(jnp.abs(zero)) < 1e-15
 # $$\mathbb E\Bigl[\frac1G \sum_i (r_i - \bar r)\,s_i\Bigr] = \Bigl(1 - \frac1G\Bigr)
 # \frac{\partial J}{\partial z}.$$
 #
-# The direction is right, and the step is a little short. That is harmless. GRPO also
-# divides by the group's standard deviation. This is *not* harmless: it changes the
-# direction. Groups whose rewards are nearly equal get the largest weights.
+# The direction is right, and the step is a little short. That is harmless:
 
 # %%
+one = jnp.ones(())
 _, cache = preferences.expected_reward_forward(logits, reward, texts)
 exact = preferences.expected_reward_backward(one, cache)
 for group in (2, 3):
     _, cache = preferences.group_baseline_forward(logits, reward, texts, group)
     ours = preferences.group_baseline_backward(one, cache)
-    print(f"groups of {group}: {jnp.vdot(ours, exact) / jnp.vdot(exact, exact):.6f} dJ")
-    assert jnp.allclose(ours, (1 - 1 / group) * exact, atol=1e-14)
+    agree(f"groups of {group}, and (1 - 1/G) dJ", ours, (1 - 1 / group) * exact, 1e-13)
 
+# %% [markdown]
+# GRPO also divides by the group's standard deviation. This is *not* harmless: it
+# changes the direction. Groups whose rewards are nearly equal get the largest weights.
+# Here are all $9^3$ groups of three texts, each with its probability:
+
+# %%
 groups = preferences.all_texts(9, 3)
 drawn = reward[groups]
-spread = jnp.std(drawn, axis=1, keepdims=True)
-weight = jnp.exp(jnp.sum(log_pi[groups], axis=1, keepdims=True))
-scaled = weight * (drawn - drawn.mean(1, keepdims=True)) / (spread + 1e-6) / 3
-by_text = jnp.zeros(9).at[groups].add(scaled)
+advantage = (drawn - drawn.mean(1, keepdims=True)) / (
+    drawn.std(1, keepdims=True) + 1e-6
+)
+chance = jnp.prod(pi[groups], axis=1, keepdims=True)
+by_text = jnp.zeros(9).at[groups].add(chance * advantage / 3)
 divided = preferences.text_log_probs_backward(by_text, texts_cache)
 cosine = jnp.vdot(divided, exact) / jnp.linalg.norm(divided) / jnp.linalg.norm(exact)
 print(f"divided by the spread: cosine to dJ {cosine:.4f}")
@@ -124,54 +125,68 @@ assert cosine < 0.9999
 # is the second line, exactly.
 
 # %%
+shown(preferences.kl_backward_by_k2, preferences.reverse_kl_backward_by_k3)
+
+# %%
+log_ref, _ = preferences.text_log_probs_forward(reference, texts)
+
+
+def expected_gradients(z):
+    """Of each estimator as a loss, and of k1 in the reward."""
+    log_pi, texts_cache = preferences.text_log_probs_forward(z, texts)
+    _, kl_cache = preferences.kl_forward(z, reference, texts)
+    _, reverse_cache = preferences.reverse_kl_forward(z, reference, texts)
+    pi, k1 = jnp.exp(log_pi), log_pi - log_ref
+    return {
+        "k1": preferences.text_log_probs_backward(pi, texts_cache),
+        "k2": preferences.kl_backward_by_k2(one, kl_cache),
+        "k3": preferences.reverse_kl_backward_by_k3(one, reverse_cache),
+        "k1 in the reward": preferences.text_log_probs_backward(pi * k1, texts_cache),
+    }
+
+
+by_jax = jax.grad(lambda z: preferences.kl_forward(z, reference, texts)[0])(logits)
+for name in ("k2", "k1 in the reward"):
+    ours = expected_gradients(logits)[name]
+    agree(f"{name}, and the gradient of KL(pi || ref)", ours, by_jax, 1e-13)
+
+# %% [markdown]
+# Where does each of them lead? Ascend the expected reward minus $\beta$ times the term,
+# from the reference. The dashed line is the exact answer, from step 5. With $k_2$ the
+# policy goes to it. With $k_3$ it comes to rest somewhere else, and is held back too
+# much. With $k_1$ nothing holds it, and it goes on to the single best text.
+
+# %%
 BETA, STEPS, RATE = 0.5, 400, 0.5
 
 
 @jax.jit
-def gradients(z):
-    """dJ, and the expected gradient of each estimator as a loss."""
+def look(z):
+    """How far z is from the reference, and the way up by each estimator."""
     _, cache = preferences.expected_reward_forward(z, reward, texts)
-    log_pi, texts_cache = preferences.text_log_probs_forward(z, texts)
-    kl, kl_cache = preferences.kl_forward(z, reference, texts)
-    _, reverse_cache = preferences.reverse_kl_forward(z, reference, texts)
-    terms = {
-        "k1": preferences.text_log_probs_backward(jnp.exp(log_pi), texts_cache),
-        "k2": preferences.kl_backward_by_k2(one, kl_cache),
-        "k3": preferences.reverse_kl_backward_by_k3(one, reverse_cache),
-    }
-    k1 = jnp.exp(log_pi) * (log_pi - log_ref)
-    in_reward = preferences.text_log_probs_backward(k1, texts_cache)
-    terms["k1 in the reward"] = in_reward
-    return preferences.expected_reward_backward(one, cache), terms, kl
+    d_reward = preferences.expected_reward_backward(one, cache)
+    ways = {n: d_reward - BETA * term for n, term in expected_gradients(z).items()}
+    return preferences.kl_forward(z, reference, texts)[0], ways
 
 
-log_ref, _ = preferences.text_log_probs_forward(reference, texts)
 best = jax.nn.log_softmax(log_ref + reward / BETA)
-paths, ends = {}, {}
-by_jax = jax.grad(lambda z: preferences.kl_forward(z, reference, texts)[0])(logits)
-error = jnp.max(jnp.abs(gradients(logits)[1]["k1 in the reward"] - by_jax))
-print(f"k1 in the reward and the gradient of KL(pi || ref) differ by {error:.0e}")
-assert error < 1e-14
+level = float(jnp.sum(jnp.exp(best) * (best - log_ref)))
+paths, ends = {}, {"best": best}
 for name in ("k1", "k2", "k3"):
     z, path = reference, []
     for _ in range(STEPS):
-        d_reward, terms, kl = gradients(z)
+        kl, ways = look(z)
         path.append(float(kl))
-        z = z + RATE * (d_reward - BETA * terms[name])
+        z = z + RATE * ways[name]
     paths[f"with {name}"] = path
-    ends[name] = preferences.text_log_probs_forward(z, texts)[0]
-level = float(jnp.sum(jnp.exp(best) * (best - log_ref)))
+    ends[name], _ = preferences.text_log_probs_forward(z, texts)
 panel = {"how far the policy goes from the reference": paths}
 pictures.curves(panel, "step", "KL(pi || ref)", level=level)
-for name, log_pi in {**ends, "best": best}.items():
+for name, log_pi in ends.items():
     value = jnp.sum(jnp.exp(log_pi) * (reward - BETA * (log_pi - log_ref)))
     print(f"{name:>4}: reward - beta KL = {value:.4f}")
 
 # %% [markdown]
-# The dashed line is the exact answer, from the next step. With $k_2$ the policy goes to
-# it. With $k_3$ it comes to rest somewhere else, and is held back too much. With $k_1$
-# nothing holds it, and it goes on to the single best text.
-#
 # ## Step 5: from preferences to a loss
 # Often there are no rewards, only pairs: text $w$ was preferred to text $l$. Suppose
 # this happens with the probability $\sigma(r_w - r_l)$, $\sigma(x) = 1/(1+e^{-x})$. And
@@ -208,16 +223,11 @@ for name, log_pi in {**ends, "best": best}.items():
 # keeps its gradient. At the first step $\rho = 1$, nothing is clipped, and the gradient
 # is the one of step 2.
 #
-# ## How these are checked
-# Each gradient is an expectation over all texts, written as a sum, and is held against
-# autodiff of the exact value. For the group, all $9^3$ groups are listed. For the KL
-# terms the table compares the estimator's expected gradient with the derivative of a
-# KL, and it is this comparison that says which.
-#
 # ## The answer
 # $k_2$ descends the KL that everybody writes down, $k_3$ the reverse one, and $k_1$
 # none. An estimator that is right as a number can be wrong as a loss. Before a formula
-# is trusted with samples, list everything once, and add it up.
+# is trusted with samples, list everything once, and add it up: so the table holds each
+# expected gradient against autodiff of the exact value.
 #
 # ## Exercises
 # In the terminal: `uv run python -m foundation derive expected_reward`, then `derive
