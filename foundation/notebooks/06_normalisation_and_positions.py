@@ -2,12 +2,10 @@
 # # 6. Normalisation and positions
 #
 # Two parts are missing before we can build a transformer. **Normalisation** brings
-# every row to a standard size, so that the layers above need not care how large the
-# stream has become. **Positions** tell attention where a token stands. Both have a
-# backward pass with a picture behind it. A normalisation takes a direction out of the
-# gradient. A rotation turns the gradient back.
-#
-# The code is `foundation/norms.py`, `foundation/positions.py` and
+# every row to a standard size, whatever the stream has grown to. **Positions** tell
+# attention where a token stands. Both have a backward pass with a picture behind it: a
+# normalisation takes a direction out of the gradient, a rotation turns it back. The
+# code is `foundation/norms.py`, `foundation/positions.py` and
 # `foundation/embedding.py`.
 #
 # ## RMSNorm
@@ -51,16 +49,16 @@
 
 # %%
 from foundation import norms, positions
-from foundation.lessons.notebook import check, jax, jnp, pictures, shown
+from foundation.lessons.notebook import agree, check, jax, jnp, pictures, shown
 
 shown(norms.rmsnorm_forward, norms.rmsnorm_backward, norms.layernorm_backward)
 
 # %% [markdown]
 # ## What the gradient loses
 # There is a reason for the lost terms that needs no calculus. Multiply $x$ by 1.01: $n$
-# stays the same (but for $\epsilon$). So moving $x$ along itself does not change the
-# loss, and the gradient has no part along $x$. Under LayerNorm a constant added to the
-# whole row changes nothing either. So the gradient has no part along $(1, \dots, 1)$.
+# stays the same (but for $\epsilon$). So the gradient has no part along $x$. Under
+# LayerNorm a constant added to the whole row changes nothing either. So the gradient
+# has no part along $(1, \dots, 1)$.
 #
 # The picture holds 200 random rows. For each it shows the **cosine** between the
 # gradient and a direction; 0 means a right angle. Both rules are at 0 where they must
@@ -90,12 +88,11 @@ assert jnp.max(jnp.abs(along_ones["LayerNorm"])) < 1e-12
 
 # %% [markdown]
 # ## Embedding: a look-up is a matrix product
-# A token is a number; the model needs a vector. The **embedding** is a table with a row
-# of D numbers for each token, and the look-up reads rows. It can be written as a
-# product with a onehot matrix, so its backward pass is that matrix transposed: *add*
-# each position's gradient to the row that it read. A token that occurs three times
-# collects three gradients, and one that does not occur gets exactly 0. The bug to avoid
-# is `.set` in place of `.add`: then the last occurrence wins.
+# The **embedding** is a table with a row of D numbers for each token, and the look-up
+# reads rows. It is a product with a onehot matrix, so its backward pass is that matrix
+# transposed: *add* each position's gradient to the row that it read. A token that
+# occurs three times collects three gradients, and one that does not occur gets exactly
+# 0. The bug to avoid is `.set` in place of `.add`: then the last occurrence wins.
 #
 # ## Why positions are needed
 # Shuffle the tokens before position $t$: attention collects the same values with the
@@ -150,10 +147,8 @@ shown(positions.rope_forward, positions.rope_backward, positions._rotate)
 
 # %%
 x = jax.random.normal(jax.random.key(6), (T, A))
-y, cache = positions.rope_forward(x)
-error = jnp.max(jnp.abs(positions.rope_backward(y, cache) - x))
-print(f"turned and turned back: {error:.1e} from where it was")
-assert error < 1e-14
+turned_back = positions.rope_backward(*positions.rope_forward(x))
+agree("turned and turned back, and where it was", turned_back, x, 1e-14)
 
 # %% [markdown]
 # ## Longer texts than in training

@@ -4,12 +4,10 @@
 # In a **mixture of experts** the network of a block is replaced by E small networks,
 # the **experts**. A **router** sends each token to K of them; the others do nothing for
 # it. So the model has many parameters and uses few of them for a token. But the router
-# *chooses*, and a choice has no derivative. What does it learn from, then? This chapter
-# derives every line of its backward pass, and the answers are three: from the gates,
-# from a balance loss, and from a third loss that keeps it calm.
-#
-# The code is `foundation/router.py`, `foundation/experts.py`, `foundation/moe.py`, and
-# for the last two steps `foundation/balancing.py`.
+# *chooses*, and a choice has no derivative. What does it learn from, then? From three
+# things: the gates, a balance loss, and a third loss that keeps it calm. The code is
+# `foundation/router.py`, `foundation/experts.py`, `foundation/moe.py`, and for the last
+# two steps `foundation/balancing.py`.
 #
 # ## Forward
 # For one token with stream $x$, [D], and a router matrix $W$, [D, E]:
@@ -73,7 +71,7 @@
 
 # %%
 from foundation import balancing, moe
-from foundation.lessons.notebook import check, jax, jnp, pictures, shown
+from foundation.lessons.notebook import agree, check, jax, jnp, pictures, shown
 from foundation.router import choice_share, router_backward, router_forward
 
 # %%
@@ -174,7 +172,7 @@ assert (d_x[0, 2:] == 0.0).all()
 shown(router_forward, router_backward)
 
 # %% [markdown]
-# The boxed formulas against autodiff:
+# The boxed formulas:
 
 # %%
 x = jax.random.normal(jax.random.key(5), (1, 8, 4))
@@ -186,9 +184,7 @@ balance = E / 8 * p * (f - (p @ f)[:, None])
 calm = 2 * jax.nn.logsumexp(z, axis=-1)[:, None] / 8 * p
 for name, formula in {"balance": balance, "z": calm}.items():
     by_jax = jax.grad(lambda W, n=name: getattr(router_forward(x, W, 2)[0], n))(W)
-    error = jnp.max(jnp.abs(x[0].T @ formula - by_jax))
-    print(f"{name + ' loss:':<13} {error:.1e} from jax.grad")
-    assert error < 1e-14
+    agree(f"{name} loss, by hand and by jax.grad", x[0].T @ formula, by_jax, 1e-14)
 
 # %% [markdown]
 # ## Step 8: a bias, and no loss
@@ -236,16 +232,14 @@ d_g = jax.random.normal(jax.random.key(8), gates.shape)
 d_z = balancing.sigmoid_router_backward(d_g, cache)
 _, back = jax.vjp(lambda z: balancing.sigmoid_router_forward(z, bias[0], 3, 2.5)[0], z)
 (by_jax,) = back(d_g)
-print(f"sigmoid router: {jnp.max(jnp.abs(d_z - by_jax)):.1e} from jax.grad")
+agree("sigmoid router, by hand and by jax.grad", d_z, by_jax, 1e-14)
 print("sums of the rows:", *(f"{total:.3f}" for total in d_z.sum(axis=1)))
-assert jnp.max(jnp.abs(d_z - by_jax)) < 1e-14
 
 # %% [markdown]
 # ## Side by side
 # A router that starts with a lean, and no task. First gradient descent on the balance
-# loss, by the formulas above. Then its matrix stays as it is, and a bias does the work,
-# on sigmoid scores, with three rates. The curve is the load of the busiest expert, in
-# units of its fair share.
+# loss. Then its matrix stays as it is, and a bias does the work, on sigmoid scores,
+# with three rates. The curve is the load of the busiest expert, in fair shares.
 
 # %%
 E, T, D, STEPS = 8, 64, 16, 400
@@ -294,17 +288,14 @@ assert max(loads["bias, rate 0.001"][-1], loads["balance loss"][-1]) < 1.2
 # | bias | no | yes |
 # | expert choice | no | it makes them |
 #
-# A test of gradients can say nothing about the last two. The table holds them against
-# counting: each token sorted by itself, each counter compared with its fair share. The
-# project has the first two, in `moe_jax/model/moe/balance.py` and
+# A test of gradients can say nothing about the last two; the table holds them against
+# counting. The project has the first two, in `moe_jax/model/moe/balance.py` and
 # `moe_jax/model/moe/router.py`.
-
-# %% [markdown]
+#
 # ## Exercises
 # In the terminal: `uv run python -m foundation derive router` asks for steps 3 to 7 in
 # one function, and `derive sigmoid_router` for step 9. Then `derive dispatch` and
-# `derive combine`, which move tokens to experts and back. The docstring of
-# `foundation/moe.py` derives these two.
+# `derive combine`; the docstring of `foundation/moe.py` derives these two.
 
 # %%
 check("8.1", None)

@@ -2,12 +2,11 @@
 # # 15. Sampling and speculative decoding
 #
 # A model gives a number for each token of its vocabulary. A program turns these numbers
-# into *one* token, by chance. The first part of this chapter says by which law. The
-# second part is about speed. A large model needs a pass through all its weights for
-# each token. A small model is quick, and mostly right about easy words. **Can a small
-# model guess for a large one and change nothing?** Yes: the text has the law of the
-# large model, exactly, whatever the small one says. The proof is one line, and we check
-# it by adding up every way in which a text can come about.
+# into *one* token, by chance: by which law? And a large model needs a pass through all
+# its weights for each token, while a small one is quick, and mostly right about easy
+# words. **Can a small model guess for a large one and change nothing?** Yes: the text
+# has the law of the large model, exactly, whatever the small one says. The proof is one
+# line, and we check it by adding up every way in which a text can come about.
 #
 # The code is `foundation/sampling.py`. The project draws its tokens in
 # `moe_jax/inference/sampling.py`, with the filters of step 1; a test compares the two

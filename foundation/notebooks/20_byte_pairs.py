@@ -1,14 +1,13 @@
 # %% [markdown]
 # # 20. Byte pairs
 #
-# Everything so far began with tokens. This chapter asks where they come from. **Which
-# pieces should a text be cut into?** There is no gradient in it, and no probability. It
-# is counting, done well. Yet it decides how long a text is for the model, what a number
-# such as "2.1 nats a token" means, and why a model cannot spell.
-#
-# The code is `foundation/byte_pairs.py`. The model of chapter 7 reads such pieces, and
-# not letters: so it sees a whole story at once. The project trains and applies such a
-# tokenizer in `moe_jax/data/tokenizers.py`, with fast libraries. Here is what they do.
+# Everything so far began with tokens. Where do they come from? **Which pieces should a
+# text be cut into?** There is no gradient in this chapter. It is counting, done well.
+# Yet it decides how long a text is for the model, what "2.1 nats a token" means, and
+# why a model cannot spell. The code is `foundation/byte_pairs.py`. The model of chapter
+# 7 reads such pieces, and not letters: so it sees a whole story at once. The project
+# trains and applies such a tokenizer in `moe_jax/data/tokenizers.py`, with fast
+# libraries. Here is what they do.
 #
 # ## Step 1: two bad answers
 # **Bytes.** There are 256 of them, and every text is made of them. But a text of 1,000
@@ -138,9 +137,8 @@ assert rows[-1, 2] < rows[0, 2]
 # that flatters: words have become one piece each, and the list has learned this one
 # text by heart. So judge a tokenizer on a text that it has not seen.
 #
-# ## The answer
-# Into the pieces that pay for their number: the most frequent pair of what is already
-# there, again and again. And count in bytes whatever you compare.
+# So: cut into the pieces that pay for their number, the most frequent pair of what is
+# already there, again and again. And count in bytes whatever you compare.
 #
 # ## Exercises
 
