@@ -4,8 +4,9 @@
     uv run --group interop --extra gguf python benchmarks/microscope.py models/olmoe int4
 
 Three rates in turn: reading the folder's tensors and nothing else, rounding parts that are in memory, and the import,
-which does both and writes. Then the run: seconds to read a prompt of 64 and of 512 tokens, and for a token, beside the
-bytes that the token reads at the memory's rate. Of each the median. Memory is the peak of the whole process.
+which does both and writes. Then the run: seconds to read a prompt of 64 and of 512 tokens, and to write a token. A
+token is measured in turn with the memory's rate, at which its bytes would be read. Of each the median. Memory is the
+peak of the whole process.
 
 Then llama.cpp with the same weights, if its packages are installed: the bfloat16 import, exported, and rounded to q4_0
 or q8_0 by llama.cpp's own tool. Both programs compute in turn. The files take three times the source's size on the
@@ -19,7 +20,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,7 +38,7 @@ from moe_jax.interop.export import export
 from moe_jax.interop.imported_run import Form, import_run, rounded_part
 from moe_jax.interop.pretrained import Pretrained
 from moe_jax.interop.source import open_source
-from moe_jax.runs.load import LoadedRun, open_run
+from moe_jax.runs.load import LoadedRun, find_checkpoint, open_run
 from moe_jax.system.files import json_text
 from moe_jax.system.machine import alternate, memory_read_benchmark, processor
 
@@ -88,8 +91,10 @@ def writing(run: LoadedRun) -> dict[str, float]:
         return drawn
 
     read, size = memory_read_benchmark()
-    result = {"token, s": seconds(write, 9) / 8, "memory, GB/s": size / seconds(read, 9) / 1e9}
+    times = alternate({"write": write, "read": read}, 9)
+    result = {"token, s": times["write"].median / 8, "memory, GB/s": size / times["read"].median / 1e9}
     result["bytes of a token, s"] = weights.bytes_per_token(run.config.model, params) / result["memory, GB/s"] / 1e9
+    result["token / its bytes"] = result["token, s"] / result["bytes of a token, s"]
     result["prompt of 64, s"] = seconds(lambda: decoder.read(params, tokens[:64]))
     result["writing, peak GB"] = peak()
     prompts = Decoder(run.writer, 512, run.tokenizer.vocab_size)
@@ -97,7 +102,7 @@ def writing(run: LoadedRun) -> dict[str, float]:
 
 
 def gguf(source: Path, form: Form) -> Path:
-    """The source as llama.cpp rounds it, in a folder beside it."""
+    """The source as llama.cpp rounds it, in a folder beside it. The export has the model in memory as bfloat16."""
     bindings: Any = importlib.import_module("llama_cpp_py_sync._cffi_bindings")
     ffi, library = bindings.get_ffi(), bindings.get_lib()
     whole, out = (source.with_name(f"{source.name}-{name}") for name in ("bfloat16-measured", "gguf-measured"))
@@ -115,9 +120,9 @@ def gguf(source: Path, form: Form) -> Path:
     return made
 
 
-def beside_llama_cpp(run: LoadedRun, source: Path, form: Form) -> dict[str, float]:
-    """Rates of this program over those of llama.cpp, and the largest spread of a time."""
-    made, model = gguf(source, form), run.config.model
+def beside_llama_cpp(run: LoadedRun, made: Path) -> dict[str, float]:
+    """Rates of this program over those of llama.cpp with the file `made`, and the largest spread of a time."""
+    model = run.config.model
     params = cast_once(run.writer, run.params)
     one, other = (weights.LlamaCpp(made, model.seq_len) for _ in range(2))
     calls: dict[str, Callable[[], Any]] = {
@@ -127,7 +132,6 @@ def beside_llama_cpp(run: LoadedRun, source: Path, form: Form) -> dict[str, floa
         "llama.cpp, prompt of 512": other.prompt([1] * 512),
     }
     times = alternate(calls, 7, rest=weights.REST_SECONDS, turn=weights.TURN_SECONDS)
-    shutil.rmtree(made.parent)
     found = {f"{name}, s": time.median for name, time in times.items()}
     for name in ("token", "prompt of 512"):
         found[f"{name}: rate over llama.cpp's"] = times[f"llama.cpp, {name}"].median / times[name].median
@@ -139,11 +143,16 @@ if __name__ == "__main__":
     out = source.with_name(f"{source.name}-{form}-measured")
     shutil.rmtree(out, ignore_errors=True)
     found = importing(source, form, out)
+    reason, made = weights.why_not(find_checkpoint(out, None)[0]), None
+    if not reason:  # in a process that ends before the run is in memory
+        with ProcessPoolExecutor(1, get_context("spawn")) as process:
+            made = process.submit(gguf, source, form).result()
     run = open_run(out)
     found |= writing(run)
     print(json_text({"processor": processor(), "form": form} | {name: round(v, 3) for name, v in found.items()}))
-    if reason := weights.why_not(run.config):
-        print(f"llama.cpp: skipped, {reason}")
+    if made:
+        print(json_text({name: round(v, 3) for name, v in beside_llama_cpp(run, made).items()}))
+        shutil.rmtree(made.parent)
     else:
-        print(json_text({name: round(v, 3) for name, v in beside_llama_cpp(run, source, form).items()}))
+        print(f"llama.cpp: skipped, {reason}")
     shutil.rmtree(out)
