@@ -245,7 +245,8 @@ class _ShortRuns(NamedTuple):
         """A run of the side with the settings of `candidate`. `found` has the mixture's trials."""
         steps, settings = self.steps(side, candidate, found), candidate.apply(dense_baseline(self.base, side.dense))
         name = f"tune-{DENSE_BASELINES[side.dense]}-{candidate.name}"
-        run = StudyRun(f"search, {side.name}, {candidate.name}", run_config(settings, name, steps, SEED, self.out))
+        config = run_config(settings, name, steps, SEED, self.out, evaluations=1)
+        run = StudyRun(f"search, {side.name}, {candidate.name}", config)
         (summary,) = self.train([run])
         return Trial(side, candidate, steps, summary["training_flops"], summary[BITS])
 

@@ -83,6 +83,7 @@ def test_each_side_goes_on_until_it_gets_worse() -> None:
     assert {config.train.seed for config in trainer.asked} == {tuning.SEED} == {1000}
     for config in trainer.asked:
         assert config.train.muon_lr / 0.02 == pytest.approx(config.train.lr / 1e-3)
+        assert config.train.eval_every == config.train.steps, "a short run is scored once, at its end"
 
 
 def test_a_dense_side_has_the_tokens_or_the_time_of_the_mixtures_best_run() -> None:
