@@ -52,8 +52,24 @@ FLOOR = 1e-5
 """A leaf whose largest entry is below this share of the check's largest is judged against that share."""
 
 
+class _Named:
+    """What both kinds of checks have."""
+
+    operation: str
+    case: str
+    inputs: tuple
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "inputs", as_jax(self.inputs))
+
+    @property
+    def name(self) -> str:
+        """operation: case."""
+        return f"{self.operation}: {self.case}"
+
+
 @dataclass(frozen=True)
-class Check:
+class Check(_Named):
     """One hand-derived gradient at one input."""
 
     operation: str
@@ -71,17 +87,9 @@ class Check:
     """The input sits on a tie on purpose: the function has no derivative there, only autodiff's convention to
     agree with, so finite differences are left out."""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "inputs", as_jax(self.inputs))
-
-    @property
-    def name(self) -> str:
-        """operation/case."""
-        return f"{self.operation}/{self.case}"
-
 
 @dataclass(frozen=True)
-class OracleCheck:
+class OracleCheck(_Named):
     """A function without a gradient to derive, at one input, beside an answer that is found in another way."""
 
     operation: str
@@ -94,14 +102,6 @@ class OracleCheck:
     constants: tuple = ()
     """Arguments after the inputs that are no arrays: a number of steps, the name of a rule."""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "inputs", as_jax(self.inputs))
-
-    @property
-    def name(self) -> str:
-        """operation/case."""
-        return f"{self.operation}/{self.case}"
-
 
 type AnyCheck = Check | OracleCheck
 
@@ -109,8 +109,7 @@ type AnyCheck = Check | OracleCheck
 class Outcome(NamedTuple):
     """Relative errors of a check; None where a comparison was left out."""
 
-    operation: str
-    case: str
+    name: str
     autodiff: float | None
     finite_difference: float | None
     oracle: float | None = None
@@ -122,7 +121,7 @@ class Outcome(NamedTuple):
     def passed(self) -> bool:
         """Every error within tolerance, and at least one comparison. Written so that NaN fails."""
         allowed = (AUTODIFF_TOLERANCE, FINITE_DIFFERENCE_TOLERANCE, ORACLE_TOLERANCE)
-        made = [(error, most) for error, most in zip(self[2:5], allowed, strict=True) if error is not None]
+        made = [(error, most) for error, most in zip(self[1:4], allowed, strict=True) if error is not None]
         return len(made) > 0 and all(error <= most for error, most in made)
 
 
@@ -132,11 +131,25 @@ def run(check: AnyCheck, seed: int = 0) -> Outcome:
     Raises ValueError where the inputs of a gradient are not float64 or are too near a kink for the step: then the
     comparison would mean nothing.
     """
+    ours, right, differences = answers(check, seed)
+    error, zeros = max_relative_error(ours, right), all_zero(right)
     if isinstance(check, OracleCheck):
-        ours, right = both_answers(check)
-        return Outcome(check.operation, check.case, None, None, max_relative_error(ours, right), all_zero(right))
+        return Outcome(check.name, None, None, error, zeros)
+    finite = None if differences is None else max_relative_error(ours, differences)
+    return Outcome(check.name, error, finite, zeros=zeros)
+
+
+def answers(check: AnyCheck, seed: int = 0, differences: bool = True) -> tuple[Any, Any, Any]:
+    """A gradient by hand, by autodiff, and by differences, each a tuple like the inputs; None where it is left out. Of
+    a check with an oracle: the function's answer, the oracle's, and None, as trees of NumPy's float64 arrays."""
+    if isinstance(check, OracleCheck):
+        function = compiled(lambda inputs: check.function(*inputs, *check.constants))
+        both = function(check.inputs), check.oracle(*check.inputs, *check.constants)
+        ours, right = (jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), answer) for answer in both)
+        return ours, right, None
     if any(leaf.dtype != jnp.float64 for leaf in jax.tree.leaves(check.inputs)):
         raise ValueError(f"{check.name}: inputs must be float64; set jax_enable_x64 before making them")
+    differences = differences and not check.at_tie
 
     @compiled
     def three_ways(inputs: tuple) -> tuple[Any, Any, Any, Any]:
@@ -150,41 +163,13 @@ def run(check: AnyCheck, seed: int = 0) -> Outcome:
         def scalar(*inputs: Any) -> jax.Array:
             return inner_product(d_out, check.forward(*inputs)[0])
 
-        by_differences = None if check.at_tie else finite_differences(scalar, inputs)
         margin = check.margin(cache) if callable(check.margin) else check.margin
-        return by_hand, pull_back(d_out), by_differences, margin
+        return by_hand, pull_back(d_out), finite_differences(scalar, inputs) if differences else None, margin
 
-    by_hand, by_autodiff, by_differences, margin = three_ways(check.inputs)
-    if not check.at_tie and not margin > MARGIN:
+    *found, margin = three_ways(check.inputs)
+    if differences and not margin > MARGIN:
         raise ValueError(f"{check.name}: margin {margin:.2g} is within {MARGIN:g} of a kink; choose another seed")
-    finite = None if by_differences is None else max_relative_error(by_hand, by_differences)
-    error = max_relative_error(by_hand, by_autodiff)
-    return Outcome(check.operation, check.case, error, finite, zeros=all_zero(by_autodiff))
-
-
-def both_answers(check: AnyCheck) -> tuple[Any, Any]:
-    """(by hand, by autodiff); where there is no gradient (the function's answer, the oracle's), as trees of NumPy's
-    float64 arrays. The oracle may be NumPy."""
-    if isinstance(check, Check):
-        out, cache = check.forward(*check.inputs)
-        d_out = random_like(0, out)
-        by_hand = check.backward(d_out, cache)
-        return by_hand if isinstance(by_hand, tuple) else (by_hand,), gradient_by_autodiff(check, d_out)
-
-    function = compiled(lambda inputs: check.function(*inputs, *check.constants))
-    answers = function(check.inputs), check.oracle(*check.inputs, *check.constants)
-    ours, right = (jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), answer) for answer in answers)
-    return ours, right
-
-
-def gradient_by_autodiff(check: Check, d_out: Any) -> tuple:
-    """What `check.backward` should give for this cotangent, by `jax.grad`: a tuple like the inputs."""
-
-    def scalar(*inputs: Any) -> jax.Array:
-        return inner_product(d_out, check.forward(*inputs)[0])
-
-    gradient = jax.grad(scalar, argnums=tuple(range(len(check.inputs))))
-    return compiled(gradient)(*check.inputs)
+    return found[0], found[1], found[2]
 
 
 def finite_differences(f: Callable[..., jax.Array], inputs: tuple) -> tuple:

@@ -3,9 +3,8 @@
 What has no gradient is held against an oracle: an answer that is found in another way.
 """
 
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
 import jax
@@ -25,8 +24,6 @@ WHOLE = "about a minute on two free cores, most of it compiling"
 """How long the whole table takes."""
 NAME = 44
 """Columns of a row's name. A whole row then has 80."""
-_AHEAD = 4
-"""Checks that are under way at once: two threads, and two in waiting."""
 
 
 def show(operations: tuple[str, ...]) -> int:
@@ -34,12 +31,7 @@ def show(operations: tuple[str, ...]) -> int:
     jax.config.update("jax_enable_x64", True)
     if not operations:
         print(f"The whole table takes {WHOLE}. A part of it: uv run python -m foundation softmax attention\n")
-    checks: Iterable[AnyCheck] = chain.from_iterable(map(checks_of, operations)) if operations else all_checks()
-    print(f"{'operation: input':<{NAME}} {'autodiff':>8} {'differences':>11} {'oracle':>7}", flush=True)
-    outcomes = []
-    for outcome in _in_order(checks):
-        print(row(outcome), flush=True)
-        outcomes.append(outcome)
+    outcomes = rows(chain.from_iterable(map(checks_of, operations)) if operations else all_checks())
     failed, zeros = sum(not o.passed for o in outcomes), sum(o.zeros for o in outcomes)
     print(f"\n{len(outcomes)} checks, {failed} failed")
     if zeros:
@@ -56,27 +48,25 @@ def show(operations: tuple[str, ...]) -> int:
     return 1 if failed else 0
 
 
-def _in_order(checks: Iterable[AnyCheck]) -> Iterator[Outcome]:
-    """The outcomes in the order of the checks, the first one as soon as it is there."""
-    # Compiling takes most of the time, and does not hold Python's lock. `pool.map` would make the inputs of all checks
-    # before it gave anything back.
-    waiting: deque[Future[Outcome]] = deque()
-    with ThreadPoolExecutor(2) as pool:
-        for check in checks:
-            waiting.append(pool.submit(run, check))
-            if len(waiting) == _AHEAD:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+def rows(checks: Iterable[AnyCheck], run: Callable[[AnyCheck], Outcome] = run) -> list[Outcome]:
+    """Prints a row for each check, in their order."""
+    print(f"{'operation: input':<{NAME}} {'autodiff':>8} {'differences':>11} {'oracle':>7}", flush=True)
+    outcomes = []
+    with ThreadPoolExecutor(2) as pool:  # compiling takes most of the time, and does not hold Python's lock
+        for outcome in pool.map(run, checks):
+            print(row(outcome), flush=True)
+            outcomes.append(outcome)
+    return outcomes
 
 
 def row(outcome: Outcome) -> str:
     """One line of the table."""
-    gradient = outcome.oracle is None
     autodiff = "" if outcome.autodiff is None else f"{outcome.autodiff:.1e}"
     finite = (
-        ("at a tie" if gradient else "") if outcome.finite_difference is None else f"{outcome.finite_difference:.1e}"
+        ("at a tie" if outcome.oracle is None else "")
+        if outcome.finite_difference is None
+        else f"{outcome.finite_difference:.1e}"
     )
     oracle = "" if outcome.oracle is None else f"{outcome.oracle:.1e}"
     verdict = "FAILED" if not outcome.passed else "0 = 0" if outcome.zeros else "ok"
-    return f"{f'{outcome.operation}: {outcome.case}':<{NAME}} {autodiff:>8} {finite:>11} {oracle:>7} {verdict}"
+    return f"{outcome.name:<{NAME}} {autodiff:>8} {finite:>11} {oracle:>7} {verdict}"

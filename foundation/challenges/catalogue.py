@@ -3,7 +3,11 @@
 The standard library alone, so that a wrong name is answered at once.
 """
 
+import inspect
 from dataclasses import dataclass
+from types import FunctionType
+
+from foundation.challenges.planting import function_at
 
 
 class Unusable(Exception):
@@ -24,6 +28,16 @@ class Challenge:
     def backward(self) -> str:
         """Name of the function to write."""
         return f"{self.name}_backward"
+
+    @property
+    def functions(self) -> tuple[FunctionType, FunctionType]:
+        """Both functions. Their module is loaded, and jax with it."""
+        return function_at(f"{self.module}.{self.name}_forward"), function_at(f"{self.module}.{self.backward}")
+
+    def unpacking(self) -> list[str]:
+        """The lines of the backward pass that take the cache apart: they are given."""
+        lines = map(str.strip, inspect.getsource(self.functions[1]).splitlines())
+        return [line for line in lines if line.endswith("= cache")]
 
 
 _HINTS = """\

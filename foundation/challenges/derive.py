@@ -8,12 +8,18 @@ command lists what can be derived. When you have written the function:
 """
 
 import argparse
+import inspect
 import sys
+import textwrap
 from pathlib import Path
+from types import FunctionType
 
 from foundation.challenges.catalogue import CHALLENGES, Challenge
 from foundation.challenges.folder import FOLDER
 from foundation.chapters import CHAPTERS, unknown
+
+GIVES_AWAY = {"_rotate"}
+"""Helpers whose name in the stub would be the answer."""
 
 
 def find(name: str) -> Challenge | None:
@@ -73,16 +79,12 @@ def listing() -> str:
 
 def stub(operation: str, challenge: Challenge) -> str:
     """The text of the learner's file."""
-    import inspect
-    import textwrap
+    from foundation.challenges.reference import inputs_of
 
-    from foundation.challenges.reference import Reference
-
-    reference = Reference.of(challenge)
-    forward = textwrap.indent(inspect.getsource(reference.forward).rstrip(), "# ", lambda line: True)
-    results = ", ".join(f"d_{name}" for name in reference.inputs(operation))
+    given, asked = challenge.functions
+    forward = textwrap.indent(inspect.getsource(given).rstrip(), "# ", lambda line: True)
+    results = ", ".join(f"d_{name}" for name in inputs_of(operation, given))
     answer = f"({results})" if "," in results else results
-    arguments = ", ".join(inspect.signature(reference.backward).parameters)
     lines = [
         f'"""Derive the backward pass of {operation}.',
         "",
@@ -95,16 +97,31 @@ def stub(operation: str, challenge: Challenge) -> str:
         f"No need to look into foundation/{challenge.module}.py, which holds the derivation and an answer.",
         '"""',
         "",
-        *reference.imports(),
+        *_imports(asked),
         "",
         "# The forward pass, as it is in foundation:",
         "#",
         *(line.rstrip() for line in forward.splitlines()),
         "",
         "",
-        f"def {challenge.backward}({arguments}):",
-        *(f"    {line}" for line in reference.unpacking()),
+        f"def {challenge.backward}({', '.join(inspect.signature(asked).parameters)}):",
+        *(f"    {line}" for line in challenge.unpacking()),
         f"    return None  # {answer}",
         "",
     ]
     return "\n".join(lines)
+
+
+def _imports(backward: FunctionType) -> list[str]:
+    """Import lines for what the answer may use: helpers and constants, and not the answer itself."""
+    names = {"jnp"} | set(backward.__code__.co_names)
+    lines = ["import jax.numpy as jnp"] if "math" not in names else ["import math", "import jax.numpy as jnp"]
+    by_module: dict[str, list[str]] = {}
+    for name in sorted(names - GIVES_AWAY):
+        value = backward.__globals__.get(name)
+        source = getattr(value, "__module__", backward.__module__)
+        if isinstance(value, float) or (callable(value) and str(source).startswith("foundation.")):
+            by_module.setdefault(source, []).append(name)
+    if by_module:
+        lines.append("")
+    return lines + [f"from {source} import {', '.join(found)}" for source, found in sorted(by_module.items())]

@@ -7,7 +7,7 @@ from typing import Any
 
 FOLDER = Path("derivations")
 _SCORE = "score.json"
-_HUNT = {"planted": "", "failed": "", "before": [], "tries": 0, "found": 0, "given_up": 0}
+_HUNT = {"planted": "", "failed": [], "before": [], "tries": 0, "found": 0, "given_up": 0}
 _EMPTY = {"derived": [], "hints": {}, "hunt": _HUNT}
 
 

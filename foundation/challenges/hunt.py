@@ -1,8 +1,8 @@
 """A bug is planted in one function of foundation. Find it from the table.
 
     python -m foundation hunt                     plants a bug, and prints the
-                                                  table with it: about two
-                                                  minutes on two free cores
+                                                  table with it: about a
+                                                  minute on two free cores
     python -m foundation hunt 7                   the same with a bug of an
                                                   operation up to chapter 7,
                                                   and these rows alone
@@ -22,12 +22,8 @@ you have won.
 import argparse
 import base64
 import importlib
-import json
 import random
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +33,6 @@ from foundation.challenges.folder import read_score, write_score
 from foundation.challenges.planting import Bug, planted
 from foundation.chapters import CHAPTERS, OPERATIONS, unknown
 
-EVERY = {"multi_head": 4, "moe": 5, "block": 2, "dense_block": 2, "dense_model": 2, "model": 3}
-"""Made of the other operations, and slow to compile: the table has every so many of their rows. A bug of their own code
-is seen in no other row."""
 HUNTED = [bug for bug in BUGS if bug.seen_in_the_table]
 
 
@@ -99,76 +92,47 @@ def _drawn(bugs: list[Bug], hunt: dict[str, Any], seed: int | None) -> Bug:
     return random.Random(seed).choice(bugs if seed is not None else new or bugs)
 
 
-def _failed_before(score: dict[str, Any]) -> list[str]:
-    """The rows that failed when the bug was planted. Empty if the table did not end, or if the file holds no such."""
-    try:
-        rows = json.loads(base64.b64decode(score["hunt"]["failed"])[::-1])
-    except (ValueError, RecursionError):
-        return []
-    return [row for row in rows if isinstance(row, str)] if isinstance(rows, list) else []
-
-
 def _begin(arguments: argparse.Namespace, score: dict[str, Any], operations: tuple[str, ...], bug: Bug | None) -> int:
     """Plants a bug of one of the operations, and prints their rows. For a hunt that is on, prints its failed rows
     again, without the table."""
-    folder, seed = arguments.folder, arguments.seed
-    failed: list[str] = []
+    hunt, seed = score["hunt"], arguments.seed
     if bug is None or seed is not None:
-        bug = _drawn([bug for bug in HUNTED if bug.caught_by in operations], score["hunt"], seed)
-        score["hunt"] |= {"planted": scrambled(bug.name), "tries": 0, "failed": ""}
-        write_score(folder, score)
+        bug = _drawn([bug for bug in HUNTED if bug.caught_by in operations], hunt, seed)
+        hunt |= {"planted": scrambled(bug.name), "tries": 0, "failed": []}
+        write_score(arguments.folder, score)
         print("A bug has been planted. Which function is it in?\n")
     else:
         print("The same bug is still planted.\n")
-        failed = _failed_before(score)
-    if not failed:
-        failed = _table(bug, operations)
-        score["hunt"]["failed"] = scrambled(json.dumps(failed))
-        write_score(folder, score)
+    if not hunt["failed"]:  # or the table did not end
+        hunt["failed"] = _table(bug, operations)
+        write_score(arguments.folder, score)
         print()
-    print(f"{len(failed)} failed:", *failed, sep="\n  ")
+    print(f"{len(hunt['failed'])} failed:", *hunt["failed"], sep="\n  ")
     print("\nLook closer: uv run python -m foundation hunt --look OPERATION")
     print("Answer with a function: uv run python -m foundation hunt --answer softmax_backward")
     return 0
 
 
 def _table(bug: Bug, operations: tuple[str, ...]) -> list[str]:
-    """Prints the rows of the operations with the bug planted, by hand against autodiff or the oracle.
-
-    Returns those that failed."""
+    """Prints the rows of the operations with the bug planted. Returns those that failed."""
     import jax
 
     jax.config.update("jax_enable_x64", True)
-    from foundation.table import NAME
-
-    failed = []
-    with planted(bug):
-        checks = [check for name in operations for check in shown_rows(name)]
-        print(f"{'operation: input':<{NAME}} {'error':>9}", flush=True)
-        with ThreadPoolExecutor(2) as pool:
-            for check, error in zip(checks, pool.map(_error, checks), strict=True):
-                shown = f"{error:9.1e}" if isinstance(error, float) else f"{error:>9}"
-                right = isinstance(error, float) and error <= 1e-10
-                name = f"{check.operation}: {check.case}"
-                failed += [] if right else [name]
-                print(f"{name:<{NAME}} {shown}  {'ok' if right else 'FAILED'}", flush=True)
-    return failed
-
-
-def shown_rows(operation: str) -> Iterator[Any]:
-    """The checks of an operation that the table of a hunt has."""
+    from foundation import table
     from foundation.checks import checks_of
 
-    return islice(checks_of(operation), None, None, EVERY.get(operation, 1))
+    with planted(bug):
+        outcomes = table.rows((check for name in operations for check in checks_of(name)), _outcome)
+    return [outcome.name for outcome in outcomes if not outcome.passed]
 
 
-def _error(check: Any) -> float | str:
-    from foundation import parity
+def _outcome(check: Any) -> Any:
+    from foundation.parity import Outcome, run
 
     try:
-        return parity.max_relative_error(*parity.both_answers(check))
-    except (ValueError, TypeError):
-        return "shape"
+        return run(check)
+    except (ValueError, TypeError):  # a gradient whose shape is wrong
+        return Outcome(check.name, float("nan"), None)
 
 
 def _look(operation: str, bug: Bug) -> int:
@@ -184,14 +148,14 @@ def _look(operation: str, bug: Bug) -> int:
 
     from foundation.challenges.diagnosis import Named, examine
     from foundation.checks import checks_of
-    from foundation.parity import both_answers
+    from foundation.parity import answers
 
     with planted(bug):
         for check in checks_of(operation):
             try:
-                by_hand, right = both_answers(check)
+                by_hand, right, _ = answers(check, differences=False)
             except (ValueError, TypeError) as error:
-                print(f"{check.operation}: {check.case}\n  the function stops: {type(error).__name__}")
+                print(f"{check.name}\n  the function stops: {type(error).__name__}")
                 continue
             known = [Named(keystr(p), np.asarray(leaf)) for p, leaf in tree_leaves_with_path(check.inputs)]
             findings = [
@@ -199,7 +163,7 @@ def _look(operation: str, bug: Bug) -> int:
                 for (path, wanted), (_, ours) in zip(*map(tree_leaves_with_path, (right, by_hand)), strict=False)
             ]
             wrong = [finding for finding in findings if finding.wrong]
-            print(f"{check.operation}: {check.case:<40} {'' if wrong else 'ok'}")
+            print(f"{check.name} {'' if wrong else 'ok'}")
             for finding in wrong:
                 print(f"  {finding.wrong}\n    {finding.meaning}")
     return 0
@@ -241,7 +205,7 @@ def _end(folder: Path, score: dict[str, Any], found: bool) -> int:
     hunt = score["hunt"]
     hunt["found" if found else "given_up"] += 1
     hunt["before"].append(hunt["planted"])
-    hunt |= {"planted": "", "failed": "", "tries": 0}
+    hunt |= {"planted": "", "failed": [], "tries": 0}
     write_score(folder, score)
     print(f"\nScore: {hunt['found']} found, {hunt['given_up']} given up. Another: uv run python -m foundation hunt")
     return 0

@@ -39,9 +39,14 @@ class Bug(NamedTuple):
 
     @property
     def function(self) -> FunctionType:
-        """The function that has the bug, without the wrappers of jaxtyping."""
-        module, _, name = self.place.partition(".")
-        return inspect.unwrap(getattr(importlib.import_module(f"foundation.{module}"), name))
+        """The function that has the bug."""
+        return function_at(self.place)
+
+
+def function_at(place: str) -> FunctionType:
+    """The function module.name of foundation, without the wrappers of jaxtyping."""
+    module, _, name = place.partition(".")
+    return inspect.unwrap(getattr(importlib.import_module(f"foundation.{module}"), name))
 
 
 def tree_of(function: FunctionType, old: str = "", new: str = "") -> ast.FunctionDef:

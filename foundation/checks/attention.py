@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from foundation import attention, caching, dropout, grouped_heads
-from foundation.checks.inputs import Draws, gradient
+from foundation.checks.inputs import Draws, gradient, projection
 from foundation.parity import Check
 
 
@@ -63,9 +63,4 @@ def multi_head_checks() -> Iterator[Check]:
 
 def attention_params(draws: Draws, queries: int = 8, keys: int = 8, bias: bool = False) -> dict:
     """Projections of one layer of width 8, with columns of queries and of keys, of standard deviation 1/2."""
-    shapes = {"qkv": (8, queries + 2 * keys), "out": (queries, 8)}
-    params: dict = {name: {"kernel": draws.normal(*shape, std=0.5)} for name, shape in shapes.items()}
-    if bias:
-        for part in params.values():
-            part["bias"] = draws.normal(part["kernel"].shape[1])
-    return params
+    return {"qkv": projection(draws, 8, queries + 2 * keys, bias), "out": projection(draws, queries, 8, bias)}

@@ -1,6 +1,7 @@
 """Checks of chapter 19: collectives and their adjoints."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,14 +16,26 @@ RANKS = 3
 def checks() -> Iterator[AnyCheck]:
     """Each adjoint three ways, the ring against a sum, and experts on many ranks against experts on one."""
     draws = Draws("collectives")
-    for forward, oracle, shape in (
-        (collectives.all_reduce_forward, _reduced, (RANKS, 4)),
-        (collectives.all_gather_forward, _gathered, (RANKS, 2)),
-        (collectives.reduce_scatter_forward, _scattered, (RANKS, 2 * RANKS)),
-        (collectives.all_to_all_forward, _exchanged, (RANKS, RANKS, 2)),
+    pairs = [(r, s) for r in range(RANKS) for s in range(RANKS)]
+    for forward, shape, result, wires in (
+        (collectives.all_reduce_forward, (RANKS, 4), (RANKS, 4), [((s,), (r,)) for r, s in pairs]),
+        (
+            collectives.all_gather_forward,
+            (RANKS, 2),
+            (RANKS, 2 * RANKS),
+            [((s, i), (r, 2 * s + i)) for r, s in pairs for i in range(2)],
+        ),
+        (
+            collectives.reduce_scatter_forward,
+            (RANKS, 2 * RANKS),
+            (RANKS, 2),
+            [((s, 2 * r + i), (r, i)) for r, s in pairs for i in range(2)],
+        ),
+        (collectives.all_to_all_forward, (RANKS, RANKS, 2), (RANKS, RANKS, 2), [((s, r), (r, s)) for r, s in pairs]),
     ):
         yield gradient(forward, "3 ranks", (draws.normal(*shape),))
-        yield answer(forward, "by messages", oracle, (draws.normal(*shape),))
+        by_messages = partial(messages, shape=result, wires=wires)
+        yield answer(forward, "by messages", by_messages, (draws.normal(*shape),))
     yield gradient(collectives.copy_to_all_forward, "3 ranks", (draws.normal(2, 2),), RANKS)
     for ranks in (2, 5):
         yield answer(collectives.ring_all_reduce, f"{ranks} ranks", summed, (draws.normal(ranks, 3 * ranks),))
@@ -58,27 +71,6 @@ def messages(x: Any, shape: tuple[int, ...], wires: list[tuple[tuple, tuple]]) -
     for source, target in wires:
         out[target] += np.asarray(x)[source]
     return out
-
-
-PAIRS = [(r, s) for r in range(RANKS) for s in range(RANKS)]
-
-
-def _reduced(x: Any) -> np.ndarray:
-    return messages(x, x.shape, [((s,), (r,)) for r, s in PAIRS])
-
-
-def _gathered(x: Any) -> np.ndarray:
-    n = x.shape[1]
-    return messages(x, (RANKS, RANKS * n), [((s, i), (r, s * n + i)) for r, s in PAIRS for i in range(n)])
-
-
-def _scattered(x: Any) -> np.ndarray:
-    n = x.shape[1] // RANKS
-    return messages(x, (RANKS, n), [((s, r * n + i), (r, i)) for r, s in PAIRS for i in range(n)])
-
-
-def _exchanged(x: Any) -> np.ndarray:
-    return messages(x, x.shape, [((s, r), (r, s)) for r, s in PAIRS])
 
 
 def summed(x: Any) -> tuple[np.ndarray, int]:

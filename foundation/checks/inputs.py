@@ -94,6 +94,12 @@ class Draws:
         return jax.tree.map_with_path(drawn, jax.eval_shape(lambda: init(jax.random.key(0), *arguments)))
 
 
+def projection(draws: Draws, inputs: int, outputs: int, bias: bool) -> dict:
+    """A linear map of attention."""
+    kernel = {"kernel": draws.normal(inputs, outputs, std=0.5)}
+    return kernel | {"bias": draws.normal(outputs)} if bias else kernel
+
+
 def router_margin(top_k: int) -> Callable[[Any], jax.Array]:
     """A function of a cache: how far the routers in it are from another choice, in logits."""
 

@@ -23,20 +23,16 @@ def checks() -> Iterator[AnyCheck]:
         ("a part without tokens", uneven, 4),
         ("nothing counted", np.full_like(targets, IGNORE), 2),
     ):
+        loss = micro.accumulated_loss_forward
         if case != "equal counts":  # an easier case of "unequal counts"
-            yield gradient(micro.accumulated_loss_forward, case, (logits,), wanted, parts)
-        yield answer(accumulated_value, case, mean_over_tokens, (logits, wanted), parts)
+            yield gradient(loss, case, (logits,), wanted, parts)
+        yield answer(loss, case, mean_over_tokens, (logits, wanted), parts, operation="accumulated_value")
     probs = draws.generator.dirichlet([1.0] * 3, (4, 6))
     chosen = np.argsort(-probs, axis=-1)[..., :2]
     for case, groups in (("by sequence", 4), ("by pairs of sequences", 2), ("by batch", 1)):
         yield gradient(micro.grouped_balance_forward, case, (probs,), chosen, groups)
     for parts in (2, 4):
         yield answer(micro.balance_gap, f"{parts} parts", covariance, (probs, chosen), parts)
-
-
-def accumulated_value(logits: Any, targets: Any, parts: int) -> Any:
-    """The loss alone."""
-    return micro.accumulated_loss_forward(logits, targets, parts)[0]
 
 
 def mean_over_tokens(logits: Any, targets: Any, parts: int) -> float:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from foundation.checks.inputs import Draws, gradient, router_margin
+from foundation.checks.inputs import Draws, gradient, projection, router_margin
 from foundation.checks.router_and_its_gradient import moe_params
 from foundation.losses import IGNORE
 from foundation.parity import Check
@@ -69,18 +69,12 @@ def norm_params(draws: Draws, width: int = 4, bias: bool = False) -> dict:
     return scale | {"bias": draws.normal(width, std=0.5)} if bias else scale
 
 
-def linear_params(draws: Draws, inputs: int, outputs: int, bias: bool) -> dict:
-    """One projection of attention."""
-    kernel = {"kernel": draws.normal(inputs, outputs, std=0.5)}
-    return kernel | {"bias": draws.normal(outputs)} if bias else kernel
-
-
 def block_params(
     draws: Draws, experts: int = 3, swiglu: bool = True, bias: bool = False, grouped: bool = False
 ) -> dict:
     """One block of width 4; if it is grouped, with two normalised key heads for four heads of width 2."""
     queries = 8 if grouped else 4
-    attention = {"qkv": linear_params(draws, 4, queries + 8, bias), "out": linear_params(draws, queries, 4, bias)}
+    attention = {"qkv": projection(draws, 4, queries + 8, bias), "out": projection(draws, queries, 4, bias)}
     if grouped:
         attention |= {"query_norm": norm_params(draws, 8), "key_norm": norm_params(draws, 4)}
     norms = {name: norm_params(draws, bias=bias) for name in ("norm1", "norm2")}

@@ -1,6 +1,7 @@
 """Checks of chapter 12: what may be cached."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,7 @@ def checks() -> Iterator[AnyCheck]:
     shapes = {"c": (6, 3), "r": (6, 2), "q": (6, 8), "p": (6, 4), "k": (3, 8), "v": (3, 8), "out": (8, 6)}
     inputs = (draws.normal(2, 4, 6), {name: draws.normal(*shape) for name, shape in shapes.items()})
     yield gradient(latent_attention.latent_attention_forward, "two heads", inputs, 2)
-    yield answer(latent_attention.absorbed, "two heads", with_keys, inputs, 2)
+    yield answer(latent_attention.absorbed, "two heads", at_once, inputs, 2)
     for window, sinks in ((3, 0), (2, 2), (9, 1)):
         case = f"{window} positions, {sinks} sinks"
         yield answer(caching.window_mask, case, place_by_place, (), 7, window, sinks)
@@ -42,11 +43,6 @@ def checks() -> Iterator[AnyCheck]:
         for factor in (0.5, 1.0):
             yield answer(caching.kept_choices, f"{rule}, factor {factor:g}", served, (probs,), 2, factor, rule)
         yield answer(caching.leaks, rule, lambda *_, v=PASSES[rule]: np.array(v), (KINDS,), 3, 2, 0.75, rule)
-
-
-def with_keys(x: Any, params: dict, heads: int) -> Any:
-    """Every head's own keys and values, made from the latent."""
-    return compiled(lambda x, params: latent_attention.latent_attention_forward(x, params, heads)[0])(x, params)
 
 
 def place_by_place(positions: int, window: int, sinks: int) -> np.ndarray:
@@ -58,9 +54,10 @@ def place_by_place(positions: int, window: int, sinks: int) -> np.ndarray:
     return mask
 
 
-def at_once(x: Any, params: dict, heads: int, prompt: int) -> Any:
-    """The attention of chapter 5, with rotary positions."""
-    return compiled(lambda x, params: multi_head_forward(x, params, heads, rotary=True)[0])(x, params)
+def at_once(x: Any, params: dict, heads: int, *prompt: int) -> Any:
+    """The attention of chapter 5, with rotary positions; or the latent one, with every head's own keys and values."""
+    forward = partial(multi_head_forward, rotary=True) if prompt else latent_attention.latent_attention_forward
+    return compiled(lambda x, params: forward(x, params, heads)[0])(x, params)
 
 
 def served(probs: Any, top_k: int, factor: float, rule: str) -> np.ndarray:

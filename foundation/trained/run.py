@@ -13,8 +13,8 @@ a text of yours instead, with documents separated by <|endoftext|>.
 
 import argparse
 import json
+import math
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from jaxtyping import Array, Float
 from foundation.losses import IGNORE, cross_entropy_forward
 from foundation.trained import Problem
 from foundation.trained.tokens import Vocabulary, read_vocabulary
-from foundation.trained.validation import mean_loss, stored_stream, text_stream
+from foundation.trained.validation import stored_stream, text_stream, windows
 from foundation.trained.weights import config_of, parameters_of, read_safetensors
 from foundation.transformer import ModelConfig, model_forward
 from foundation.writing import write
@@ -35,6 +35,7 @@ ALLOWED = 1e-6
 """Difference from the run's own loss, which was summed in float32."""
 ALLOWED_NARROW = 0.02
 """The same, where the run multiplied numbers of 8 or 11 bits of mantissa."""
+_MOST_LOGITS = 1 << 22
 
 
 class Trained(NamedTuple):
@@ -50,12 +51,12 @@ class Trained(NamedTuple):
     summary: dict[str, Any]
 
 
-def open_run(folder: Path, step: int | None = None) -> Trained:
-    """The run at its best checkpoint, or at a step. Raises Problem, in one line."""
+def open_run(folder: Path) -> Trained:
+    """The run at its best checkpoint. Raises Problem, in one line."""
     settings, summary = _json(folder / "config.json"), _json(folder / "summary.json")
     try:
         _refuse_tuned(folder, settings)
-        checkpoint = _checkpoint(folder, summary.get("best_step") if step is None else step)
+        checkpoint = _checkpoint(folder, summary.get("best_step"))
         model, routing = settings["model"], settings["model"].get("routing") or settings["routing"]
         config = config_of(model, routing)
         params = parameters_of(read_safetensors(checkpoint / "weights.safetensors"), model)
@@ -104,6 +105,8 @@ def _json(path: Path) -> dict[str, Any]:
 
 def validation_loss(run: Trained, stream: np.ndarray) -> float:
     """Nats per predicted token of a stream."""
+    if stream.max() >= run.vocabulary.size:
+        raise Problem(f"the tokens reach {stream.max()}, the vocabulary {run.vocabulary.size}; they are of another run")
 
     @jax.jit
     def total(inputs: Array, targets: Array) -> Float[Array, ""]:
@@ -111,29 +114,29 @@ def validation_loss(run: Trained, stream: np.ndarray) -> float:
         mean, _ = cross_entropy_forward(output.logits, targets)
         return mean * jnp.sum(targets != IGNORE)
 
-    def tell(done: int, of: int) -> None:
+    rows = max(1, min(16, _MOST_LOGITS // (run.window * run.params["embedding"].shape[0])))
+    found = list(windows(stream, run.window))
+    count, empty = len(found), np.full(run.window, IGNORE, np.int32)
+    found += [(np.zeros_like(empty), empty)] * (-count % rows)  # one shape, one program
+    nats = []
+    for first in range(0, count, rows):
+        nats.append(float(total(*map(np.stack, zip(*found[first : first + rows], strict=True)))))
         if sys.stderr.isatty():
-            print(f"\r{done} of {of} windows", end="\n" if done == of else "", file=sys.stderr, flush=True)
-
-    if stream.max() >= run.vocabulary.size:
-        raise Problem(f"the tokens reach {stream.max()}, the vocabulary {run.vocabulary.size}; they are of another run")
-    return mean_loss(total, stream, run.window, run.params["embedding"].shape[0], tell)
+            done = min(first + rows, count)
+            print(f"\r{done} of {count} windows", end="\n" * (done == count), file=sys.stderr, flush=True)
+    return math.fsum(nats) / (len(stream) - 1)
 
 
 def story(run: Trained, prompt: str, limit: int) -> str:
     """What the model writes after the prompt, always the likeliest token."""
 
-    @partial(jax.jit, static_argnums=1)
-    def next_logits(tokens: Array, vocabulary: int, count: Array) -> Array:
+    @jax.jit
+    def next_logits(tokens: Array, count: int) -> Array:
         output, _ = model_forward(run.params, tokens, run.config)
-        return output.logits[0, count - 1, :vocabulary]
+        return output.logits[0, count - 1, : run.vocabulary.size]
 
     start = [run.vocabulary.separator, *run.vocabulary.encode(prompt)]
-
-    def logits(tokens: Array, count: int) -> Array:
-        return next_logits(tokens, run.vocabulary.size, jnp.asarray(count))
-
-    written = write(logits, start, run.window, limit, stop=run.vocabulary.separator)
+    written = write(next_logits, start, run.window, limit, stop=run.vocabulary.separator)
     return run.vocabulary.decode(list(written))
 
 
@@ -146,7 +149,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--prompt", default="", help="how the text begins (default: nothing)")
     parser.add_argument("--max-tokens", type=int, default=400, help="longest text, in tokens (default 400)")
     parser.add_argument("--text", type=Path, help="score this file and not the validation text of the run")
-    parser.add_argument("--step", type=int, help="step of the checkpoint (default: the best)")
     parser.add_argument("--json", action="store_true", help="end with JSON on a terminal too")
     arguments = parser.parse_args(argv)
     if arguments.max_tokens < 1:
@@ -161,19 +163,20 @@ def main(argv: list[str] | None = None) -> int:
 
 def report(arguments: argparse.Namespace) -> int:
     """Computes, prints, and returns the exit status."""
-    run = open_run(arguments.folder, arguments.step)
+    run = open_run(arguments.folder)
     own_text = arguments.text is not None
-    stream = (
-        text_stream(arguments.text, run.vocabulary) if own_text else stored_stream(arguments.folder, run.trained_on)
-    )
-    print(f"{arguments.folder}, step {run.step}: {_count(run.params):,} parameters, float64, by the hand-derived code")
+    if own_text:
+        stream = text_stream(arguments.text, run.vocabulary)
+    else:
+        stream = stored_stream(arguments.folder, run.trained_on)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(run.params))
+    print(f"{arguments.folder}, step {run.step}: {parameters:,} parameters, float64, by the hand-derived code")
     loss = validation_loss(run, stream)
     print(f"\nloss of {len(stream) - 1:,} tokens       {loss:.10f} nats per token")
-    comparable = not own_text and run.summary.get("val_whole_stream") and run.step == run.summary.get("best_step")
-    theirs = run.summary.get("val_loss") if comparable else None
+    theirs = run.summary.get("val_loss") if not own_text and run.summary.get("val_whole_stream") else None
     difference, right = None, True
     if theirs is None:
-        print("summary.json has no loss of this text at this step to compare with")
+        print("summary.json has no loss of this text to compare with")
     else:
         precision = run.summary.get("precision", "float32")
         allowed = ALLOWED if precision == "float32" else ALLOWED_NARROW
@@ -188,7 +191,3 @@ def report(arguments: argparse.Namespace) -> int:
         found = {"val_loss": loss, "difference": difference, "tokens": len(stream) - 1, "step": run.step, "text": text}
         print(json.dumps(found))
     return 0 if right else 1
-
-
-def _count(params: dict) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(params))

@@ -1,4 +1,4 @@
-"""The validation tokens of a run: where they are, and the mean loss over them.
+"""The validation tokens of a run: where they are, and the windows that they are scored in.
 
 `train.py` keeps the tokens of a text in its cache (MOE_JAX_CACHE, or the user's cache folder): CACHE/KEY/valid.bin,
 with a manifest beside it. The run's checkpoint names the digest of that manifest, so the right folder is found, or
@@ -6,21 +6,15 @@ none.
 """
 
 import json
-import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
 
 from foundation.losses import IGNORE
 from foundation.trained import Problem
 from foundation.trained.tokens import SEPARATOR, Vocabulary
-
-_MOST_LOGITS = 1 << 22
 
 
 def cache_folder() -> Path:
@@ -74,15 +68,9 @@ def text_stream(path: Path, vocabulary: Vocabulary) -> np.ndarray:
     return np.array(ids)
 
 
-class Window(NamedTuple):
-    """T tokens, and the T that follow; IGNORE where an earlier window has counted one, or the stream is over."""
-
-    inputs: np.ndarray
-    targets: np.ndarray
-
-
-def windows(stream: np.ndarray, length: int) -> Iterator[Window]:
-    """Windows that count every token after the first exactly once.
+def windows(stream: np.ndarray, length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(inputs, targets): windows that count every token after the first exactly once. A target is IGNORE where an
+    earlier window has counted it, or the stream is over.
 
     They advance by half their length, and the later ones count only what is new, so that no token is without context.
     The last ends with the stream.
@@ -94,25 +82,5 @@ def windows(stream: np.ndarray, length: int) -> Iterator[Window]:
         inputs, targets = np.zeros(length, np.int32), np.full(length, IGNORE, np.int32)
         inputs[: end - begin] = stream[begin:end]
         targets[counted - begin : end - begin] = stream[counted + 1 : end + 1]
-        yield Window(inputs, targets)
+        yield inputs, targets
         counted, begin = end, min(begin + length // 2, max(0, positions - length))
-
-
-def mean_loss(
-    total: Callable[[Array, Array], Float[Array, ""]],
-    stream: np.ndarray,
-    length: int,
-    vocabulary: int,
-    tell: Callable[[int, int], None],
-) -> float:
-    """Nats per predicted token. `total` sums the cross-entropies of a batch of windows; `tell` hears of progress."""
-    rows = max(1, min(16, _MOST_LOGITS // (length * vocabulary)))
-    found = list(windows(stream, length))
-    empty = Window(np.zeros(length, np.int32), np.full(length, IGNORE, np.int32))
-    nats = []
-    for first in range(0, len(found), rows):
-        batch = found[first : first + rows]
-        batch += [empty] * (rows - len(batch))  # one shape, one program
-        nats.append(float(total(*(jnp.asarray(np.stack(part)) for part in zip(*batch, strict=True)))))
-        tell(min(first + rows, len(found)), len(found))
-    return math.fsum(nats) / (len(stream) - 1)

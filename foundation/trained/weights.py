@@ -1,8 +1,4 @@
-"""`weights.safetensors`, read by hand, and its names turned into those of `transformer.py`.
-
-The file is simple: eight bytes, the length n of a header; n bytes of JSON, for each name its type, its shape, and where
-its numbers begin and end; then all the numbers.
-"""
+"""The weights and the settings of a run, under the names of `transformer.py`."""
 
 import json
 from pathlib import Path
@@ -10,15 +6,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load
 
 from foundation.positions import ROPE_BASE, slowed_pairs
 from foundation.trained import Problem
 from foundation.transformer import ModelConfig
-
-_TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2"}
-_CODES = ("I8", "U8")
-"""Types of the codes of `moe-jax quantize`, which this package does not read."""
-_LONGEST_HEADER = 1 << 26
 
 SHAPES = {
     *("vocab_size", "width", "kv_heads", "head_size", "expert_hidden", "shared_experts", "shared_gate"),
@@ -44,32 +37,17 @@ EARLIER = {"priority", "logit_noise", "input_jitter", "eval_capacity_factor"}
 def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     """Every array of the file, in float64.
 
-    Raises Problem where the file is missing or is no whole safetensors file.
+    Raises Problem where the file is missing, is no whole safetensors file, or holds quantised weights.
     """
     try:
-        raw = path.read_bytes()
-        length = int.from_bytes(raw[:8], "little")
-        if not 2 <= length <= min(_LONGEST_HEADER, len(raw) - 8):
-            raise ValueError("no header")
-        header = json.loads(raw[8 : 8 + length])
-        numbers = raw[8 + length :]
-        if any(entry.get("dtype") in _CODES for entry in header.values()):
-            raise Problem(f"{path}: has quantised weights; name the run that they were made of")
-        return {name: _array(numbers, entry) for name, entry in header.items() if name != "__metadata__"}
+        arrays = load(path.read_bytes())
     except OSError as error:
         raise Problem(f"{path}: cannot be read ({error.strerror}); give the folder of a finished run") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except SafetensorError as error:
         raise Problem(f"{path}: damaged ({error}); take it from the run again") from None
-
-
-def _array(numbers: bytes, entry: dict[str, Any]) -> np.ndarray:
-    begin, end = entry["data_offsets"]
-    piece = numbers[begin:end]
-    if entry["dtype"] == "BF16":  # the upper half of a float32
-        flat = (np.frombuffer(piece, "<u2").astype(np.uint32) << 16).view(np.float32)
-    else:
-        flat = np.frombuffer(piece, _TYPES[entry["dtype"]])
-    return flat.astype(np.float64).reshape(entry["shape"])
+    if any(array.dtype.kind in "iu" for array in arrays.values()):
+        raise Problem(f"{path}: has quantised weights; name the run that they were made of")
+    return {name: array.astype(np.float64) for name, array in arrays.items()}
 
 
 def config_of(model: dict[str, Any], routing: dict[str, Any]) -> ModelConfig:

@@ -83,7 +83,7 @@ def test_an_answer_that_is_off_fails_against_its_oracle(capsys: pytest.CaptureFi
     def check(factor: float) -> OracleCheck:
         return OracleCheck("power", "test", lambda x, n: factor * x**n, lambda x, n: x * x, (jnp.arange(4.0),), (2,))
 
-    assert parity.run(check(1.0)) == Outcome("power", "test", None, None, 0.0)
+    assert parity.run(check(1.0)) == Outcome("power: test", None, None, 0.0)
     off = parity.run(check(1.0 + 1e-9))
     assert not off.passed
     assert table.row(off).endswith("1.0e-09 FAILED")
@@ -91,7 +91,7 @@ def test_an_answer_that_is_off_fails_against_its_oracle(capsys: pytest.CaptureFi
 
 def test_nan_fails() -> None:
     assert not parity.run(square(1.0, float("nan"))).passed
-    assert not Outcome("x", "y", 0.0, float("nan")).passed
+    assert not Outcome("x: y", 0.0, float("nan")).passed
 
 
 def test_a_gradient_of_another_shape_is_refused() -> None:
