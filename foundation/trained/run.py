@@ -131,7 +131,7 @@ def story(run: Trained, prompt: str, limit: int) -> str:
     """What the model writes after the prompt, always the likeliest token."""
 
     @jax.jit
-    def next_logits(tokens: Array, count: int) -> Array:
+    def next_logits(tokens: Array, count: Array | int) -> Array:
         output, _ = model_forward(run.params, tokens, run.config)
         return output.logits[0, count - 1, : run.vocabulary.size]
 
