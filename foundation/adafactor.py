@@ -62,11 +62,3 @@ def adafactor_update(grad: Matrix, state: tuple, matrix: Matrix, lr: float) -> t
     direction = grad / jnp.sqrt(row[:, None] * column / jnp.mean(row))
     size = jnp.sqrt(jnp.mean(direction**2))
     return matrix - lr * direction / jnp.maximum(1.0, size / LARGEST_STEP), (step, row, column)
-
-
-def adafactor_path(grads: Float[Array, "S R C"], matrix: Matrix, lr: float) -> Matrix:
-    """The matrix after one step for each of the S gradients."""
-    state = adafactor_init(matrix)
-    for grad in grads:
-        matrix, state = adafactor_update(grad, state, matrix, lr)
-    return matrix

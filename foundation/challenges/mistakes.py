@@ -1,7 +1,7 @@
 """Mistakes in a function, made on purpose, so that a wrong answer can be compared with them.
 
 A mistake is one small change of the function's own source: a summand or a factor left out, a matrix not transposed, a
-sum over another axis, a step back left out, one array in the place of another. The bugs of `bugs.py` that are in the
+sum over another axis, a step back left out, one array in the place of another. The bugs of `bugs.txt` that are in the
 function have better names, and come first. Functions that it calls have mistakes too.
 
 A meaning speaks of the letters that the learner has: arguments, and what the cache holds.

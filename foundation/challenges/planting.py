@@ -4,7 +4,7 @@ A bug is a replacement in the source of one function. Most break a gradient, and
 the function's operation, or of another one that is named. Those that change the forward pass along with the
 backward one agree with autodiff, so they must fail a test of the forward pass instead: it is named with `test:`.
 
-The tests plant each of them. `python -m foundation hunt` plants one that the table shows. The bugs are in `bugs.py`.
+The tests plant each of them. `python -m foundation hunt` plants one that the table shows. The bugs are in `bugs.txt`.
 """
 
 import ast

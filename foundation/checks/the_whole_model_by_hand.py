@@ -13,9 +13,9 @@ MODELS: dict[str, tuple[ModelConfig, dict]] = {
     "tied, rotary, SwiGLU": (ModelConfig(capacity_factor=0.75), {}),
     "untied, learned, GELU, biases": (
         ModelConfig(norm="layernorm", rotary=False),
-        {"tied": False, "longest": 5, "swiglu": False, "bias": True},
+        {"tied": False, "longest": 5, "swiglu": False, "bias": True, "layers": 1},
     ),
-    "tied, learned positions": (ModelConfig(rotary=False), {"longest": 6}),
+    "tied, learned positions": (ModelConfig(rotary=False), {"longest": 6, "layers": 1}),
     "top 1, strong auxiliary losses": (
         ModelConfig(top_k=1, capacity_factor=1.0, balance_coef=1.0, z_coef=0.5),
         {"tied": False},

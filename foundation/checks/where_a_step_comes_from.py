@@ -1,7 +1,7 @@
 """Checks of chapter 10: where a step comes from."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -34,9 +34,12 @@ def checks() -> Iterator[AnyCheck]:
     draws = Draws("optimizer paths")
     grads, start = draws.normal(5, 3, 4), draws.normal(3, 4)
     for case, decay in (("Adam", 0.0), ("AdamW", 0.3)):
-        yield answer(adam, case, adam_from_history, (grads, start), decay)
+        adam = path(optimizers.adam_init, optimizers.adam_update, beta2=0.95, weight_decay=decay)
+        yield answer(adam, case, adam_from_history, (grads, start), decay, operation="adam")
+    muon = path(optimizers.muon_init, optimizers.muon_update, weight_decay=0.2)
     for case, shape in (("wide", (3, 4)), ("tall", (4, 3))):
-        yield answer(muon, case, muon_from_history, (grads.reshape(5, *shape), start.reshape(shape)))
+        inputs = (grads.reshape(5, *shape), start.reshape(shape))
+        yield answer(muon, case, muon_from_history, inputs, operation="muon")
 
 
 def adafactor_checks() -> Iterator[AnyCheck]:
@@ -52,9 +55,9 @@ def adafactor_checks() -> Iterator[AnyCheck]:
     grads = draws.normal(5, 3, 4) * np.array([1.0, 0.2, 3.0, 0.1, 2.0])[:, None, None]
     without = grads.copy()
     without[:, 1] = 0.0
-    path = adafactor.adafactor_path
+    walked = path(adafactor.adafactor_init, adafactor.adafactor_update)
     for case, inputs in (("five steps", grads), ("a row without gradient", without)):
-        yield answer(path, case, adafactor_from_history, (inputs, draws.normal(3, 4)), 0.1, operation="adafactor")
+        yield answer(walked, case, adafactor_from_history, (inputs, draws.normal(3, 4)), operation="adafactor")
 
 
 def best_corner(gradient: Any, size: str) -> np.ndarray:
@@ -109,12 +112,16 @@ def alternating_fit(square: Any) -> np.ndarray:
     return row[:, None] * column
 
 
-def adam(grads: jax.Array, start: jax.Array, decay: float) -> jax.Array:
-    """The parameter after a step for each gradient."""
-    state, params = optimizers.adam_init(start), start
-    for grad in grads:
-        params, state = optimizers.adam_update(grad, state, params, 0.1, 0.9, 0.95, weight_decay=decay)
-    return params
+def path(init: Callable[..., Any], update: Callable[..., Any], **settings: float) -> Callable[..., Any]:
+    """A function of gradients and of a start that gives the parameter after a step for each gradient."""
+
+    def walked(grads: jax.Array, params: jax.Array, *_: float) -> jax.Array:
+        state = init(params)
+        for grad in grads:
+            params, state = update(grad, state, params, 0.1, **settings)
+        return params
+
+    return walked
 
 
 def adam_from_history(grads: Any, start: Any, decay: float) -> np.ndarray:
@@ -129,14 +136,6 @@ def adam_from_history(grads: Any, start: Any, decay: float) -> np.ndarray:
     return w
 
 
-def muon(grads: jax.Array, start: jax.Array) -> jax.Array:
-    """The matrix after a step for each gradient."""
-    state, params = optimizers.muon_init(start), start
-    for grad in grads:
-        params, state = optimizers.muon_update(grad, state, params, 0.1, weight_decay=0.2)
-    return params
-
-
 def muon_from_history(grads: Any, start: Any) -> np.ndarray:
     """The same from the whole history and singular values."""
     g, w, beta = np.asarray(grads), np.asarray(start), 0.95
@@ -148,12 +147,12 @@ def muon_from_history(grads: Any, start: Any) -> np.ndarray:
     return w
 
 
-def adafactor_from_history(grads: Any, start: Any, lr: float) -> np.ndarray:
+def adafactor_from_history(grads: Any, start: Any) -> np.ndarray:
     """The same with the whole second moment kept at each step, and its fit computed by rows and columns at the end."""
     g, w = np.asarray(grads), np.asarray(start)
     second = np.zeros_like(w)
     for t in range(1, len(g) + 1):
         second = second + (g[t - 1] ** 2 + adafactor.TINY - second) * t**-0.8
         step = g[t - 1] / np.sqrt(np.outer(second.sum(1), second.sum(0)) / second.sum())
-        w = w - lr * step / max(1.0, np.sqrt(np.mean(step**2)))
+        w = w - 0.1 * step / max(1.0, np.sqrt(np.mean(step**2)))
     return w
