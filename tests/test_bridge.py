@@ -19,8 +19,8 @@ import pytest
 
 from foundation import transformer as by_hand
 from foundation.parity import max_relative_error
+from foundation.trained.weights import block_of, config_of
 from moe_jax.config import ModelConfig, RoutingConfig, TrainConfig
-from moe_jax.config.rope import scaled_rotation
 from moe_jax.model import transformer
 from moe_jax.model.layers import keep_mask
 from moe_jax.model.moe.layer import MoE
@@ -144,19 +144,8 @@ def real_model(case: str, dtype: str) -> tuple[Any, dict]:
 
 def to_foundation(params: dict) -> dict:
     """The same parameters, or gradients, under the names of `foundation`."""
-
-    def block(b: dict) -> dict:
-        attention: dict = {name: {"kernel": b["attention"][name]} for name in ("qkv", "out")}
-        for name in ("qkv", "out"):
-            if f"{name}_bias" in b["attention"]:
-                attention[name]["bias"] = b["attention"][f"{name}_bias"]
-        attention |= {name: b["attention"][name] for name in ("query_norm", "key_norm") if name in b["attention"]}
-        moe = {"router": b["ffn"]["router"], **b["ffn"]["experts"]}
-        moe |= {name: b["ffn"][name] for name in ("shared", "shared_gate") if name in b["ffn"]}
-        return {"norm1": b["attention_norm"], "attention": attention, "norm2": b["ffn_norm"], "moe": moe}
-
     renamed = {"embedding": params["embedding"], "norm": params["norm"]}
-    renamed["blocks"] = [block(params["blocks"][i]) for i in range(len(params["blocks"]))]
+    renamed["blocks"] = [block_of(params["blocks"][i]) for i in range(len(params["blocks"]))]
     if "position" in params:
         renamed["positions"] = params["position"]
     if "head" in params:
@@ -165,26 +154,15 @@ def to_foundation(params: dict) -> dict:
 
 
 def to_foundation_config(config: ModelConfig) -> by_hand.ModelConfig:
-    return by_hand.ModelConfig(
-        heads=config.heads,
-        top_k=config.routing.top_k,
+    """With what concerns training only."""
+    model = dataclasses.asdict(config)
+    return dataclasses.replace(
+        config_of(model, model["routing"]),
         capacity_factor=config.routing.capacity_factor,
-        norm=config.norm,
-        norm_eps=config.norm_eps or None,
-        rotary=config.positions == "rope",
-        rope_base=config.rope_theta,
-        rope_slowed=_slowed(config),
-        renormalise_gates=config.routing.renormalise_gates,
         dropout=config.dropout,
         balance_coef=TRAIN.aux_loss_coef,
         z_coef=TRAIN.z_loss_coef,
     )
-
-
-def _slowed(config: ModelConfig) -> tuple[float, ...]:
-    if not config.rope_scaling:
-        return (1.0,)
-    return tuple(scaled_rotation(config.rope_scaling, config.rope_theta, config.head_width)[0])
 
 
 def same_masks(config: ModelConfig, key: jax.Array, batch: int) -> dict:

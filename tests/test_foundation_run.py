@@ -20,7 +20,8 @@ from foundation.trained import run as by_hand
 from moe_jax.config import DataConfig
 from moe_jax.config.presets import preset
 from moe_jax.data.batches import evaluation_windows
-from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.data.corpora import open_corpus
+from moe_jax.data.tokenizers import train_tokenizer
 from moe_jax.inference.generate import TextGenerator
 from moe_jax.inference.sampling import Sampling
 from moe_jax.runs.load import open_run
@@ -102,7 +103,8 @@ TEXTS = ["Once upon a time, the cat's hat wasn't red.",
 
 @pytest.mark.parametrize("kind", ["bpe", "byte"])
 def test_the_tokenizer_is_the_run_s(kind: str, tmp_path: Path) -> None:
-    real = Tokenizer.from_dict(_small_bpe().to_dict() if kind == "bpe" else _byte().to_dict())
+    documents = open_corpus(DataConfig(stories=200)).documents("train")
+    real = train_tokenizer(DataConfig(tokenizer=kind, vocab_size=400), documents)
     real.save(tmp_path / "tokenizer.json")
     ours = tokens.read_vocabulary(tmp_path / "tokenizer.json")
     assert (ours.size, ours.separator) == (real.vocab_size, real.separator_id)
@@ -110,19 +112,6 @@ def test_the_tokenizer_is_the_run_s(kind: str, tmp_path: Path) -> None:
         ids = real.encode(text)
         assert ours.encode(text) == ids
         assert ours.decode([*ids, ours.separator]) == real.decode([*ids, real.separator_id])
-
-
-def _small_bpe() -> Tokenizer:
-    from moe_jax.data.corpora import open_corpus
-    from moe_jax.data.tokenizers import train_tokenizer
-
-    return train_tokenizer(DataConfig(vocab_size=400), open_corpus(DataConfig(stories=200)).documents("train"))
-
-
-def _byte() -> Tokenizer:
-    from moe_jax.data.tokenizers import train_tokenizer
-
-    return train_tokenizer(DataConfig(tokenizer="byte"))
 
 
 @pytest.fixture(scope="module")

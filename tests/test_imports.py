@@ -172,8 +172,9 @@ def test_foundation_is_made_of_jax_numpy_alone() -> None:
     further = {
         "foundation.notebooks.06_normalisation_and_positions": {"flax"},
         "foundation.checks.byte_pairs": {"tokenizers"},
-        "foundation.trained.tokens": {"tiktoken"},
+        "foundation.trained.tokens": {"tiktoken", "tokenizers"},
         "foundation.trained.validation": {"xxhash", "platformdirs"},
+        "foundation.trained.weights": {"safetensors"},
         "foundation.notebooks.build": {"jupytext", "nbformat", "nbclient"},
     }
     own = {"foundation", "jax", "numpy", "jaxtyping", "ml_dtypes", "matplotlib"}

@@ -119,7 +119,7 @@ def parameters_of(arrays: dict[str, np.ndarray], model: dict[str, Any]) -> dict:
     try:
         scale = model["width"] ** 0.5 if model.get("scaled_embedding") else 1.0
         params = {"embedding": tree["embedding"] * scale, "norm": tree["norm"]}
-        params["blocks"] = [_block(tree["blocks"][str(i)]) for i in range(model["layers"])]
+        params["blocks"] = [block_of(tree["blocks"][str(i)]) for i in range(model["layers"])]
         if "position" in tree:
             params["positions"] = tree["position"]
         if not model["tied_head"]:
@@ -131,7 +131,8 @@ def parameters_of(arrays: dict[str, np.ndarray], model: dict[str, Any]) -> dict:
     return params
 
 
-def _block(block: dict) -> dict:
+def block_of(block: dict) -> dict:
+    """The arrays of one block, renamed."""
     attention: dict = {name: {"kernel": block["attention"][name]} for name in ("qkv", "out")}
     for name in ("qkv", "out"):
         if f"{name}_bias" in block["attention"]:

@@ -34,8 +34,8 @@ def test_a_hunt_from_the_table_to_the_score(tmp_path: Path, capsys: pytest.Captu
     assert any(line.startswith("mse") and line.endswith("ok") for line in said.splitlines())
     told = said[said.index("failed:") :]
     assert said[: said.index(" failed:")].split()[-1] == str(told.count("\n  softmax: ")) != "0"
-    kept = (tmp_path / "score.json").read_text()
-    assert "softmax" not in kept.lower()
+    kept = json.loads((tmp_path / "score.json").read_text())["hunt"]
+    assert "softmax" not in kept["planted"].lower()
     status, again = run()
     assert "The same bug is still planted." in again
     assert again.endswith(told), "the failed rows are told again, without the table"
