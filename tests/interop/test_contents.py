@@ -13,16 +13,13 @@ import pytest
 import moe_jax.interop.export as module
 from moe_jax.interop import html
 from moe_jax.interop.export import export
-from moe_jax.interop.pretrained import Pretrained
-from moe_jax.interop.source import ExportSource, open_source
-from moe_jax.interop.weight_files import WeightFiles
+from moe_jax.interop.source import open_source
 from moe_jax.model.costs import count_parameters, totals, training_flops
 from moe_jax.model.quantized import quantize
 from moe_jax.runs.arrays import named_leaves
 from moe_jax.runs.load import open_run
 from moe_jax.system.files import locked
 from tests.interop.saved import save
-from tests.support import is_frozen
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +147,3 @@ def test_what_a_killed_export_has_left_is_removed_and_a_living_one_is_not(run: P
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([living.name, other.name, "out[1]"])
     assert files == sorted((tmp_path / "out[1]").iterdir())
     assert re.fullmatch(r'\{\n  "\w.*\n\}\n', (tmp_path / "out[1]" / "config.json").read_text(), re.DOTALL)
-
-
-def test_values_that_others_hold_cannot_be_changed() -> None:
-    assert all(is_frozen(kind) for kind in (ExportSource, Pretrained, WeightFiles))

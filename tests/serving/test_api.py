@@ -25,7 +25,6 @@ from moe_jax.serving.streams import AnswerResponse
 from moe_jax.serving.texts import Event, Listener, Piece, TextRequest
 from tests.serving import made
 from tests.serving.site import KEY, Site, site
-from tests.support import is_frozen
 
 
 @pytest.fixture(scope="module")
@@ -336,10 +335,6 @@ def submit_and_fail(requests: Any, listeners: list[Listener]) -> None:
 
 
 # Who may ask
-
-
-def test_rules_cannot_be_changed() -> None:
-    assert is_frozen(app.Rules)
 
 
 def test_a_name_that_is_no_host_is_refused_in_one_line() -> None:

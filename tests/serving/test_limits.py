@@ -12,11 +12,9 @@ from moe_jax.data.tokenizers import answer_prompt
 from moe_jax.inference.sampling import Sampling
 from moe_jax.serving import requests
 from moe_jax.serving.answers import ChatCompletion, Completion
-from moe_jax.serving.page import Page
 from moe_jax.serving.requests import ApiError, ModelCard
 from moe_jax.serving.sockets import bind, is_loopback, url
 from tests.serving import made
-from tests.support import is_frozen
 
 CARD = ModelCard(made.run(), "tiny", made.SLOTS, Path("absent"))
 TUNED = ModelCard(made.run(tuned=True), "tiny", made.SLOTS, Path("absent"))
@@ -228,7 +226,3 @@ def test_the_page_gives_the_numbers_of_the_code() -> None:
     assert rows["waiting texts"] == str(requests.MAX_QUEUE)
     assert rows["connections"] == f"{server.MAX_CONNECTIONS:,}"
     assert f"it has {server.STALLED_SECONDS:g} s to take most of them" in page
-
-
-def test_values_that_others_hold_cannot_be_changed() -> None:
-    assert all(is_frozen(kind) for kind in (ModelCard, Page))

@@ -15,8 +15,3 @@ def short_form(cases: Iterable[Any], short: Collection[Any]) -> list[Any]:
         case if case in short else pytest.param(*(case if type(case) is tuple else (case,)), marks=pytest.mark.slow)
         for case in cases
     ]
-
-
-def is_frozen(kind: Any) -> bool:
-    """Whether a field of a dataclass cannot be replaced."""
-    return kind.__dataclass_params__.frozen
