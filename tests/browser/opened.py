@@ -28,6 +28,12 @@ class Watched:
                     classes: t.className, text: t.textContent};
         })""")
 
+    def press(self, button: str) -> None:
+        """Presses a button that writes, and waits for the end of the text."""
+        self.page.locator("#status").evaluate("(node) => { node.textContent = ''; }")
+        self.page.locator(button).click()
+        self.page.locator("#status", has_text="Finished").wait_for(state="attached")
+
     def colour(self, css: str) -> str:
         """What the browser makes of a colour of the style sheet."""
         return self.page.evaluate(

@@ -36,9 +36,7 @@ class Served(Watched):
         return self
 
     def press(self, button: str) -> "Served":
-        """Presses a button that writes, and waits for the end of the text."""
-        self.page.locator("#status").evaluate("(node) => { node.textContent = ''; }")
-        self.page.locator(button).click()
+        super().press(button)
         return self.finished()
 
     def pieces(self) -> list[str]:
@@ -80,12 +78,6 @@ class Real(Watched):
         self.page.locator("#model-name", has_text="tiny").wait_for(state="attached")
         self.page.locator("#seed").fill(str(SEED))
         self.page.locator("#temperature").fill("1")
-
-    def press(self, button: str) -> None:
-        """Presses a button that writes, and waits for the end of the text."""
-        self.page.locator("#status").evaluate("(node) => { node.textContent = ''; }")
-        self.page.locator(button).click()
-        self.page.locator("#status", has_text="Finished").wait_for(state="attached")
 
     def write(self, text: str, length: int) -> None:
         self.page.locator("#length").fill(str(length))

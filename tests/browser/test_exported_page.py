@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax.config import DataConfig, RunConfig
+from moe_jax.config import DataConfig
 from moe_jax.data.documents import Message
 from moe_jax.data.tokenizers import Tokenizer, _byte, answer_prompt, token_pieces, train_tokenizer
 from moe_jax.inference.decode import Decoder
@@ -25,13 +25,13 @@ from moe_jax.inference.sampling import Sampling
 from moe_jax.interop import html
 from moe_jax.interop.html import html_page
 from moe_jax.model.moe.layer import Mode, SwitchableMoE, with_switches
-from moe_jax.model.precision import choose_policy
 from moe_jax.model.quantized import quantize
 from moe_jax.model.transformer import merge
 from moe_jax.runs.load import LoadedRun
 from tests.browser.contrast import CONTRAST
 from tests.browser.opened import Watched
 from tests.support import tiny
+from tests.support.saved_run import unsaved_run
 
 T, SEPARATOR = 32, 256
 KINDS: dict[str, dict[str, Any]] = {
@@ -57,13 +57,8 @@ CALL = """([file, code]) => {
 
 @functools.lru_cache
 def made(kind: str, tuned: bool = False, tokenizer: Tokenizer | None = None) -> LoadedRun:
-    """A run of random parameters, without a folder."""
-    tokenizer = tokenizer or _byte()
-    model = tiny.config(**({"vocab_size": tokenizer.vocab_size, "seq_len": T} | KINDS[kind]))
-    config = RunConfig(model=model, data=DataConfig(tokenizer="byte", format="chat" if tuned else "text"))
-    graphdef, params = tiny.build(model)
-    nowhere: Any = None
-    return LoadedRun(config, tokenizer, nowhere, choose_policy("float32"), graphdef, graphdef, params)
+    entries = tokenizer.vocab_size if tokenizer else 257
+    return unsaved_run(tiny.config(**({"vocab_size": entries, "seq_len": T} | KINDS[kind])), tokenizer, tuned)
 
 
 @functools.lru_cache
@@ -182,12 +177,6 @@ class Inside(Watched):
         super().__init__(browser, **options)
         self.page.goto(url)
         self.page.locator("#model-name", has_text="layers").wait_for(state="attached")
-
-    def press(self, button: str) -> None:
-        """Presses a button that writes, and waits for the end of the text."""
-        self.page.locator("#status").evaluate("(node) => { node.textContent = ''; }")
-        self.page.locator(button).click()
-        self.page.locator("#status", has_text="Finished").wait_for(state="attached")
 
     def write(self, text: str, length: int, **settings: str) -> None:
         self.page.locator("#settings").evaluate("(node) => { node.open = true; }")

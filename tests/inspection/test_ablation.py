@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import DataConfig, RunConfig, UserError
-from moe_jax.data.tokenizers import train_tokenizer
+from moe_jax.config import UserError
 from moe_jax.inference.decode import Decoder
 from moe_jax.inspection import ablation as ablations
 from moe_jax.inspection.ablation import (
@@ -22,11 +21,11 @@ from moe_jax.inspection.ablation import (
     switched_losses,
     switched_off,
 )
-from moe_jax.model.precision import Policy
 from moe_jax.model.transformer import merge
 from moe_jax.runs.load import LoadedRun
 from moe_jax.system.random_keys import Purpose, purpose_key
 from tests.support import oracles, tiny
+from tests.support.saved_run import unsaved_run
 
 T = 16
 TEXT = "a cat met a dragon and they ran home"
@@ -34,12 +33,7 @@ TEXT = "a cat met a dragon and they ran home"
 
 @functools.cache
 def opened(**changes: Any) -> LoadedRun:
-    """A run as far as an ablation needs it: random parameters, and a text of bytes."""
-    model = tiny.config(**({"vocab_size": 257, "seq_len": T} | changes))
-    graphdef, params = tiny.build(model)
-    tokenizer = train_tokenizer(DataConfig(tokenizer="byte"))
-    policy = Policy("float32", "as the parameters are")
-    return LoadedRun(RunConfig(model=model), tokenizer, None, policy, graphdef, graphdef, params)  # pyright: ignore[reportArgumentType]
+    return unsaved_run(tiny.config(**({"vocab_size": 257, "seq_len": T} | changes)))
 
 
 def tokens(run: LoadedRun, text: str = TEXT) -> np.ndarray:

@@ -10,7 +10,7 @@ import pytest
 from moe_jax.inspection import specialisation
 from moe_jax.inspection.corpus_routing import CorpusRouting, count_routing
 from moe_jax.inspection.specialisation import group_of, group_preferences, preferred_groups
-from tests.inspection.test_trace import byte_tokenizer
+from tests.inspection.test_trace import opened
 from tests.support import tiny
 
 
@@ -31,7 +31,7 @@ def test_groups_by_letters(piece: str, group: str) -> None:
 
 
 def test_separators_and_cut_characters_are_told_by_their_ids() -> None:
-    tokenizer = byte_tokenizer()
+    tokenizer = opened().tokenizer
     ids = np.array([tokenizer.separator_id, 0xC3, ord("a"), ord(".")])
     expected = ["separators", "parts of characters", "parts of words", "punctuation"]
     assert specialisation.token_groups(tokenizer, ids) == expected
@@ -64,7 +64,7 @@ def preferences(monkeypatch: pytest.MonkeyPatch) -> Callable[[CorpusRouting], li
     """`group_preferences` of the experts of a corpus's only layer, when its kinds are in GROUPS."""
     monkeypatch.setattr(specialisation, "token_groups", lambda _, ids: [f"group {GROUPS[i]}" for i in ids])
     monkeypatch.setattr(specialisation, "token_pieces", lambda _, ids: [str(i) for i in ids])
-    return lambda corpus: group_preferences(corpus, byte_tokenizer())[0]
+    return lambda corpus: group_preferences(corpus, opened().tokenizer)[0]
 
 
 def test_experts_chosen_by_a_hash_are_for_no_group(preferences: Callable) -> None:

@@ -11,17 +11,16 @@ import numpy as np
 import pytest
 
 from moe_jax.config import TrainConfig, UserError
-from moe_jax.data.tokenizers import Tokenizer, train_tokenizer
 from moe_jax.inference.traced_pass import TracedStep, check_routed
 from moe_jax.inspection.trace import make_trace_step, trace_tokens
 from moe_jax.model.moe.layer import AllExpertsMoE, Mode, MoE
-from moe_jax.model.precision import Policy
 from moe_jax.model.transformer import abstract_model, merge
 from moe_jax.runs.load import LoadedRun
 from moe_jax.training.optimizers.factory import make_optimizer
 from moe_jax.training.state import initial_state
 from moe_jax.training.step import make_step
 from tests.support import tiny
+from tests.support.saved_run import unsaved_run
 
 CONFIG = TrainConfig(steps=10, lr=1e-2, warmup_steps=0, optimizer="adamw")
 MODEL = tiny.config()
@@ -29,24 +28,13 @@ MODEL = tiny.config()
 
 @functools.cache
 def opened() -> LoadedRun:
-    """A run as `load_run` gives one, as far as a trace needs it. The checkpoint and the rest are not looked at."""
-    from moe_jax.config import RunConfig
-
-    graphdef, params = tiny.build(MODEL)
-    policy = Policy("float32", "as the parameters are")
-    return LoadedRun(RunConfig(model=MODEL), byte_tokenizer(), None, policy, graphdef, graphdef, params)  # pyright: ignore[reportArgumentType]
+    return unsaved_run(MODEL)
 
 
 @functools.cache
 def traced() -> TracedStep:
     """One compiled pass a number of windows, for all tests."""
     return make_trace_step(tiny.build(MODEL)[0])
-
-
-def byte_tokenizer() -> Tokenizer:
-    from moe_jax.config import DataConfig
-
-    return train_tokenizer(DataConfig(tokenizer="byte"))
 
 
 def test_the_forward_pass_decides_as_the_step_does() -> None:

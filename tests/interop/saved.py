@@ -8,15 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from moe_jax.config import DataConfig, ExecutionConfig, ModelConfig, RunConfig, TrainConfig
+from moe_jax.config import DataConfig, ExecutionConfig, ModelConfig, RunConfig
 from moe_jax.data.token_store import prepare_token_store
 from moe_jax.model.transformer import create, split
-from moe_jax.runs.checkpoint import CheckpointStore
-from moe_jax.runs.folder import RunFolder
-from moe_jax.training.optimizers.factory import make_optimizer
-from moe_jax.training.state import initial_state
+from tests.support import saved_run
 
-STORY = "Once upon a time a dragon met a cat. The cat said hello to the dragon, and they ate a cake.\n"
 SHAPE = {"layers": 2, "width": 64, "heads": 4, "seq_len": 64, "experts": 8, "expert_hidden": 32}
 
 
@@ -27,9 +23,7 @@ def scale(shape: tuple[int, ...]) -> float:
 
 def save(folder: Path, tokenizer: str = "byte", model: ModelConfig | None = None, **changes: Any) -> Path:
     """Save a run. `changes` of SHAPE, or a whole `model` without a vocabulary. Returns its folder."""
-    text = folder / "text.txt"
-    text.write_text("<|endoftext|>".join(f"{STORY}{i}" for i in range(60)))
-    data = DataConfig(source=str(text), tokenizer=tokenizer, vocab_size=300)  # pyright: ignore[reportArgumentType]
+    data = DataConfig(source=saved_run.stories(folder), tokenizer=tokenizer, vocab_size=300)  # pyright: ignore[reportArgumentType]
     store = prepare_token_store(data, progress=False, cache=folder / "cache")
     routing = {name: changes.pop(name) for name in ("top_k", "balancing", "renormalise_gates") if name in changes}
     model = model or ModelConfig(**(SHAPE | changes)).with_routing(**routing)  # pyright: ignore[reportArgumentType]
@@ -39,9 +33,4 @@ def save(folder: Path, tokenizer: str = "byte", model: ModelConfig | None = None
     _, params = split(create(model, jax.random.key(0)))
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda p: p + scale(p.shape) * rng.normal(size=p.shape).astype(np.float32), params)
-    state = initial_state(params, make_optimizer(TrainConfig()), loss_scaling=False)
-    run = RunFolder(folder / "run")
-    run.start(config, store.tokenizer, [])
-    context = {"data": store.digest, "tokenizer": store.tokenizer.digest, "config": config.to_dict()}
-    CheckpointStore(run.path).save(state, 0, val_loss=1.0, elapsed=1.0, context=context)
-    return run.path
+    return saved_run.save_checkpoint(config, store, params).path

@@ -14,13 +14,6 @@ pytestmark = pytest.mark.reliability
 SMALL_DEVICE = "tests/reliability/small_device.py"
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "stories.txt"
-    runs.write_text(path)
-    return path
-
-
 def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()]
 

@@ -5,16 +5,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from moe_jax.config import DataConfig, RunConfig
-from moe_jax.data.tokenizers import _byte
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.generate import TextGenerator
 from moe_jax.inference.sampling import Sampling
-from moe_jax.model.precision import choose_policy
 from moe_jax.runs.load import LoadedRun
 from moe_jax.serving.engine import Engine
 from moe_jax.serving.texts import Event, TextRequest
 from tests.support import tiny
+from tests.support.saved_run import unsaved_run
 
 SLOTS, T, SEPARATOR = 3, 32, 256
 QUEUE = 5
@@ -24,13 +22,7 @@ GREEDY = Sampling(temperature=0.0)
 
 @functools.lru_cache
 def run(tuned: bool = False) -> LoadedRun:
-    """A run of random parameters, without a folder."""
-    model = tiny.config(vocab_size=257, seq_len=T)
-    config = RunConfig(model=model, data=DataConfig(tokenizer="byte", format="chat" if tuned else "text"))
-    tokenizer = _byte()
-    graphdef, params = tiny.build(model)
-    nowhere: Any = None
-    return LoadedRun(config, tokenizer, nowhere, choose_policy("float32"), graphdef, graphdef, params)
+    return unsaved_run(tiny.config(vocab_size=257, seq_len=T), tuned=tuned)
 
 
 @functools.lru_cache

@@ -1,4 +1,5 @@
-"""Runs for tests: a tiny saved run, made without training (random parameters, invented metrics); and quick training."""
+"""Runs for tests, made without training: a tiny saved run (random parameters, invented metrics), and one without a
+folder. And quick training."""
 
 import dataclasses
 import json
@@ -10,11 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_jax.config import DataConfig, ExecutionConfig, RunConfig, TrainConfig
-from moe_jax.data.token_store import prepare_token_store
+from moe_jax.config import DataConfig, ExecutionConfig, ModelConfig, RunConfig, TrainConfig
+from moe_jax.data.token_store import TokenStore, prepare_token_store
+from moe_jax.data.tokenizers import Tokenizer, train_tokenizer
+from moe_jax.model.precision import choose_policy
 from moe_jax.runs import manifest
 from moe_jax.runs.checkpoint import CheckpointStore
 from moe_jax.runs.folder import RunFolder
+from moe_jax.runs.load import LoadedRun
 from moe_jax.training.evaluate import make_tracer
 from moe_jax.training.optimizers.factory import make_optimizer
 from moe_jax.training.session import Session
@@ -55,23 +59,42 @@ def replace_batch(session: Session, batch: Any) -> None:
     vars(session.data)["batch"] = batch
 
 
+def unsaved_run(model: ModelConfig, tokenizer: Tokenizer | None = None, tuned: bool = False) -> LoadedRun:
+    """A run of random parameters, without a folder or a checkpoint. It reads bytes unless given a tokenizer."""
+    config = RunConfig(model=model, data=DataConfig(tokenizer="byte", format="chat" if tuned else "text"))
+    graphdef, params = tiny.build(model)
+    nowhere: Any = None
+    tokenizer = tokenizer or train_tokenizer(config.data)
+    return LoadedRun(config, tokenizer, nowhere, choose_policy("float32"), graphdef, graphdef, params)
+
+
+def stories(folder: Path) -> str:
+    """A text in a folder: its path."""
+    (folder / "text.txt").write_text("<|endoftext|>".join(f"{STORY}{i}" for i in range(60)))
+    return str(folder / "text.txt")
+
+
+def save_checkpoint(config: RunConfig, store: TokenStore, params: Any, step: int = 0) -> RunFolder:
+    """Begin a run, and save parameters as its checkpoint of a step."""
+    run = RunFolder(Path(config.run_dir))
+    run.start(config, store.tokenizer, [])
+    state = initial_state(params, make_optimizer(config.train), loss_scaling=False)
+    state = dataclasses.replace(state, step=np.int32(step))
+    context = {"data": store.digest, "tokenizer": store.tokenizer.digest, "config": config.to_dict()}
+    CheckpointStore(run.path).save(state, step, val_loss=1.0, elapsed=1.0, context=context)
+    return run
+
+
 def save_run(folder: Path, **model_changes: object) -> Path:
     """Save a run with the byte tokenizer, T = 16, two layers, four experts, and its text. Returns its folder."""
-    text = folder / "text.txt"
-    text.write_text("<|endoftext|>".join(f"{STORY}{i}" for i in range(60)))
     model = tiny.config(**({"vocab_size": 257, "seq_len": 16, "capacity_factor": 1.0} | model_changes))
     train = TrainConfig(steps=STEP)
     execution = ExecutionConfig(compute_dtype="float32")
-    data = DataConfig(source=str(text), tokenizer="byte")
+    data = DataConfig(source=stories(folder), tokenizer="byte")
     config = RunConfig(out=str(folder / "run"), model=model, data=data, train=train, execution=execution)
     store = prepare_token_store(data, progress=False, cache=folder / "cache")
-    run = RunFolder(folder / "run")
-    run.start(config, store.tokenizer, [])
     graphdef, params = tiny.build(model)
-    state = initial_state(params, make_optimizer(train), loss_scaling=False)
-    state = dataclasses.replace(state, step=np.int32(STEP))
-    context = {"data": store.digest, "tokenizer": store.tokenizer.digest, "config": config.to_dict()}
-    CheckpointStore(run.path).save(state, STEP, val_loss=1.0, elapsed=1.0, context=context)
+    run = save_checkpoint(config, store, params, STEP)
     (run.path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in metrics(model.layers, model.experts)))
     tracer = make_tracer(model, graphdef, store.valid.tokens)
     if tracer is not None:
