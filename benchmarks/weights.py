@@ -182,11 +182,11 @@ def silence() -> Any:
 class LlamaCpp:
     """A GGUF file in llama.cpp, with a context of `context` tokens."""
 
-    def __init__(self, path: Path, context: int) -> None:
+    def __init__(self, path: Path, context: int, use_mmap: bool = True) -> None:
         package = importlib.import_module("llama_cpp_py_sync")
         silence()
         cache = {"n_ctx": context, "n_batch": context, "type_k": _FLOAT32, "type_v": _FLOAT32}
-        self._llama = package.Llama(str(path), n_threads=THREADS, verbose=False, **cache)
+        self._llama = package.Llama(str(path), n_threads=THREADS, verbose=False, use_mmap=use_mmap, **cache)
         self._lib = self._llama._lib  # the package's own functions sample and convert to text as well
         self._context = self._llama._ctx
         self._lib.llama_set_embeddings(self._context, False)  # else it computes the logits after every token
