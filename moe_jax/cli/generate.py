@@ -10,7 +10,7 @@ from moe_jax.cli.command import MOST_ACTIVE, ModelCommand, check_range
 from moe_jax.config import UserError
 from moe_jax.system import environment
 from moe_jax.system.signals import unwinding
-from moe_jax.system.terminal import say, stream_text, working
+from moe_jax.system.terminal import keys_hidden, say, stream_text, working
 
 if TYPE_CHECKING:
     from moe_jax.inference import chat as conversation
@@ -103,10 +103,12 @@ class Chat(SamplingCommand):
         self.check()
         environment.prepare_environment()
         person = sys.stdin.isatty() and sys.stdout.isatty()
-        talk = self._begin(person)
+        with keys_hidden():  # what is typed early appears at the prompt
+            talk = self._begin(person)
         with unwinding():
             while not talk.ended and (line := _next_line(person)) is not None:
-                _answer(talk, line)
+                with keys_hidden():
+                    _answer(talk, line)
         return 0
 
     def _begin(self, person: bool) -> "conversation.Chat":

@@ -13,7 +13,7 @@ import jax
 from moe_jax.config import ConfigError, RunConfig, UserError
 from moe_jax.model.costs import least_step_bytes
 from moe_jax.planning.device_memory import Memory
-from moe_jax.planning.ladder import Room, rungs, walk
+from moe_jax.planning.ladder import Room, fitting_preset, rungs, walk
 from moe_jax.planning.plans import Plan, chosen, named
 from moe_jax.planning.target import MARGIN
 from moe_jax.system.environment import MIB
@@ -123,4 +123,6 @@ def _nothing_fits(
     lean = rungs(config.override({FIT: "any"}))
     hope = config.execution.fit == "auto" and min(map(least_step_bytes, lean)) <= room.budget * MIB
     ways = ["--fit any, which may take a leaner optimizer"] if hope else []
-    return UserError(f"{problem}; use {', or '.join([*ways, 'a smaller --preset or --seq-len'])}")
+    fits = fitting_preset(config, room) if room.budget < math.inf else ""
+    ways += [f"--preset {fits}, which fits"] if fits else ["a smaller --seq-len"]
+    return UserError(f"{problem}; use {', or '.join(ways)}")

@@ -19,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import MeshShape, OptimizerKind, ParamDtype, RunConfig, TrainConfig
+from moe_jax.config.presets import PRESETS, preset, with_vocabulary
 from moe_jax.data.batches import evaluation_windows
 from moe_jax.inference.decode import NOTHING_GIVEN
 from moe_jax.inference.sampling import Sampling
-from moe_jax.model.costs import least_step_bytes
+from moe_jax.model.costs import count_parameters, least_step_bytes, totals
 from moe_jax.model.precision import choose_policy
 from moe_jax.model.transformer import Params
 from moe_jax.parallel.layout import mesh_of
@@ -170,6 +171,19 @@ def plan_between(config: RunConfig, room: Room) -> dict[str, float]:
         with working(f"compiling {name}, {number} of {len(jobs)} programs between the steps, faster than a step"):
             memory[name] = room.measure(*job) + waiting
     return memory
+
+
+def fitting_preset(config: RunConfig, room: Room) -> str:
+    """The name of the largest preset with fewer parameters than the model of `config` that fits. Empty if none does."""
+
+    def size(c: RunConfig) -> int:
+        return totals(count_parameters(with_vocabulary(c).model)).total
+
+    smaller = [c for c in map(preset, PRESETS) if size(c) < size(config)]
+    for other in sorted(smaller, key=size, reverse=True):
+        if any(plan.fits(room.budget) for plan in walk(with_vocabulary(other), room)):
+            return other.preset
+    return ""
 
 
 # Several devices, and adapters

@@ -27,6 +27,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn, Self
 
+from moe_jax.system.terminal import show_keys
+
 INSISTENT = (signal.SIGTERM, signal.SIGINT)
 """Signals of a person. The second one means: leave at once."""
 _OTHERS = ("SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGALRM")
@@ -155,6 +157,7 @@ def _say(text: str) -> None:
 def _end(number: int, text: str) -> NoReturn:
     """End the process now, with a line on stderr. On a terminal it takes the place of a progress bar."""
     _say(f"\r\x1b[K\x1b[?25h{text}" if sys.stderr.isatty() else text)
+    show_keys()
     os._exit(128 + number)
 
 

@@ -18,7 +18,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from time import monotonic
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -202,13 +202,60 @@ def _columns(text: str) -> int:
 
 
 @contextmanager
+def keys_hidden() -> Iterator[None]:
+    """Do not show the keys that are typed meanwhile. They wait for what reads the terminal next, such as a prompt.
+
+    Nothing without a terminal, and in the background, where a change of the terminal would stop the program.
+    """
+    global _modes
+    if _modes is not None or not (sys.stdin and sys.stdin.isatty() and _has_terminal()):
+        yield
+        return
+    import termios
+
+    _modes = termios.tcgetattr(sys.stdin)
+    quiet = [*_modes]
+    quiet[3] &= ~termios.ECHO
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        show_keys()
+
+
+def show_keys() -> None:
+    """End `keys_hidden`, also from a process that ends without leaving its contexts."""
+    global _modes
+    modes, _modes = _modes, None
+    if modes is not None and _has_terminal():
+        import termios
+
+        with suppress(termios.error):  # it was closed
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, modes)
+
+
+_modes: list[Any] | None = None
+"""The modes of the terminal before `keys_hidden`. None outside of it."""
+
+
+def _has_terminal() -> bool:
+    """Whether this process may change the terminal that is its input."""
+    try:
+        return os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
+    except AttributeError:  # Windows
+        return False
+    except OSError:  # it controls no process
+        return True
+
+
+@contextmanager
 def working(what: str) -> Iterator[None]:
     """Show a spinner and what is done, while it is done. Nothing if stderr is not a terminal. The work must not
     print."""
     if not sys.stderr.isatty():
         yield
         return
-    with rich_console(stderr=True).status(what):
+    with keys_hidden(), rich_console(stderr=True).status(what):
         yield
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import DataConfig, ExecutionConfig, RunConfig, TrainConfig, UserError
-from moe_jax.planning import ladder
+from moe_jax.planning import fitting, ladder
 from moe_jax.planning.fitting import compiled_here, fit, room_here
 from moe_jax.planning.ladder import Plan, Room
 from moe_jax.system.environment import MIB
@@ -211,16 +211,20 @@ def test_the_free_memory_is_what_the_device_says(monkeypatch: pytest.MonkeyPatch
 # What nothing fits, and a first step that runs out of memory
 
 
-def test_where_nothing_fits_the_error_says_what_would(tmp_path: Path, pretended: list[RunConfig]) -> None:
+def test_where_nothing_fits_the_error_says_what_would(
+    tmp_path: Path, pretended: list[RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fitting, "fitting_preset", lambda *_: "story")
     with pytest.raises(UserError) as caught:
         fit(asked(tmp_path, 0.9))
     assert str(caught.value) == (
         "no setting fits 1 MiB: the smallest, 1 x 32 sequences with remat, adamw, needs 1 for its step; use --fit any, "
-        "which may take a leaner optimizer, or a smaller --preset or --seq-len"
+        "which may take a leaner optimizer, or --preset story, which fits"
     )
-    with pytest.raises(UserError, match=r"needs 0 for its step; use a smaller --preset or --seq-len$"):
+    monkeypatch.setattr(fitting, "fitting_preset", lambda *_: "")
+    with pytest.raises(UserError, match=r"needs 0 for its step; use a smaller --seq-len$"):
         fit(asked(tmp_path, 0.2, fit="any"))
-    with pytest.raises(UserError, match=r"needs 1 for its step; use a smaller --preset or --seq-len$"):
+    with pytest.raises(UserError, match=r"needs 1 for its step; use a smaller --seq-len$"):
         fit(asked(tmp_path, 0.01))  # no optimizer is so lean
 
 

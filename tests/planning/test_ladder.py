@@ -190,6 +190,17 @@ def test_adapters_are_planned_with_their_state_and_a_masked_batch() -> None:
         assert total - 100 == pytest.approx(waiting, rel=0.01)
 
 
+def test_the_largest_smaller_preset_that_fits_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    takes = {"nano": 10, "story": 20, "story-cpu": 20, "story-4gb": 60}
+    monkeypatch.setattr(ladder, "plan_step", lambda c, *_: plan(c, takes[c.preset]))
+    monkeypatch.setattr(ladder, "plan_between", lambda *_: {"evaluation": 1.0, "decoding": 1.0})
+    seed = with_vocabulary(preset("seed-158m"))
+    assert ladder.fitting_preset(seed, room(60)) == "story-4gb"
+    assert ladder.fitting_preset(seed, room(15)) == "nano"
+    assert ladder.fitting_preset(seed, room(5)) == ""
+    assert ladder.fitting_preset(with_vocabulary(preset("nano")), room(60)) in ("", "story-cpu")
+
+
 @pytest.mark.parametrize(
     ("mesh", "topology"),
     [("data=1", "1x1x1"), ("expert=4", "1x1x4"), ("data=8", "1x1x8"), ("data=4,expert=4", "1x2x8")],

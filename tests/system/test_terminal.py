@@ -1,7 +1,10 @@
-"""Wrapping of a text that arrives in pieces, and broken streams."""
+"""Wrapping of a text that arrives in pieces, broken streams, and keys that are typed while a program works."""
 
+import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -82,3 +85,46 @@ def test_broken_streams(redirection: str, status: int, tmp_path: Path) -> None:
 
 def test_control_characters_are_shown() -> None:
     assert escape_controls("a\x1b[2J\tb\n\x9b") == "a\\x1b[2J\tb\n\\x9b"
+
+
+WORKS = """
+import readline, signal, time
+from moe_jax.system.signals import interruptible
+from moe_jax.system.terminal import keys_hidden
+come = []
+signal.signal(signal.SIGUSR1, lambda number, _: come.append(number))
+with interruptible():
+    with keys_hidden():
+        print("working", flush=True)
+        while not come:
+            time.sleep(0.02)
+    print("read", repr(input("> ")))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_keys_that_are_typed_early_appear_at_the_prompt_once(interrupted: bool) -> None:
+    """And Ctrl-C leaves a terminal that shows keys again."""
+    import termios
+
+    ours, theirs = os.openpty()
+    environment = os.environ | {"TERM": "dumb"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", WORKS], cwd=ROOT, env=environment, stdin=theirs, stdout=theirs, stderr=theirs
+    )
+    shown = b""
+    while not shown.endswith(b"working\r\n"):
+        shown += os.read(ours, 99)
+    os.write(ours, b"a cat\n")
+    process.send_signal(signal.SIGINT if interrupted else signal.SIGUSR1)
+    assert process.wait(60) == (130 if interrupted else 0)
+    assert termios.tcgetattr(theirs)[3] & termios.ECHO
+    os.close(theirs)
+    with suppress(OSError):  # Linux says so where the other side is closed
+        while piece := os.read(ours, 99):
+            shown += piece
+    os.close(ours)
+    assert shown.count(b"a cat") == (0 if interrupted else 2)
+    if not interrupted:
+        assert b"> a cat\r\nread 'a cat'" in shown
