@@ -28,6 +28,14 @@ from jaxtyping import Int, UInt64
 from moe_jax.config import UserError
 
 _COUNT_CHUNK = 1 << 22
+TABLE_WINDOWS = 1 << 24
+"""Most windows of an epoch whose order is a table, of 128 MiB. A table of 1e9 windows would take 8 GB and half an hour
+in every process, so with more windows the order is computed index by index (`permuted`). Do not change this number: a
+resumed run with a number of windows between the old and the new bound would read other batches."""
+_ROUNDS = 6
+"""Rounds of the Feistel network. Four make it a strong pseudorandom permutation where the round function is a
+pseudorandom function (Luby and Rackoff 1988, theorem 1; Naor and Reingold 1999). `mix` is only a good hash, so two
+more."""
 
 
 class MaskedBatch(NamedTuple):
@@ -62,21 +70,55 @@ def train_positions(count: int, *, seed: int, step: int, batch_size: int, seq_le
     for epoch in np.unique(epochs):
         offset, key = _epoch(seed, int(epoch), ring)
         rows = epochs == epoch
-        starts[rows] = offset + order_of_windows(key, windows)[turns[rows]] * seq_len
+        starts[rows] = offset + visited(key, turns[rows], windows) * seq_len
     return (starts[:, None] + np.arange(seq_len + 1)) % ring
 
 
-def _epoch(seed: int, epoch: int, ring: int) -> tuple[int, int]:
-    """The offset of an epoch's first window, and the key of the order of its windows."""
+def _epoch(seed: int, epoch: int, ring: int) -> tuple[int, np.ndarray]:
+    """The offset of an epoch's first window, and the key of the order of its windows, uint64 [1]."""
     key = mix(np.array([seed], np.uint64)) + np.uint64(epoch)
-    return int(mix(key)[0] % np.uint64(ring)), int(mix(key + np.uint64(1 << 63))[0])
+    return int(mix(key)[0] % np.uint64(ring)), mix(key + np.uint64(1 << 63))
+
+
+def visited(key: UInt64[np.ndarray, " 1"], turns: Int[np.ndarray, " B"], windows: int) -> Int[np.ndarray, " B"]:
+    """The windows that an epoch visits at these turns. Over the turns 0 .. windows - 1 each window comes once."""
+    if windows <= TABLE_WINDOWS:
+        return _table(int(key[0]), windows)[turns]
+    return permuted(key, turns, windows)
 
 
 @lru_cache(maxsize=4)
-def order_of_windows(key: int, windows: int) -> Int[np.ndarray, " windows"]:
-    """The windows of an epoch in the order in which it visits them: sorted by a hash of their number, which has no
-    collisions. The table has 8 bytes a window: 128 MiB for 16 million windows, of 4 billion tokens at T = 256."""
+def _table(key: int, windows: int) -> Int[np.ndarray, " windows"]:
+    """Windows sorted by a hash of their number, which has no collisions."""
     return np.argsort(mix(np.uint64(key) + np.arange(windows, dtype=np.uint64)))
+
+
+def permuted(key: UInt64[np.ndarray, " 1"], index: Int[np.ndarray, " B"], size: int) -> Int[np.ndarray, " B"]:
+    """Where a permutation of 0 .. size - 1 sends each index.
+
+    A Feistel network permutes the numbers of 2 h bits, of which there are at least `size` and fewer than 4 `size`. A
+    number that leaves the range goes through the network again, until it is back ("cycle walking": Black and Rogaway
+    2002, section 3). An index needs fewer than 4 passes on average. Raises ValueError for an index out of range.
+    """
+    if len(index) and not 0 <= index.min() <= index.max() < size:
+        raise ValueError(f"index {index.min()} to {index.max()}: must be in 0 .. {size - 1}")
+    half = np.uint64(-(-(size - 1).bit_length() // 2) or 1)
+    place = index.astype(np.uint64)
+    outside = np.ones(len(index), bool)
+    while outside.any():
+        place[outside] = _feistel(key, place[outside], half)
+        outside = place >= np.uint64(size)
+    return place.astype(np.int64)
+
+
+def _feistel(key: UInt64[np.ndarray, " 1"], x: UInt64[np.ndarray, " B"], half: np.uint64) -> UInt64[np.ndarray, " B"]:
+    """(left, right) becomes (right, left xor hash(right)), in each round with another hash. Each round can be undone,
+    whatever the hash is."""
+    low = (np.uint64(1) << half) - np.uint64(1)
+    left, right = x >> half, x & low
+    for n in range(_ROUNDS):
+        left, right = right, left ^ (mix(mix(key + np.uint64(n)) ^ right) & low)
+    return (left << half) | right
 
 
 def mix(x: UInt64[np.ndarray, " N"]) -> UInt64[np.ndarray, " N"]:

@@ -10,12 +10,14 @@ from hypothesis import strategies as st
 from moe_jax.config import UserError
 from moe_jax.data import batches
 from moe_jax.data.batches import (
+    TABLE_WINDOWS,
     evaluation_windows,
     mix,
-    order_of_windows,
+    permuted,
     text_bytes,
     train_positions,
     validation_subset,
+    visited,
 )
 from tests.support.splitmix import scattered
 
@@ -68,7 +70,7 @@ def test_the_windows_of_an_epoch_never_change(seed: int, epoch: int) -> None:
     base = scattered((key + 2**63) % 2**64)
     offset, order_key = batches._epoch(seed, epoch, ring)
     assert offset == scattered(key) % ring
-    order = order_of_windows(order_key, windows)
+    order = visited(order_key, np.arange(windows), windows)
     assert order.tolist() == sorted(range(windows), key=lambda window: scattered((base + window) % 2**64))
 
 
@@ -79,7 +81,7 @@ def test_a_batch_depends_on_seed_and_step_alone(step, seed):
     stream = np.arange(500, dtype=np.uint16)
     whole = train_batch(stream, seed=seed, step=step, batch_size=8, seq_len=7)
     halves = [train_batch(stream, seed=seed, step=2 * step + i, batch_size=4, seq_len=7) for i in (1, 0)]
-    order_of_windows.cache_clear()
+    batches._table.cache_clear()
     np.testing.assert_array_equal(whole, np.concatenate(halves[::-1]))
     np.testing.assert_array_equal(whole, train_batch(stream, seed=seed, step=step, batch_size=8, seq_len=7))
     assert whole.dtype == np.int32
@@ -157,6 +159,13 @@ def test_text_bytes(monkeypatch):
 
 # The order of windows: each comes once, nothing of the order is seen, and it never changes
 
+HUGE = 1_000_000_007
+"""Windows of a stream of 256 billion tokens: a table of them would take 8 GB."""
+
+
+def key(number: int) -> np.ndarray:
+    return np.array([number], np.uint64)
+
 
 def test_mix_is_splitmix64() -> None:
     """The first outputs of the published generator, seeded with 0."""
@@ -164,9 +173,46 @@ def test_mix_is_splitmix64() -> None:
     assert [hex(x) for x in mix(states).tolist()] == ["0xe220a8397b1dcdaf", "0x6e789e6aa1b965f4"]
 
 
-def test_an_order_is_a_shuffle() -> None:
+@settings(deadline=None)
+@given(size=st.integers(1, 3000), number=st.integers(0, 2**64 - 1))
+def test_each_index_is_sent_to_a_place_of_its_own(size: int, number: int) -> None:
+    assert sorted(permuted(key(number), np.arange(size), size)) == list(range(size))
+
+
+@pytest.mark.parametrize("orders", [batches._table, lambda k, n: permuted(key(k), np.arange(n), n)])
+def test_an_order_is_a_shuffle(orders) -> None:
     """In a random order an element moves by a third of the length on average, and neighbours part as far."""
-    order = order_of_windows(5, 10_000)
+    order = orders(5, 10_000)
     assert sorted(order) == list(range(10_000))
     assert np.abs(order - np.arange(10_000)).mean() / 10_000 == pytest.approx(1 / 3, abs=0.01)
     assert np.abs(np.diff(order)).mean() / 10_000 == pytest.approx(1 / 3, abs=0.01)
+
+
+def by_hand(number: int, index: int, size: int) -> int:
+    """The network and its walk in Python's integers."""
+    half = ((size - 1).bit_length() + 1) // 2
+    while True:
+        left, right = index >> half, index % 2**half
+        for n in range(6):
+            left, right = right, left ^ (scattered(scattered((number + n) % 2**64) ^ right) % 2**half)
+        index = left * 2**half + right
+        if index < size:
+            return index
+
+
+def test_a_long_stream_has_an_order_that_never_changes_and_needs_no_table() -> None:
+    """A run that an earlier version began gets the batches that it would have had there."""
+    turns = np.array([0, 1, 2, 999, HUGE - 1])
+    expected = [by_hand(2**64 - 2, int(turn), HUGE) for turn in turns]
+    assert visited(key(2**64 - 2), turns, HUGE).tolist() == expected
+    assert len(set(expected)) == 5
+    assert max(expected) - min(expected) > HUGE / 10
+
+
+def test_a_short_stream_keeps_its_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound itself is part of what never changes."""
+    assert TABLE_WINDOWS == 16_777_216
+    monkeypatch.setattr(batches, "TABLE_WINDOWS", 100)
+    order = sorted(range(100), key=lambda window: scattered((9 + window) % 2**64))
+    assert visited(key(9), np.array([0, 57, 99]), 100).tolist() == [order[0], order[57], order[99]]
+    assert visited(key(9), np.array([0, 57, 99]), 101).tolist() == [by_hand(9, n, 101) for n in (0, 57, 99)]
