@@ -60,8 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     if arguments.look is not None:
         return _look(arguments.look, bug)
     if arguments.give_up:
-        print(f"It was: {bug.name}\n  in {bug.place}: `{bug.old}` had become `{bug.new}`")
-        return _end(arguments.folder, score, found=False)
+        print(f"It was: {bug.name}")
+        return _end(arguments.folder, score, bug, "given_up")
     return _answer(arguments, score, bug)
 
 
@@ -193,17 +193,17 @@ def _answer(arguments: argparse.Namespace, score: dict[str, Any], bug: Bug) -> i
     score["hunt"]["tries"] += 1
     if bug.place in named:
         print(f"Found, at try {score['hunt']['tries']}: {bug.name}")
-        print(f"  in {bug.place}: `{bug.old}` had become `{bug.new}`")
-        return _end(arguments.folder, score, found=True)
+        return _end(arguments.folder, score, bug, "found")
     write_score(arguments.folder, score)
     print(f"Not in {named[0]}. A function that others use fails their rows too:")
     print("look for the smallest operation that fails.")
     return 1
 
 
-def _end(folder: Path, score: dict[str, Any], found: bool) -> int:
+def _end(folder: Path, score: dict[str, Any], bug: Bug, how: str) -> int:
+    print(f"  in {bug.place}: `{bug.old}` had become `{bug.new}`")
     hunt = score["hunt"]
-    hunt["found" if found else "given_up"] += 1
+    hunt[how] += 1
     hunt["before"].append(hunt["planted"])
     hunt |= {"planted": "", "failed": [], "tries": 0}
     write_score(folder, score)
