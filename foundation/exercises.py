@@ -4,7 +4,7 @@ In a notebook:
 
     check("1.1", None)         prints the question
     check("1.1", answer)       says right, or what is wrong
-    solution("1.1")            a right answer, for when you have tried: a number, or the source of a function
+    solution("1.1")            prints a right answer, for when you have tried
 
 The first wrong answer gets a hint where to look. From the second on, if it is another one, the formula is told.
 An answer may be anything: a wrong shape, a wrong type, a function that raises. It gets no traceback.
@@ -52,7 +52,7 @@ class Exercise:
     """Nearly the answer, so it is told from the second wrong attempt on."""
 
 
-_WRONG: dict[str, set[str]] = {}
+_WRONG: dict[str, set[Any]] = {}
 """The different wrong answers to each exercise since Python started."""
 
 
@@ -68,48 +68,27 @@ def check(number: str, answer: Any) -> bool | None:
         print(f"{number}: right.")
         return True
     tried = _WRONG.setdefault(str(number), set())
-    tried.add(_text_of(answer))  # a cell that runs once more is no other try
+    tried.add(_kind_of_try(answer))  # a cell that runs once more is no other try
     hint = exercise.hint if len(tried) > 1 else exercise.first_hint
     print(f"{number}: not yet. {wrong} Hint: {hint}")
     return False
 
 
-def _text_of(answer: Any) -> str:
-    """What tells an answer from another one: of a function its code."""
+def _kind_of_try(answer: Any) -> Any:
+    """What tells an answer from another one: of a function its code, wherever it stands in a file."""
     code = getattr(answer, "__code__", None)
     try:
-        return _text_of_code(code) if isinstance(code, CodeType) else repr(answer)
+        return code.replace(co_firstlineno=1, co_linetable=b"") if isinstance(code, CodeType) else repr(answer)
     except Exception:  # the learner's own class
-        return type(answer).__name__
+        return type(answer)
 
 
-def _text_of_code(code: CodeType) -> str:
-    inner = [_text_of_code(c) if isinstance(c, CodeType) else repr(c) for c in code.co_consts]
-    return f"{code.co_code!r} {code.co_names} {inner}"
-
-
-def solution(number: str) -> Any:
-    """A right answer; a function comes as `Shown`. None, and a line with the near numbers, where there is no such
-    exercise."""
+def solution(number: str) -> None:
+    """Prints a right answer: a number, or the source of a function, below that of the functions that it calls."""
     exercise = _find(number)
-    if exercise is None:
-        return None
-    return Shown(exercise.solution) if isinstance(exercise.solution, FunctionType) else exercise.solution
-
-
-class Shown:
-    """A function that a notebook displays as its source. It can be called as the function."""
-
-    def __init__(self, function: FunctionType) -> None:
-        self.function = function
-
-    def __call__(self, *arrays: Any) -> Any:
-        """The function's answer."""
-        return self.function(*arrays)
-
-    def __repr__(self) -> str:
-        """The source, below that of the functions of its own file that it calls."""
-        return "\n\n\n".join(_sources(self.function))
+    if exercise is not None:
+        answer = exercise.solution
+        print("\n\n\n".join(_sources(answer)) if isinstance(answer, FunctionType) else answer)
 
 
 def _sources(function: FunctionType) -> list[str]:

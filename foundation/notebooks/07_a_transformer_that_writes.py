@@ -3,9 +3,8 @@
 #
 # Every part is derived. Now we put them together to the smallest complete language
 # model: it reads a text, guesses the next token, learns from its mistakes by the
-# gradients of the earlier chapters, and then writes a story. It has no experts yet.
-# Chapter 8 replaces one of its parts by a mixture, and you will see that nothing else
-# changes.
+# gradients of the earlier chapters, and then writes a story. It has no experts yet:
+# chapter 8 replaces one of its parts by a mixture, and nothing else changes.
 #
 # The code is `foundation/dense_transformer.py` and `foundation/feed_forward.py`.
 #
@@ -22,12 +21,11 @@
 # loss says what the model has understood, and not what it knows by heart.
 
 # %%
-from collections import Counter
+import jax.numpy as jnp
 
 from foundation import byte_pairs, feed_forward, optimizers, train_by_hand, writing
 from foundation import dense_transformer as dense
-from foundation.lessons.notebook import check, jax, jnp, np, pictures, run, shown
-from foundation.parity import Check, max_relative_error
+from foundation.lessons.notebook import agree, check, checked, jax, np, pictures, shown
 
 # %%
 HEADS, WIDTH, LAYERS, HIDDEN = 4, 96, 3, 256
@@ -41,7 +39,9 @@ def words_of(text):
     return [b"\n" if word == "\n" else f" {word}".encode() for word in spaced if word]
 
 
-pairs = byte_pairs.learn(Counter(map(tuple, words_of(stories))), PAIRS)
+words = words_of(stories)
+counts = {tuple(word): words.count(word) for word in set(words)}
+pairs = byte_pairs.learn(counts, PAIRS)
 VOCABULARY = byte_pairs.BYTES + PAIRS
 
 
@@ -111,10 +111,7 @@ shown(feed_forward.feed_forward_forward, feed_forward.feed_forward_backward)
 shapes = enumerate([(5, 4), (4, 6), (4, 6), (6, 4)])  # x, w_gate, w_in, w_out
 arrays = tuple(jax.random.normal(jax.random.key(i), shape) for i, shape in shapes)
 pair = (feed_forward.feed_forward_forward, feed_forward.feed_forward_backward)
-outcome = run(Check("feed_forward", "here", *pair, arrays))
-print(f"SwiGLU: {outcome.autodiff:.1e} from autodiff,", end=" ")
-print(f"{outcome.finite_difference:.1e} from finite differences")
-assert outcome.passed
+checked("SwiGLU", *pair, arrays)
 
 # %% [markdown]
 # ## The two ends
@@ -136,10 +133,8 @@ loss, cache = dense.dense_loss_forward(params, inputs, targets, HEADS)
 by_hand = dense.dense_loss_backward(jnp.ones(()), cache)
 gradient_of = jax.grad(lambda *given: dense.dense_loss_forward(*given)[0])
 by_jax = gradient_of(params, inputs, targets, HEADS)
-print(f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters")
-error = max_relative_error(by_hand, by_jax)
-print(f"loss {loss:.3f}; largest relative difference from jax.grad {error:.1e}")
-assert error < 1e-10
+print(f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters, loss {loss:.3f}")
+agree("by hand and by jax.grad", by_hand, by_jax, 1e-10)
 
 # %% [markdown]
 # ## Training
@@ -155,12 +150,11 @@ assert error < 1e-10
 # is an end: a grammar with dice wrote these stories, and the dice cost 0.176 nats a
 # character in the 40 stories of validation. No model can do better.
 #
-# The first loss is above $\ln V$, though the model has learned nothing. It does not
-# guess uniformly: its table is tied. The stream of a token still has much of its own
-# row in it, and the inner product of a row with itself is large. So the new model
-# expects each token to come again. That is a gift of the tie, not a fault: "near the
-# row of what was read" is where likely successors can be put, and the wrong guess is
-# gone after a few steps.
+# The first loss is above $\ln V$, though the model has learned nothing. The cause is
+# the tied table. The stream of a token still has much of its own row in it, and the
+# inner product of a row with itself is large, so the new model expects each token to
+# come again. That is a gift, not a fault: "near the row of what was read" is where
+# likely successors can be put, and the wrong guess is gone after a few steps.
 
 
 # %%
@@ -229,8 +223,8 @@ pictures.curves({"trained by hand": lines}, "step", "nats per token")
 # gives a new one each time; dividing the logits by a **temperature** below 1 first
 # makes the draw more careful. A story ends with its line.
 #
-# Nothing in this notebook but the two checks above has asked jax for a derivative. Read
-# what the gradients of seven chapters have made of random numbers:
+# Only the two checks above have asked jax for a derivative. Read what the gradients of
+# seven chapters have made of random numbers:
 
 
 # %%
@@ -308,36 +302,44 @@ assert guesses[-1].mean() > guesses[0].mean() + 0.3
 # %% [markdown]
 # ## Queries, keys and values
 # Inside a block, attention splits the normed stream into three parts for each head:
-# what a position looks for (its **query**), what it can be found by (its **key**), and
-# what it hands over (its **value**). All three are in the cache of the forward pass.
-# Here they are for one head of the first block. A row is a position, a column one of
-# the A entries of the head.
+# what a position looks for (its **query** $q$), what it can be found by (its **key**
+# $k$), and what it hands over (its **value** $v$). All three are in the cache of the
+# forward pass. Follow *one* position through one head of the first block: the token
+# "named". A row of the picture is a position that it can look at.
 #
-# The score of "row $t$ looks at row $s$" is the inner product of the query's row $t$
-# and the key's row $s$. It is large where both have the same signs in the same columns.
-# RoPE has already turned the rows, each by its own angle, so that also "two tokens ago"
-# is a direction. The value's rows are not turned.
+# First the products $q_a k_{sa} / \sqrt A$, entry by entry, in the order of what they
+# add to the largest score. A row adds up to the score of that position, and the softmax
+# of the scores is the weight: both stand beside the row. Where a row is red, query and
+# key have the same sign. (RoPE has turned both, so that "one token ago" is a direction
+# too.) Then what each position hands over: its value, times its weight. A column adds
+# up to an entry of the output $o$. Rows of little weight are pale, whatever their
+# value: *scores decide who is heard, values what is said*.
 
 # %%
 _, cache = dense.dense_model_forward(trained, shown_ids[None, :16], HEADS)
 _, (first, *_), *_ = cache  # of the blocks the first
 _, (*_, (q, k, v, kept, *_), _), *_ = first  # its attention, and in it the heads
-HEAD, pieces = 0, pieces[:16]
-parts = {"query": q, "key": k, "value": v}
-panels = {name: part[0, HEAD] for name, part in parts.items()}
-unnamed = [""] * (WIDTH // HEADS)
-pictures.heatmaps(panels, "entry of the head", "", unnamed, pieces, numbers="")
+HEAD, A, t = 1, WIDTH // HEADS, 13
+pieces = pieces[: t + 1]
+products = q[0, HEAD, t] * k[0, HEAD, : t + 1] / A**0.5
+scores, weights = products.sum(1), kept[0, HEAD, t, : t + 1]
+order = jnp.argsort(-products[jnp.argmax(scores)])
+numbers = zip(pieces, scores, weights, strict=True)
+rows = [f"{piece}  {score:.1f}, {weight:.0%}" for piece, score, weight in numbers]
+heard = weights[:, None] * v[0, HEAD, : t + 1]
+panels = {"query x key / √A": products[:, order], "weight x value": heard[:, order]}
+pictures.heatmaps(panels, "entry", "score, weight", [""] * A, rows, numbers="")
 
 # %% [markdown]
 # ## What each position looks at
-# The softmax of the scores gives the weights. Below are the four heads of the first
-# block. A row is a position that looks, a column one that is looked at. Above the
-# diagonal everything is exactly 0: the future. Each head has a pattern of its own. Some
-# rows look at the token before, as a table of pairs would. Others reach further back,
-# to the beginning of the word or of the text.
+# The weights of all these positions, in the four heads of the first block. A row is a
+# position that looks, a column one that is looked at. Above the diagonal everything is
+# exactly 0: the future. Each head has a pattern of its own. Some rows look at the token
+# before, as a table of pairs would. Others reach further back, to the beginning of the
+# word or of the text.
 
 # %%
-weights = np.asarray(kept[0])
+weights = np.asarray(kept[0, :, : t + 1, : t + 1])
 panels = {f"head {h}": weights[h] for h in range(HEADS)}
 axes = ("looked at, in the same order", "looking", [""] * len(pieces), pieces)
 pictures.heatmaps(panels, *axes, numbers="", diverging=False, height=3.2)
@@ -347,7 +349,7 @@ assert (np.triu(weights, 1) == 0.0).all()
 # ## Exercises
 # In the terminal: `uv run python -m foundation derive feed_forward`, and then
 # `uv run python -m foundation hunt 7`, which plants a bug of chapters 2 to 7 for you to
-# find. `--seed` with a number gives a whole class the same bug.
+# find. `--seed` with a number gives a whole class the same one.
 
 # %%
 check("7.1", None)

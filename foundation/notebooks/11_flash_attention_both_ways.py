@@ -4,16 +4,14 @@
 # Attention over T positions makes a T x T matrix of weights for each head. For T = 4096
 # these are 16.8 million numbers, for one head of one layer of one text, and chapter 5
 # keeps them for the backward pass. Yet the inputs and the output have only T rows of A
-# numbers. **Must the matrix exist?** This chapter shows that it need not. It is cut
-# into **tiles**, small groups of keys; each tile is computed, used, and forgotten,
-# forward and backward. The result is the same to the last digits. This is the idea of
-# **FlashAttention**.
+# numbers. **Must the matrix exist?** It need not. Cut it into **tiles**, small groups
+# of keys; each tile is computed, used, and forgotten, forward and backward. The result
+# is the same to the last digits. This is the idea of **FlashAttention**.
 #
-# The code is `foundation/flash_attention.py`. The project's own attention is
-# `moe_jax/model/kernels/causal_attention.py`. Its form `recomputed` uses the backward
-# pass of steps 4 and 5 below. It works with whole rows of weights, for one block of
-# queries after another, so it does not need the merge of steps 1 to 3. A test holds its
-# gradients against the ones derived here, dropout included.
+# The code is `foundation/flash_attention.py`. The project's own attention,
+# `moe_jax/model/kernels/causal_attention.py`, has a form `recomputed` with the backward
+# pass of steps 4 and 5. It works with whole rows of weights, for one block of queries
+# after another, so it does not need the merge of steps 1 to 3. A test compares the two.
 #
 # ## Step 1: what one tile can say
 # Take one query. Its scores are $S_1, \dots, S_T$, and its answer is
@@ -54,31 +52,35 @@
 # %%
 from foundation import flash_attention as flash
 from foundation.attention import attention_backward, attention_forward, causal_mask
-from foundation.lessons.notebook import check, jax, jnp, pictures, shown
-from foundation.parity import max_relative_error
+from foundation.lessons.notebook import agree, check, jax, jnp, pictures, shown
 
 shown(flash.part_of_tile, flash.merge_parts)
 
+
 # %%
+def by_tiles(scores, v, size):
+    """(m, l, answer so far) after each tile of one row."""
+    part = (jnp.full(1, -jnp.inf), jnp.zeros(1), jnp.zeros((1, 3)))
+    for first in range(0, len(v), size):
+        here = slice(first, first + size)
+        tile = flash.part_of_tile(scores[:, here], v[here], None, 0.0)
+        part = m, total, o = flash.merge_parts(*part, *tile)
+        yield m[0], total[0], o[0] / total
+
+
 scores = 3.0 * jax.random.normal(jax.random.key(0), (1, 24))
 v = jax.random.normal(jax.random.key(1), (24, 3))
-whole = jax.nn.softmax(scores) @ v
-part = (jnp.full(1, -jnp.inf), jnp.zeros(1), jnp.zeros((1, 3)))
 print("tile      m        l      answer so far")
-for first in range(0, 24, 6):
-    here = slice(first, first + 6)
-    tile = flash.part_of_tile(scores[:, here], v[here], None, 0.0)
-    part = m, total, o = flash.merge_parts(*part, *tile)
-    answer = jnp.round((o / total[:, None])[0], 4)
-    print(f"{first // 6:4} {m[0]:8.3f} {total[0]:8.3f}     ", answer)
-print("softmax of the whole row:  ", jnp.round(whole[0], 4))
-assert max_relative_error(part[2] / part[1], whole) < 1e-14
+steps = list(by_tiles(scores, v, 6))
+for n, (m, total, answer) in enumerate(steps):
+    print(f"{n:4} {m:8.3f} {total:8.3f}     ", jnp.round(answer, 4))
+(whole,) = jax.nn.softmax(scores) @ v
+agree("the last answer, and the softmax of the whole row", steps[-1][2], whole, 1e-14)
 
 keys = [int(i) for i in jax.random.permutation(jax.random.key(2), 24)]
 shuffled = (tuple(keys[:1]), tuple(keys[1:15]), tuple(keys[15:]))
-error = max_relative_error(flash.merged_output(scores, v, shuffled), whole)
-print(f"keys shuffled, in tiles of 1, 14 and 9: off by {error:.1e}")
-assert error < 1e-14
+(mixed,) = flash.merged_output(scores, v, shuffled)
+agree("keys shuffled, in tiles of 1, 14 and 9", mixed, whole, 1e-14)
 
 # %% [markdown]
 # ## Step 4: backward, the weights once more
@@ -135,41 +137,31 @@ q, k, v, d_o = (jax.random.normal(jax.random.key(i), (2, T, A)) for i in range(4
 keep = jax.random.bernoulli(jax.random.key(4), 1 - RATE, (2, T, T))
 o, cache = attention_forward(q, k, v, causal_mask(T), keep, RATE)
 at_once = attention_backward(d_o, cache)
-print("relative difference from attention at once, causal, with dropout:")
+print("Attention at once and by tiles, causal, with dropout: o and its gradients")
 for tile in (1, 3, 5, 12):
     tiled, tiles = flash.flash_attention_forward(q, k, v, keep, RATE, True, tile)
-    forward = max_relative_error(tiled, o)
-    backward = max_relative_error(flash.flash_attention_backward(d_o, tiles), at_once)
-    print(f"  tiles of {tile:2}: output {forward:.1e}, gradients {backward:.1e}")
-    assert max(forward, backward) < 1e-13
+    gradients = flash.flash_attention_backward(d_o, tiles)
+    agree(f"  tiles of {tile:2}", (tiled, gradients), (o, at_once), 1e-13)
 
 *_, (p,), _ = cache
 d_p = jnp.where(keep, d_o @ jnp.swapaxes(v, -1, -2) / (1 - RATE), 0.0)
-left, right = jnp.sum(d_p * p, -1), jnp.sum(d_o * o, -1)
-print(f"step 5: both sides differ by {max_relative_error(left, right):.1e}")
-assert max_relative_error(left, right) < 1e-13
+agree("step 5, both sides", jnp.sum(d_p * p, -1), jnp.sum(d_o * o, -1), 1e-13)
 
 # %% [markdown]
 # ## What it looks like, and what it saves
-# First, the answer of one query after each tile, three coordinates. The estimate may
-# jump when a tile brings a new largest score, because then everything before shrinks by
-# $e^{m_1 - m}$. It is exact at the last tile and means nothing before.
+# First, the answer of one query after each tile, three coordinates. It may jump when a
+# tile brings a new largest score, because then everything before shrinks by $e^{m_1 -
+# m}$. It is exact at the last tile and means nothing before.
 #
-# Then numbers that are kept for the backward pass, for one head of width 64. The
-# matrix grows with $T^2$, and the rest grows with T. At T = 4096 the ratio is about 17.
-# Without tiles the inputs and the output are kept as well, so that line is the sum.
+# Then numbers that are kept for the backward pass, for one head of width 64. The matrix
+# grows with $T^2$, and the rest grows with T. Without tiles the inputs and the output
+# are kept as well, so that line is the sum.
 
 # %%
 long = 4.0 * jax.random.normal(jax.random.key(9), (1, 48))
 values = jax.random.normal(jax.random.key(10), (48, 3))
-part = (jnp.full(1, -jnp.inf), jnp.zeros(1), jnp.zeros((1, 3)))
-path = []
-for first in range(0, 48, 3):
-    here = slice(first, first + 3)
-    tile = flash.part_of_tile(long[:, here], values[here], None, 0.0)
-    part = flash.merge_parts(*part, *tile)
-    path.append(part[2][0] / part[1][0])
-lines = {f"coordinate {i}": jnp.array(path)[:, i] for i in range(3)}
+path = jnp.array([answer for _, _, answer in by_tiles(long, values, 3)])
+lines = {f"coordinate {i}": path[:, i] for i in range(3)}
 lengths = [2**n for n in range(6, 15)]
 kept = {
     "at once: P, q, k, v and o": (lengths, [t * t + 4 * 64 * t for t in lengths]),
@@ -179,7 +171,6 @@ pictures.curves({"after each tile of 3 keys": lines}, "tile", "answer", markers=
 pictures.curves({"kept for the backward pass": kept}, "T", "numbers", log=True, log_x=2)
 at_once, in_tiles = (numbers[6] for _, numbers in kept.values())
 print(f"at T = {lengths[6]}: {at_once / in_tiles:.0f} times as many")
-assert max_relative_error(path[-1], (jax.nn.softmax(long) @ values)[0]) < 1e-13
 
 # %% [markdown]
 # ## Exercises

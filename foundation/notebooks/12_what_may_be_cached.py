@@ -3,11 +3,10 @@
 #
 # A language model writes one token, appends it, and looks at the longer text again.
 # Done simply, the hundredth token costs a pass over a hundred tokens, of which 99 were
-# computed before. Everybody therefore keeps, or **caches**, what was computed. But a
-# number may be kept only if it will not change. **When is an output a function of the
-# text before it, and of nothing else?** For attention the answer is easy. For a mixture
-# of experts it has surprised many people: a layer can be perfectly causal in training
-# and still give other answers from a cache.
+# computed before. So everybody keeps, or **caches**, what was computed. But a number
+# may be kept only if it will not change. **When is an output a function of the text
+# before it, and of nothing else?** For attention the answer is easy. A mixture of
+# experts can be perfectly causal in training and still give other answers from a cache.
 #
 # The code is `foundation/caching.py` and, for step 4, `foundation/latent_attention.py`.
 # The project writes with `moe_jax/inference/decode.py`. Its queues are in
@@ -79,10 +78,8 @@ def attended(q, k, v):
 
 
 right, too_high = (caching.projected(x, params, H, first) for first in (0, 1))
-new_ones = [
-    jnp.concatenate([old[:, :, :PROMPT], new[:, :, PROMPT:]], axis=2)
-    for old, new in zip(right, too_high, strict=True)
-]
+is_new = jnp.arange(T)[:, None] >= PROMPT
+new_ones = [jnp.where(is_new, b, a) for a, b in zip(right, too_high, strict=True)]
 cached = caching.decode(x, params, H, PROMPT)
 for name, y, least, most in (
     ("token by token, with a cache", cached, 0.0, 1e-13),
@@ -153,10 +150,7 @@ for model, layers, plain, numbers, most in (
     text = token * min(32_768, most or 32_768)
     print(f"{model:<28}{token:>14,}{whole:>11,}{text / 2**20:>11,.0f} MiB")
 _, cache = caching.prefill(x, params, H, T)
-print(
-    f"the cache above: {sum(a.nbytes for a in cache)} bytes for {T} positions, float64"
-)
-assert sum(a.nbytes for a in cache) == 2 * D * 8 * T
+assert sum(a.nbytes for a in cache) == 2 * D * 8 * T  # float64
 
 # %% [markdown]
 # ## Step 5: slots of experts
@@ -170,10 +164,9 @@ assert sum(a.nbytes for a in cache) == 2 * D * 8 * T
 # This one line decides everything. The left side is a function of the prefix if both
 # parts of the right side are.
 #
-# **The set of tokens before $t$** must contain no later token, for any text. If the
-# queue is in the order of positions, it contains none. If the queue looks at anything
-# else *first*, a later token can be before an earlier one: it only has to be better by
-# that measure.
+# **The set of tokens before $t$** must contain no later token, for any text. A queue in
+# the order of positions contains none. If it looks at anything else *first*, a later
+# token can be before an earlier one: it only has to be better by that measure.
 #
 # **The capacity $C$** must not depend on the tokens after $t$. The usual one does: $C =
 # \lceil c\,TK/E\rceil$ contains the length T. Cut the text, and $C$ shrinks. A token
@@ -195,17 +188,16 @@ assert sum(a.nbytes for a in cache) == 2 * D * 8 * T
 # growing" may be cached.
 #
 # ## Step 6: all texts
-# A test with one text can show a leak. It cannot show that there is none. So let us
-# take *all* texts: four tokens, each of one of six kinds, makes 1,296 texts. For each
-# pair of texts that differ in one token, and for each cut, compare which experts each
-# token keeps.
+# A test with one text can show a leak. It cannot show that there is none. So take *all*
+# texts: four tokens, each of one of six kinds, makes 1,296. For each pair of texts that
+# differ in one token, and for each cut, compare which experts each token keeps.
 #
-# The squares below show the result for three experts, K = 2 and a capacity factor of
-# 3/4. Above: a changed token (down) and the outputs that can move (across). Blue cells
-# are on the diagonal and to the right, where a change *may* act. A red cell is an
-# earlier output that moves because of a later token. Below: a cut, and the outputs
-# among the remaining ones that move. Here every red cell is a leak, and grey cells were
-# cut away. (The rule "choice" is not drawn. The list below has it.)
+# The squares show three experts, K = 2 and a capacity factor of 3/4. Above: a changed
+# token (down) and the outputs that can move (across). Blue cells are on the diagonal
+# and to the right, where a change *may* act. A red cell is an earlier output that moves
+# because of a later token. Below: a cut, and the remaining outputs that move. Here
+# every red cell is a leak, and grey cells were cut away. ("choice" is in the list
+# only.)
 
 # %%
 kinds = [[5, 3, 2], [2, 7, 1], [1, 2, 6], [6, 1, 2], [3, 5, 2], [2, 3, 5]]
@@ -227,14 +219,12 @@ assert not caching.leaks(kinds, 4, 2, 0.75, "token, growing").any()
 # trained so must not be *written with* so. Between one step and the next, the capacity
 # grows, and a token that was dropped before may be served now. Its key and value in the
 # cache are then those of another computation. There are two ways out. Either drop
-# nothing when writing, which is the rule "none": each token computes its K experts, and
-# the result is a function of the token's own stream. This project does that, in
-# evaluation and in writing. Or train with a capacity that grows with the position, and
-# keep the counts in the cache. The first is simpler.
+# nothing when writing, the rule "none": this project does that, in evaluation too. Or
+# train with a capacity that grows with the position, and keep the counts in the cache.
 #
-# There is a price. The model that writes is not quite the model that was trained, since
-# that one dropped some choices. So the loss is measured without drops as well, and
-# training reports how much it drops.
+# The first is simpler, and has a price. The model that writes is not quite the model
+# that was trained, since that one dropped some choices. So the loss is measured without
+# drops as well, and training reports how much it drops.
 #
 # ## Exercises
 

@@ -68,13 +68,11 @@ for x in (0.997, 1.003, 1.0, 1.0039, 1.00391, 1.5):
 # $$\mathbb E[\text{rounded}] = (1-f)\,\text{down} + f\,(\text{down} + s)
 # = \text{down} + f s = x. \qquad\boxed{\;\mathbb E[\text{rounded } x] = x\;}$$
 #
-# This is called **stochastic rounding**. It is **unbiased**: right on average. It is
-# not more exact. A single step is either lost or far too large. But errors of many
-# steps cancel. After $n$ steps the weight has moved by $n f s$, give or take $s\sqrt{n
-# f (1-f)}$. The first grows faster than the second.
-#
-# That the mean is *exactly* $x$ can be checked without any statistics. There are only
-# 65,536 draws, so we can take them all.
+# This is called **stochastic rounding**. It is **unbiased**, right on average, but not
+# more exact: a single step is either lost or far too large. Errors of many steps
+# cancel. After $n$ steps the weight has moved by $n f s$, give or take $s\sqrt{n f
+# (1-f)}$, and the first grows faster. There are only 65,536 draws, so we can take them
+# all:
 
 # %%
 x = jnp.asarray(np.array([1.003, 0.99999, -2.9, 3e-8], np.float32)).astype(jnp.float64)
@@ -103,9 +101,8 @@ def by_draw(w, key):
     return rounding.value_of(rounding.drawn_bits(rounding.bits_of(w), draw))
 
 
-start = jnp.ones(1024)
-nearest = train(start, jax.jit(to_nearest))
-drawn = train(start, jax.jit(by_draw))
+nearest = train(jnp.ones(1), jax.jit(to_nearest))
+drawn = train(jnp.ones(1024), jax.jit(by_draw))
 lines = {
     "exact": 1.0 + STEP * np.arange(1, STEPS + 1),
     "to nearest": nearest[:, 0],
@@ -119,8 +116,8 @@ assert abs(drawn[-1].mean() - 2.0) < 0.01
 
 # %% [markdown]
 # Rounded to nearest, the weight never leaves 1. Rounded by a draw it walks with the
-# exact line, and the mean of 1,024 such weights lies on it. Nothing else was changed.
-# This is why the project stores weights in bfloat16 only together with this rule.
+# exact line, and the mean of 1,024 such weights lies on it. So the project stores
+# weights in bfloat16 only together with this rule.
 #
 # ## Step 4: long sums
 # The same failure sits inside a matrix product. A product is a sum of many terms. If
@@ -166,9 +163,9 @@ assert rounding.through_scale(g[2], jnp.array(1000.0)) != whole
 
 # %% [markdown]
 # ## The answer
-# A step vanishes when it is smaller than half the spacing of the number that it is
-# added to. A random rule makes it count on average. A wider type makes it count in
-# sums. And a power of two moves small gradients to where the spacing is fine enough.
+# A step vanishes below half the spacing of the number that it is added to. A random
+# rule makes it count on average, a wider type in sums, and a power of two moves small
+# gradients to where the spacing is fine enough.
 #
 # ## Exercises
 

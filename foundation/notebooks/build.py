@@ -1,11 +1,10 @@
-"""`python foundation/notebooks/build.py [--check] [NAME...]`: builds the notebooks.
+"""`python foundation/notebooks/build.py [NAME...]`: builds the notebooks.
 
 These are the notebooks beside this file, and those of `notebooks/`, which look into a
 trained model (foundation itself imports nothing of it).
 
 The percent-format .py files are the source. Each is executed in a fresh kernel and
-written as .ipynb with its outputs. `--check` executes all and writes nothing; it exits
-1 where a built notebook's source differs from its .py file.
+written as .ipynb with its outputs.
 """
 
 import argparse
@@ -62,35 +61,18 @@ def differs(source: Path) -> bool:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Builds or checks every chapter."""
+    """Builds the chapters whose names begin so, or every one."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing, compare")
-    parser.add_argument(
-        "names",
-        nargs="*",
-        metavar="NAME",
-        help="only chapters whose name begins so, as 07",
-    )
-    arguments = parser.parse_args(argv)
-    names = [source.name for source in sources()]
-    for wrong in arguments.names:
-        if not any(name.startswith(wrong) for name in names):
+    parser.add_argument("names", nargs="*", metavar="NAME", help="two digits, as 07")
+    names = tuple(parser.parse_args(argv).names)
+    for wrong in names:
+        if not any(source.name.startswith(wrong) for source in sources()):
             parser.error(f"NAME {wrong}: no chapter begins so; take two digits, as 07")
-    stale = []
-    for source in (
-        s for s in sources() if s.name.startswith(tuple(arguments.names) or "")
-    ):
-        print(source.name, flush=True)
-        notebook = execute(source)
-        if arguments.check:
-            stale += [source.name] if differs(source) else []
-        else:
-            nbformat.write(notebook, source.with_suffix(".ipynb"))
-    if stale:
-        print(
-            "built from another source, run this without --check: " + ", ".join(stale)
-        )
-    return 1 if stale else 0
+    for source in sources():
+        if source.name.startswith(names or ""):
+            print(source.name, flush=True)
+            nbformat.write(execute(source), source.with_suffix(".ipynb"))
+    return 0
 
 
 if __name__ == "__main__":
