@@ -1,15 +1,14 @@
 # %% [markdown]
 # # 0. Shapes, gradients, and how to check one
 #
-# The other chapters derive the gradient of everything that is inside a language
-# model. They all use four ideas. This chapter explains the four, with small numbers:
-# shapes, the vector-Jacobian product, the adjoint, and the check. You need to know
-# what a derivative is, and a little Python.
+# The other chapters derive the gradient of everything that is inside a language model.
+# They all use four ideas, which this chapter explains with small numbers: shapes, the
+# vector-Jacobian product, the adjoint, and the check. You need to know what a
+# derivative is, and a little Python.
 #
 # ## Shapes and letters
 # An **array** is a box of numbers. Its **shape** says how many there are along each
-# axis: a shape of [4, 3] has 4 rows of 3 numbers. We write the meaning of an axis as a
-# letter, and a letter means the same thing everywhere:
+# axis: [4, 3] has 4 rows of 3 numbers. A letter for an axis means the same everywhere:
 #
 # | letter | what it counts | | letter | what it counts |
 # |---|---|---|---|---|
@@ -18,13 +17,12 @@
 # | D | width of the model | | K | experts that a token goes to |
 # | H, A | heads, and the width of one | | F | hidden width of an expert |
 #
-# Shapes are the cheapest check that there is. Most wrong formulas for a gradient do
-# not even have the right shape, because **a gradient has the shape of the thing that
-# it is the gradient of**. If `W` is [3, 5], then the gradient with respect to `W` is
-# [3, 5] too: one number for each number of `W`.
+# Shapes are the cheapest check that there is. Most wrong formulas for a gradient do not
+# even have the right shape, because **a gradient has the shape of the thing that it is
+# the gradient of**: one number for each number of `W`.
 
 # %%
-from foundation.lessons.notebook import check, jax, jnp, max_relative_error, pictures
+from foundation.lessons.notebook import agree, check, jax, jnp, pictures
 
 x = jnp.array([1.0, 2.0, -1.0])  # [3]
 W = jnp.array([[1.0, 0.5], [0.0, 2.0], [-1.0, 1.0]])  # [3, 2]
@@ -75,8 +73,7 @@ assert (J == W.T).all()
 
 # %%
 d_y = jnp.array([0.3, -2.0])
-print("through the Jacobian:", J.T @ d_y)
-print("the backward pass:   ", W @ d_y)
+print(J.T @ d_y, "through the Jacobian;", W @ d_y, "by the backward pass")
 
 # %% [markdown]
 # ## What an adjoint is
@@ -134,8 +131,8 @@ print("<M* d_y, x> =", jnp.vdot(difference_adjoint(d_y4), x5))
 # All need a scalar, and an operation gives an array. So we take a random cotangent
 # $d_y$ and look at the scalar $f(x) = \langle d_y, y(x)\rangle$. Its gradient is
 # exactly what the backward pass gives for $d_y$. Random, because a special cotangent
-# hides bugs. With all ones, for example, the gradient of a softmax is 0, right or
-# wrong: its outputs always add up to 1.
+# hides bugs: with all ones the gradient of a softmax is 0, right or wrong, because its
+# outputs always add up to 1.
 
 # %%
 x = jax.random.normal(jax.random.key(1), (6,))
@@ -175,10 +172,8 @@ def four_points(h, x=0.7):
 
 steps = 10.0 ** jnp.linspace(-10, -1, 55)
 exact = 3.0 * jnp.cos(2.1) * f(0.7)
-errors = {
-    "two points": (steps, jnp.abs(two_points(steps) / exact - 1)),
-    "four points": (steps, jnp.abs(four_points(steps) / exact - 1)),
-}
+forms = {"two points": two_points, "four points": four_points}
+errors = {n: (steps, jnp.abs(form(steps) / exact - 1)) for n, form in forms.items()}
 title = "error of a finite difference"
 pictures.curves({title: errors}, "step h", "relative error", log=True, log_x=10)
 
@@ -194,17 +189,15 @@ pictures.curves({title: errors}, "step h", "relative error", log=True, log_x=10)
 x, W = (jax.random.normal(jax.random.key(i), s) for i, s in ((3, (4, 3)), (4, (3, 5))))
 d_y = jax.random.normal(jax.random.key(5), (4, 5))
 by_autodiff = jax.grad(lambda W: jnp.vdot(d_y, x @ W))(W)
-for name, by_hand in {"as derived": x.T @ d_y, "divided": x.T @ d_y / 4}.items():
-    error = max_relative_error(by_hand, by_autodiff)
-    print(f"{name}: relative error {error:.1e}")
-assert max_relative_error(x.T @ d_y, by_autodiff) < 1e-14
+agree("as derived", x.T @ d_y, by_autodiff, within=1e-14)
+agree("divided", x.T @ d_y / 4, by_autodiff, within=1.0)
 
 # %% [markdown]
 # ## Exercises
 # Put your answer in place of `None`: a number, or a function. The second wrong answer
-# gets the formula as a hint. `solution("0.1")` from `foundation.exercises` shows a
-# right one. When you are done, a longer task waits in the terminal: `uv run python -m
-# foundation derive linear`.
+# gets the formula as a hint; `solution("0.1")` from `foundation.exercises` shows a
+# right one. A longer task waits in the terminal: `uv run python -m foundation derive
+# linear`.
 
 # %%
 check("0.1", None)

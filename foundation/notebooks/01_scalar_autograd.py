@@ -1,12 +1,11 @@
 # %% [markdown]
 # # 1. Reverse-mode differentiation, one number at a time
 #
-# A model with a million parameters needs a million derivatives, one for each. Computing
-# them one by one would take a million runs of the model. There is a way to get all of
-# them in one sweep backward. The sweep costs at most about twice as much as the run.
-# The way was found in 1970, and it is the reason why neural networks can be trained. In
-# this chapter we build it for single numbers, in about seventy lines, all of which are
-# below.
+# A model with a million parameters needs a million derivatives. Computing them one by
+# one would take a million runs of the model. There is a way to get all of them in one
+# sweep backward, which costs at most about twice as much as the run. It was found in
+# 1970, and it is the reason why neural networks can be trained. Here we build it for
+# single numbers, in about seventy lines, all of which are below.
 #
 # ## A computation is a graph
 # Take $L = \tanh(w_1 x_1 + w_2 x_2 + b)$. A computer does not see a formula. It does
@@ -149,11 +148,10 @@ assert w2.grad == (1 - y.data**2) * x2.data
 # the sum. There are two paths, so there are two contributions: $b$ through the product,
 # and 1 directly. With $b = -2$ they add up to $-1$.
 #
-# The `+=` in `backward` is all that this takes. With `=` in its place the second
-# contribution would replace the first. The model would still run, and it would learn
-# something, but not what it should. Every later chapter has a place where a value is
-# used twice: a bias in every row of a batch, a table at every position, a stream in a
-# block and around it. Each time the gradients add.
+# The `+=` in `backward` is all that this takes. With `=` the second contribution would
+# replace the first, and the model would learn something, but not what it should. Every
+# later chapter has a value that is used twice: a bias in every row of a batch, a table
+# at every position, a stream in a block and around it. Each time the gradients add.
 
 # %%
 a, b = Value(3.0, "a"), Value(-2.0, "b")
@@ -166,9 +164,8 @@ assert a.grad == b.data + 1.0
 # ## Why the order matters
 # A box may pass its gradient on only when it has *received all of it*. If $a$ passed on
 # what came from the sum, before the product's part arrived, the rest would be lost. So
-# the boxes must be visited in an order in which every box comes after all boxes that it
-# has arrows to. Read from the end, this is called a **topological order**: operands
-# before results. `topological_order` finds one, and `backward` walks it in reverse:
+# `backward` needs every box after all boxes that it has arrows to. In reverse this is
+# called a **topological order**, operands before results:
 
 
 # %%
@@ -181,9 +178,8 @@ print([value.operation or f"{value.data:g}" for value in order])
 
 # %% [markdown]
 # ## Against the framework, and against a small step
-# The same expression in JAX, which differentiates it automatically, and with the
-# two-point difference of chapter 0. All three agree. JAX does what we did, only with
-# arrays in the boxes.
+# The same expression in JAX, which does what we did with arrays in the boxes, and by
+# the two-point difference of chapter 0:
 
 # %%
 a, b = Value(0.7), Value(-1.3)
@@ -206,26 +202,22 @@ assert abs(b.grad - by_jax[1]) < 1e-14
 # ## What it costs
 # A product $z = ab$ is one multiplication forward. Backward it is two, one for each of
 # its inputs: $b \cdot d_z$ and $a \cdot d_z$. So all derivatives together cost about
-# twice as much as the forward pass, whether there are two inputs or a million. Forward
-# and backward together are three forward passes. This is true for *one* output. With
-# many outputs there would be a sweep for each, and it might be cheaper to go forward,
-# from each input. A loss is one number, and a model has many parameters: reverse mode
-# is the right way round.
+# twice as much as the forward pass, whether there are two inputs or a million. This is
+# true for *one* output. With many there would be a sweep for each, and it might be
+# cheaper to go forward, from each input. A loss is one number, and a model has many
+# parameters: reverse mode is the right way round.
 #
-# There is a price. The local derivatives need the numbers of the forward pass, so these
-# have to be kept until the sweep comes by. For a large model that is most of the
-# memory. In the next chapters each operation says what it keeps: its **cache**.
+# The price: the local derivatives need the numbers of the forward pass, so these have
+# to be kept until the sweep comes by. For a large model that is most of the memory. In
+# the next chapters each operation says what it keeps: its **cache**.
 #
 # ## From numbers to arrays
-# A matrix product of two 1,000 x 1,000 matrices has a billion products in it. As single
-# boxes this would be hopeless. But its backward pass is a known formula, two matrix
-# products. So from here on a box holds a whole array, a step is a whole operation, and
-# the local derivative is the vector-Jacobian product of chapter 0. Nothing else
-# changes.
+# A product of two 1,000 x 1,000 matrices has a billion products in it, hopeless as
+# single boxes. But its backward pass is a known formula, two matrix products. So from
+# here on a box holds a whole array, a step is a whole operation, and the local
+# derivative is the vector-Jacobian product of chapter 0. Nothing else changes.
 #
 # ## Exercises
-# Put your answer in place of `None`. `solution("1.1")` from `foundation.exercises`
-# shows one.
 
 # %%
 check("1.1", None)
