@@ -4,11 +4,9 @@
 # A language model ends in V numbers for each position, one for each entry of its
 # vocabulary. They are called **logits**, and may be any real numbers. Two steps make a
 # loss of them. The softmax turns logits into probabilities. The cross-entropy says how
-# surprised the model was by what really came. Each has a gradient that is worth
-# deriving once in a lifetime, and together they have the best-known formula of the
-# field: $p - \text{onehot}$.
-#
-# The code is `foundation/softmax.py` and `foundation/losses.py`.
+# surprised the model was by what really came. Together they have the best-known
+# gradient of the field: $p - \text{onehot}$. The code is `foundation/softmax.py` and
+# `foundation/losses.py`.
 #
 # ## The softmax
 # For one row of logits $z$,
@@ -33,7 +31,7 @@
 # all others, in proportion to what they have.
 
 # %%
-from foundation.lessons.notebook import check, jax, jnp, pictures, shown
+from foundation.lessons.notebook import agree, check, jax, jnp, pictures, shown
 from foundation.losses import cross_entropy_backward, cross_entropy_forward
 from foundation.softmax import logsumexp_backward, softmax_backward, softmax_forward
 
@@ -55,23 +53,19 @@ pictures.heatmaps(parts, "logit j", "probability i", numbers=".3f")
 # $$d_z = p \odot (d_p - \langle p, d_p\rangle).$$
 #
 # In words: an entry is pushed up if its cotangent is above the average, and down if it
-# is below, and each in proportion to its probability. The entries of $d_z$ add up to 0.
-# They must: adding a constant to all logits changes nothing, so the gradient has no
-# part in that direction. A backward pass that forgets $\langle p, d_p \rangle$ breaks
-# this.
+# is below, each in proportion to its probability. The entries of $d_z$ add up to 0, as
+# they must: adding a constant to all logits changes nothing. A backward pass that
+# forgets $\langle p, d_p \rangle$ breaks this.
 #
-# One cotangent for each row of the identity gives the whole Jacobian, which can be
-# compared with JAX's:
+# One cotangent for each row of the identity gives the whole Jacobian:
 
 # %%
 shown(softmax_forward, softmax_backward)
 
 # %%
 jacobian = jax.vmap(lambda d_p: softmax_backward(d_p, cache))(jnp.eye(5))
-by_jax = jax.jacobian(lambda z: jax.nn.softmax(z))(z)
-print(f"largest difference from jax.jacobian {jnp.max(jnp.abs(jacobian - by_jax)):.1e}")
+agree("by hand and by jax.jacobian", jacobian, jax.jacobian(jax.nn.softmax)(z), 1e-14)
 print(f"largest sum of a row {jnp.max(jnp.abs(jacobian.sum(axis=1))):.1e}")
-assert jnp.max(jnp.abs(jacobian - by_jax)) < 1e-15
 
 # %% [markdown]
 # ## Cross-entropy
@@ -121,11 +115,9 @@ def both_gradients(row):
     return d_cross_entropy, d_squared
 
 
-d_cross_entropy, d_squared = jax.vmap(both_gradients)(logits)
-pushes = {
-    "cross-entropy": (wrongness, -d_cross_entropy),
-    "squared error of p": (wrongness, -d_squared),
-}
+names = ("cross-entropy", "squared error of p")
+gradients = zip(names, jax.vmap(both_gradients)(logits), strict=True)
+pushes = {name: (wrongness, -gradient) for name, gradient in gradients}
 how = "how wrong the logits are (z_other - z_target)"
 pictures.curves({"push towards the target": pushes}, how, "- dL / dz_target")
 
@@ -155,12 +147,11 @@ print("in two steps:  ", softmax_backward(d_p, softmax_cache).tolist())
 
 # %% [markdown]
 # ## What to take away
-# Three things come back in every later chapter. A softmax passes on a cotangent *minus
-# its average*: you will see the same formula in attention (chapter 5) and in the gates
-# of a router (chapter 8). Where two steps belong together, derive them together: the
-# joint formula is shorter, and safe where the steps are not. And an entry of a
-# distribution that is exactly 0, by a mask, gets a gradient of exactly 0, because $p$
-# is a factor.
+# Three things come back later. A softmax passes on a cotangent *minus its average*: in
+# attention (chapter 5) and in the gates of a router (chapter 8). Where two steps belong
+# together, derive them together: the joint formula is shorter, and safe where the steps
+# are not. And a probability that is exactly 0, by a mask, gets a gradient of exactly 0,
+# because $p$ is a factor.
 #
 # ## Exercises
 # In the terminal: `uv run python -m foundation derive softmax`, then `derive

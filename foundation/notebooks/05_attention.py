@@ -1,13 +1,11 @@
 # %% [markdown]
 # # 5. Attention
 #
-# In the parts so far every position is on its own. Attention is the step in which
-# positions read from each other. It has three inputs and two matrix products with a
-# softmax between them. If you followed chapters 2 and 4, its backward pass holds no
-# surprise: five lines, from the last to the first. Two questions remain. Why does the
-# mask, which hides the future, need no line of its own? And why is there a square root?
-#
-# The code is `foundation/attention.py`.
+# So far every position is on its own. Attention is the step in which positions read
+# from each other: two matrix products with a softmax between them. After chapters 2 and
+# 4 its backward pass holds no surprise. Two questions remain. Why does the mask, which
+# hides the future, need no line of its own? And why is there a square root? The code is
+# `foundation/attention.py`.
 #
 # ## Queries, keys, values
 # Each position $t$ makes three vectors of A numbers from what it knows. Its **query**
@@ -32,8 +30,7 @@
 
 # %%
 from foundation import attention
-from foundation.lessons.notebook import check, jax, jnp, pictures, shown
-from foundation.parity import max_relative_error
+from foundation.lessons.notebook import agree, check, jax, jnp, pictures, shown
 
 words = ("the", "cat", "saw", "the", "dog", "run")
 k = v = jnp.array(
@@ -101,28 +98,25 @@ def scalar(q, k, v):
 
 
 by_jax = jax.grad(scalar, argnums=(0, 1, 2))(q, k, v)
-print(f"relative error {max_relative_error(by_hand, by_jax):.1e}")
-assert max_relative_error(by_hand, by_jax) < 1e-12
+agree("by hand and by jax.grad", by_hand, by_jax, 1e-12)
 d_q, d_k, d_v = by_hand
 panels = {"d_q": d_q, "d_k": d_k, "d_v": d_v}
 pictures.heatmaps(panels, "coordinate", "position", numbers=".3f")
-assert (d_k[3:] == 0.0).all()
-assert (d_v[3:] == 0.0).all()
+assert all((panels[name][3:] == 0.0).all() for name in ("d_k", "d_v"))
 
 # %% [markdown]
-# Only the query of position 2 gets a gradient, because only it asked. Keys and values
-# of positions 0, 1 and 2 do, because they were looked at. Positions 3 to 5 are the
-# future.
+# Only the query of position 2 gets a gradient: only it asked. Keys and values of
+# positions 0 to 2 do, because they were looked at. Positions 3 to 5 are the future.
 #
 # ## Why the square root
 # Let the coordinates of $q$ and $k$ be independent, with mean 0 and variance 1. Then
 # $\langle q, k\rangle$ is a sum of A products, each of variance 1. So it has variance
 # A, and a typical size of $\sqrt A$. For A = 64 a typical score would be 8 above or
-# below 0, and $e^8 = 2981$: one weight is nearly 1, and the others are nearly 0. The
-# softmax is **saturated**. In that case $d_S = P \odot (d_P - \langle P, d_P\rangle)$
-# is tiny almost everywhere. Where $P$ is nearly 0, the first factor is. Where $P$ is
-# nearly 1, $d_P$ is nearly equal to its own average, so the second factor is. Dividing
-# by $\sqrt A$ keeps the scores at variance 1, for every width.
+# below 0, and $e^8 = 2981$: one weight is nearly 1, the others nearly 0. The softmax is
+# **saturated**, and $d_S = P \odot (d_P - \langle P, d_P\rangle)$ is tiny almost
+# everywhere. Where $P$ is nearly 0, the first factor is. Where $P$ is nearly 1, $d_P$
+# is nearly its own average, so the second factor is. Dividing by $\sqrt A$ keeps the
+# scores at variance 1, for every width.
 #
 # The picture shows the *median* size of an entry of $d_S$. Without the root it falls
 # from $6 \cdot 10^{-2}$ at A = 2 to about $10^{-12}$ at A = 256. (A mean square would
@@ -153,12 +147,10 @@ assert sizes["without"][-1] < 1e-8
 # heads. After attention the heads are put side by side again, and a last affine map
 # mixes them.
 #
-# Backward, every step has its adjoint. Putting side by side is a permutation of
-# entries, and its adjoint is the split. Splitting $x$ into parts has the adjoint "put
-# the parts together". The affine maps are chapter 2. Newer models share keys and
-# values: several query heads read *one* key head. Sharing is copying, and the adjoint
-# of copying is a sum, so the key head gets the sum of its group's gradients
-# (`foundation/grouped_heads.py`).
+# Backward, putting side by side and splitting are each other's adjoints, and the affine
+# maps are chapter 2. Newer models share keys and values: several query heads read *one*
+# key head. Sharing is copying, and the adjoint of copying is a sum, so the key head
+# gets the sum of its group's gradients (`foundation/grouped_heads.py`).
 #
 # ## A bias that nothing depends on, unless keys turn
 # A small puzzle to end with. Let the keys have a bias: $k_s = x_s W_k + b$. It adds

@@ -1,13 +1,11 @@
 # %% [markdown]
 # # 9. The whole language model by hand
 #
-# Everything is derived. What is left is bookkeeping. We put the mixture of chapter 8
-# into the transformer of chapter 7, write down its backward pass, and train two copies:
-# one by our gradient, one by automatic differentiation. If every derivation is right,
-# their loss curves are *one* curve. Then we ask how far the model is causal, and find a
-# limit that is easy to overlook.
-#
-# The code is `foundation/transformer.py` and `foundation/train_by_hand.py`.
+# What is left is bookkeeping. We put the mixture of chapter 8 into the transformer of
+# chapter 7, write down its backward pass, and train two copies: one by our gradient,
+# one by automatic differentiation. If every derivation is right, their loss curves are
+# *one* curve. Then we ask how far the model is causal, and find a limit that is easy to
+# overlook. The code is `foundation/transformer.py` and `foundation/train_by_hand.py`.
 #
 # ## The model
 # With L blocks, and norm for RMSNorm or LayerNorm:
@@ -44,14 +42,13 @@
 #    With a tied head this is the second contribution, and the two add.
 #
 # At each step the forward pass has left a cache. The caches are taken in reverse order.
-# In the code this is a list, and `reversed(block_caches)`.
 #
 # ## One gradient, every parameter
 
 # %%
-from foundation import parity, transformer
 from foundation import train_by_hand as lesson
-from foundation.lessons.notebook import check, jax, jnp, np, pictures, shown
+from foundation import transformer
+from foundation.lessons.notebook import agree, check, jax, jnp, np, pictures, shown
 
 shown(transformer.model_backward, transformer.block_backward)
 
@@ -67,19 +64,15 @@ by_hand_of, by_autodiff_of = (
 )
 loss, by_hand = by_hand_of(start, inputs, targets, config)
 _, by_autodiff = by_autodiff_of(start, inputs, targets, config)
-error = parity.max_relative_error(by_hand, by_autodiff)
 print(f"loss {loss:.4f}; {len(jax.tree.leaves(by_hand))} arrays of parameters")
-print(f"largest relative difference from autodiff {error:.1e}")
-assert error < 1e-10
+agree("by hand and by autodiff", by_hand, by_autodiff, 1e-10)
 
 # %% [markdown]
 # How large are the gradients? Here is the root mean square of each array of one block,
 # at the start. The matrices of the mixture get less than a seventh of what those of
-# attention get. There are three reasons. Each expert sees only a part of the tokens.
-# Its answer is multiplied by a gate. And its matrices start small, so the product of
-# three of them is tiny. An optimizer that takes steps in proportion to the gradient
-# would hardly move them. Adam divides by the size of each gradient, which is one reason
-# why everybody uses it or a relative of it.
+# attention get: each expert sees only a part of the tokens, its answer is multiplied by
+# a gate, and its matrices start small. Gradient descent would hardly move them. Adam
+# divides by the size of each gradient, one reason why everybody uses it or a relative.
 
 # %%
 for path, gradient in jax.tree_util.tree_leaves_with_path(by_hand["blocks"][1]):
@@ -88,9 +81,8 @@ for path, gradient in jax.tree_util.tree_leaves_with_path(by_hand["blocks"][1]):
 
 # %% [markdown]
 # ## Trained by hand
-# Two copies with one start and the same batches. One follows the hand-derived gradient,
-# the other automatic differentiation. A step that is wrong by a billionth would show,
-# because errors add up over the steps, and a router's choice can flip.
+# Two copies with one start and the same batches. A step that is wrong by a billionth
+# would show, because errors add up over the steps, and a router's choice can flip.
 
 # %%
 STEPS = 50
@@ -120,10 +112,9 @@ pictures.curves(panels, "step", "nats per character", log=(False, True))
 #
 # Then **cut off** the same token and all after it. Now earlier logits do move. The
 # capacity $C = \lceil c\,TK/E \rceil$ depends on the length T. A shorter sequence has
-# fewer slots, so an earlier token may lose its own. The layer is a function of the
-# tokens up to $t$ *and of T*. It is causal at a fixed T. That is enough for training,
-# where all sequences have one length. It would not be enough for writing, where the
-# text grows; so evaluation and writing drop nothing. Chapter 12 tries all texts.
+# fewer slots, so an earlier token may lose its own. The layer is causal *at a fixed T*.
+# That is enough for training, where all sequences have one length, but not for writing,
+# where the text grows; so evaluation and writing drop nothing (chapter 12).
 
 # %%
 tight = transformer.ModelConfig(heads=4, capacity_factor=0.5)
@@ -137,9 +128,7 @@ def logits_of(tokens):
 
 tokens = window[:1, :-1]
 whole, dropped = logits_of(tokens)
-print(
-    f"{100 * dropped:.0f} % of the choices are dropped. Logits before token t move by"
-)
+print(f"{dropped:.0%} of the choices are dropped. Logits before token t move by")
 for t in (4, 8, 16, 24):
     other = (tokens[0, t] + 1) % len(lesson.corpus().alphabet)
     changed, cut = logits_of(tokens.at[0, t].set(other))[0], logits_of(tokens[:, :t])[0]
