@@ -76,9 +76,9 @@ print("|".join(text_of([token]) for token in tokens[:60]))
 # 3. $a$ was used twice, so its gradient is the sum: $d_a = d_y + d_a^{\text{branch}}$.
 # 4. The first equation has the same form: $d_x = d_a + d_x^{\text{branch}}$.
 #
-# The straight way has no factor in it. Through twenty blocks or two hundred, the
-# gradient of the loss reaches the lowest block undiminished. This is why deep models
-# can be trained at all; chapter 3 showed what happens without.
+# The straight way has no factor in it: through two hundred blocks the gradient reaches
+# the lowest one undiminished. This is why deep models can be trained at all; chapter 3
+# showed what happens without.
 
 # %%
 shown(dense.dense_block_forward, dense.dense_block_backward)
@@ -139,9 +139,8 @@ agree("by hand and by jax.grad", by_hand, by_jax, 1e-10)
 # %% [markdown]
 # ## Training
 # A **step** takes four windows of the text, computes the loss and its gradient, and
-# moves every parameter a little against its gradient. How far is decided by the
-# optimizer, here Adam: it divides each gradient by a running mean of its size, so that
-# all parameters move at about the same speed (`foundation/optimizers.py`).
+# moves every parameter a little against it. How far is decided by the optimizer, here
+# Adam (chapter 10), which makes all parameters move at about the same speed.
 #
 # What loss should we expect? A uniform guess among V tokens costs $\ln V$ nats. Who
 # knows only how frequent each token is pays less. Who looks at one token of context
@@ -215,13 +214,13 @@ lines = {
 pictures.curves({"trained by hand": lines}, "step", "nats per token")
 
 # %% [markdown]
-# The training takes less than two minutes on two cores.
+# That takes less than two minutes on two cores.
 #
 # ## Writing
-# To write, we ask for the logits of the next token, choose one, append it, and ask
-# again. Always taking the likeliest gives one fixed text. Drawing from the softmax
-# gives a new one each time; dividing the logits by a **temperature** below 1 first
-# makes the draw more careful. A story ends with its line.
+# Ask for the logits of the next token, choose one, append it, and ask again. Always
+# taking the likeliest gives one fixed text. Drawing from the softmax gives a new one
+# each time; dividing the logits by a **temperature** below 1 first makes the draw more
+# careful. A story ends with its line.
 #
 # Only the two checks above have asked jax for a derivative. Read what the gradients of
 # seven chapters have made of random numbers:
@@ -269,11 +268,11 @@ assert copied < len(sentences) / 2
 
 # %% [markdown]
 # ## What the residual stream carries
-# The head reads the stream after the last block. But the stream has the same D entries
-# everywhere, so we may read it *earlier*: take the upper blocks away, and ask the last
-# norm and the head what they would guess now. Below is the probability of the token
-# that really comes, for a story that the model has not seen. A row is a position, with
-# the token that it has read and the one that comes. A column is a height of the stream.
+# The stream has the same D entries everywhere, so the last norm and the head may read
+# it *earlier*: take the upper blocks away, and ask what they would guess now. Below is
+# the probability of the token that really comes, in a story that the model has not
+# seen. A row is a position, with the token that it has read and the one that comes. A
+# column is a height of the stream.
 #
 # The left column has no block at all: it expects the same token again, and is wrong.
 # Each block adds to the guess. Where a phrase is fixed, the lower blocks know how it

@@ -50,8 +50,8 @@
 # \text{ for } e \in S, \qquad d_{z_e} = 0 \text{ for } e \notin S\;}$$
 #
 # An expert that was not chosen gets nothing: not in its weights, and not in its router
-# column. And the entries of the chosen add up to 0. With K = 2 they are opposite. The
-# router learns only "a little more of this one and less of that one".
+# column. The entries of the chosen add up to 0, so the router learns only "a little
+# more of this one and less of that one".
 #
 # ## Step 4: through the gate, K = 1
 # Here $g = p_s$ with $S = \{s\}$, an entry of the whole softmax. Row $s$ of its
@@ -279,7 +279,7 @@ assert max(loads["bias, rate 0.001"][-1], loads["balance loss"][-1]) < 1.2
 
 # %% [markdown]
 # The larger the rate, the sooner the loads are near their fair share, and the wider
-# they swing around it. A fourth way lets each *expert* choose its tokens: all loads are
+# they swing around it. A third way lets each *expert* choose its tokens: all loads are
 # equal, and chapter 12 shows why such a layer cannot write.
 #
 # | way | has a gradient | sees the choices |

@@ -40,17 +40,15 @@
 #
 # ## Step 3: positions
 # With rotary positions (chapter 6) the key at position $s$ is turned by an angle
-# proportional to $s$. The position of a token does not change when the text grows, so
-# the *turned* key can be kept. But the program now has to know the position of the new
-# token, and this is a favourite place for a mistake. Suppose it is one too high. Scores
-# depend on the *difference* of two positions:
+# proportional to $s$, which does not change when the text grows, so the *turned* key
+# can be kept. But the program has to know the position of the new token, a favourite
+# place for a mistake. Suppose it is one too high. Scores depend on the *difference*:
 #
 # $$\langle R_t q, R_s k\rangle = \langle q, R_{s - t} k\rangle.$$
 #
-# So if *all* positions are one too high, nothing changes at all. If the prompt was read
-# at once with the right positions, and only the new tokens are one off, then new
-# queries see the prompt from one step too far away. The text is a little worse, and no
-# error is raised. The cell below measures both.
+# So if *all* positions are one too high, nothing changes at all. If only those of the
+# new tokens are, they see the prompt from one step too far away. The text is a little
+# worse, and no error is raised. The cell below measures both.
 
 # %%
 from foundation import attention, caching, latent_attention
@@ -183,9 +181,8 @@ assert sum(a.nbytes for a in cache) == 2 * D * 8 * T  # float64
 #   popular for images, which have no future.
 # - **expert**: each expert takes the $C$ tokens that like it most. Perfect balance.
 #
-# The prediction is in the two lines above. "token" passes the test of content and fails
-# the test of length. "choice", "batch" and "expert" fail both. Only "none" and "token,
-# growing" may be cached.
+# So "token" must pass the test of content and fail the test of length; "choice",
+# "batch" and "expert" must fail both. Only "none" and "token, growing" may be cached.
 #
 # ## Step 6: all texts
 # A test with one text can show a leak. It cannot show that there is none. So take *all*

@@ -61,7 +61,7 @@ dense = {
 router = jax.random.normal(keys[3], (D, E)) / D**0.5
 x, d_y = (jax.random.normal(key, (B, T, D)) for key in keys[4:])
 
-h, cache = feed_forward_forward(x, dense["w_gate"], dense["w_in"], dense["w_out"])
+h, cache = feed_forward_forward(x, *dense.values())
 _, _, _, d_w_out = feed_forward_backward(d_y, cache)
 roomy = float(E)
 print("                       |y - h|    router's gradient   sum of the copies")
@@ -73,12 +73,10 @@ for name, top_k, factor in (
 ):
     y, layer = upcycling.upcycled_forward(x, dense, router, top_k, factor)
     _, d_dense, d_router = upcycling.upcycled_backward(d_y, layer)
-    differs = jnp.max(jnp.abs(y - h))
-    largest = jnp.max(jnp.abs(d_router))
-    apart = jnp.max(jnp.abs(d_dense["w_out"] - d_w_out))
+    arrays = (y - h, d_router, d_dense["w_out"] - d_w_out)
+    differs, largest, apart = (jnp.max(jnp.abs(array)) for array in arrays)
     print(f"{name:<20} {differs:9.1e} {largest:16.1e} {apart:18.1e} off")
-    nothing = top_k > 1 and factor == roomy
-    assert (largest < 1e-13) == nothing
+    assert (largest < 1e-13) == (top_k > 1 and factor == roomy)
 
 # %% [markdown]
 # ## Step 4: what breaks it
@@ -88,9 +86,9 @@ for name, top_k, factor in (
 # others are $c$. That is no constant, and the softmax lets it through. It teaches the
 # router to prefer experts with free slots, or to avoid them, by the sign of $c$.
 #
-# So a router's gradient at the start can be large and still be empty of what a router
-# is for. This project refuses to upcycle with K = 1, with undivided gates, and with K =
-# E, where every copy would see the same tokens.
+# So a router's gradient can be large and still be empty of what a router is for. This
+# project refuses to upcycle with K = 1, with undivided gates, and with K = E, where
+# every copy would see the same tokens.
 #
 # ## Step 5: the way out
 # The zero is a point of balance, but not a trap. Let the experts part by a small
@@ -105,11 +103,10 @@ for name, top_k, factor in (
 
 # %%
 copies, _ = upcycling.copy_experts_forward(dense, E)
-direction = {
-    name: jax.random.normal(jax.random.key(10 + i), matrix.shape)
-    / matrix.shape[1] ** 0.5
-    for i, (name, matrix) in enumerate(copies.items())
-}
+direction = {}
+for i, (name, matrix) in enumerate(copies.items()):
+    normal = jax.random.normal(jax.random.key(10 + i), matrix.shape)
+    direction[name] = normal / matrix.shape[1] ** 0.5
 amounts = [10.0**n for n in range(-7, 1)]
 zero = jnp.zeros(())
 lines = {}

@@ -133,10 +133,10 @@ assert abs(jnp.sum(jnp.abs(wrong - p)) / 2 - 233 / 850) < 1e-12  # by hand, in f
 # the large model has given one more law for free, and one more token is drawn from it.
 #
 # Each position follows the rule of step 2, given the text before it. So by induction
-# each token has the law of the large model, given the text before. And the law of a
-# *text* is the product. To check this, take a vocabulary of three tokens and two models
-# that look at one token back. Add up every way to write four tokens: every proposal,
-# every rejection, every replacement, and rounds that end anywhere.
+# each token has the law of the large model, and the law of a *text* is the product. To
+# check this, take three tokens and two models that look at one token back. Add up every
+# way to write four tokens: every proposal, rejection and replacement, and rounds that
+# end anywhere.
 
 # %%
 random = np.random.default_rng(0)

@@ -147,12 +147,11 @@ shown(
 #
 # $$\boxed{\;d_{W_e} = \sum_{\text{rows at } e} \text{row}^\top\, d_{\text{answer}}\;}$$
 #
-# This is the whole gradient of $W_e$. The tokens of *all* ranks came to it, so nothing
-# has to be added up over ranks. A weight that every rank has a copy of is different:
-# there the gradients of all ranks must be summed. This is why a mixture of experts can
-# grow with the number of devices. If each expert exists once, the largest part of the
-# gradient needs no all-reduce. Where experts have copies too, on another axis of the
-# mesh, their copies are summed like any other weight.
+# This is the whole gradient of $W_e$: the tokens of *all* ranks came to it, so nothing
+# has to be added up over ranks. Copies of a weight are different: there the gradients
+# of all ranks must be summed. This is why a mixture of experts can grow with the number
+# of devices. If each expert exists once, the largest part of the gradient needs no
+# all-reduce. (Experts with copies, on another axis of the mesh, are summed as well.)
 #
 # The same on eight simulated devices, with the real exchange: `shard_map` runs one
 # function on each device, with its part of the arrays.
