@@ -1,19 +1,17 @@
 # %% [markdown]
 # # 10. Where a step comes from
 #
-# The chapters so far end with a gradient. Training needs a *step*. Gradient descent
-# takes the gradient itself, times a small number. Adam divides it, entry by entry.
-# Adafactor divides by something cheaper. Muon throws away the singular values. Are
-# these tricks that happen to work? This chapter derives all of them from one question:
+# The chapters so far end with a gradient. Training needs a *step*. Adam divides the
+# gradient, entry by entry. Adafactor divides by something cheaper. Muon throws away the
+# singular values. Tricks that happen to work? All of them follow from one question:
 # **which step is the steepest?** The answer depends on what we call the *size* of a
 # step, and each of these optimizers has its own idea of size.
 #
 # The code is `foundation/steepest.py`, `foundation/adafactor.py` and
 # `foundation/optimizers.py`. The project trains with the same steps, in
 # `moe_jax/training/optimizers/adam.py`, `moe_jax/training/optimizers/adafactor.py` and
-# `moe_jax/training/optimizers/muon.py`. (There Muon has no factor
-# $\sqrt{\max(1, O/I)}$ for a matrix [I, O].) A test holds them against this
-# chapter (`tests/foundation/test_against_production.py`).
+# `moe_jax/training/optimizers/muon.py`; a test compares them. (There Muon has no factor
+# $\sqrt{\max(1, O/I)}$ for a matrix [I, O].)
 #
 # ## Step 1: the question
 # Let $g$ be the gradient of a weight matrix, and $d$ a step. To first order, the loss
@@ -54,10 +52,10 @@
 #
 # ## Step 3: a gradient of a gradient's size
 # There is a neat way to check all three. Let $d(g)$ be the step that *maximises*
-# $\langle g, d\rangle$. For any other gradient $h$, the step $d(g)$ is allowed but
-# maybe not the best, so $\lVert h\rVert_* \ge \langle h, d(g)\rangle$, and for $h = g$
-# both are equal. So the difference, as a function of $h$, has its minimum at $h = g$.
-# Its derivative is 0 there:
+# $\langle g, d\rangle$. For another gradient $h$ it is allowed but maybe not the best,
+# so $\lVert h\rVert_* \ge \langle h, d(g)\rangle$, and for $h = g$ both are equal. So
+# the difference, as a function of $h$, has its minimum at $h = g$, where its derivative
+# is 0:
 #
 # $$\frac{\partial \lVert g\rVert_*}{\partial g} = d(g)$$
 #
@@ -101,23 +99,24 @@ for size in steepest.NORMS:
 # penalty $\lambda w^2/2$ in the loss would be inside: it would be divided by $\sqrt v$
 # too, so weights with large gradients would be decayed less.
 
-# %%
-weights = jnp.zeros(4)
-steady = jnp.array([3.0, -0.001, 0.0, 250.0])
-state = optimizers.adam_init(weights)
-for _ in range(3):
-    weights, state = optimizers.adam_update(steady, state, weights, lr=0.1)
-print("three steps with constant gradients:", np.round(weights, 6))
 
-noise = jax.random.normal(jax.random.key(1), (400, 4))
-weights, state = jnp.zeros(4), optimizers.adam_init(weights)
-sizes = []
-for row in noise:
-    before = weights
-    weights, state = optimizers.adam_update(row, state, weights, lr=0.1)
-    sizes.append(float(jnp.mean(jnp.abs(weights - before))) / 0.1)
-print(f"mean step with pure noise: {np.mean(sizes[100:]):.2f} of the learning rate")
-assert np.mean(sizes[100:]) < 0.4
+# %%
+def path(gradients):
+    """The weights after each step of Adam, from 0."""
+    weights = [jnp.zeros(4)]
+    state = optimizers.adam_init(weights[0])
+    for gradient in gradients:
+        after, state = optimizers.adam_update(gradient, state, weights[-1], lr=0.1)
+        weights.append(after)
+    return jnp.array(weights)
+
+
+steady = path([jnp.array([3.0, -0.001, 0.0, 250.0])] * 3)
+print("three steps with constant gradients:", np.round(steady[-1], 6))
+noise = path(jax.random.normal(jax.random.key(1), (400, 4)))
+size = jnp.mean(jnp.abs(jnp.diff(noise, axis=0))[100:]) / 0.1
+print(f"mean step with pure noise: {size:.2f} of the learning rate")
+assert size < 0.4
 
 # %% [markdown]
 # ## Step 5: Adafactor, or which two vectors
@@ -145,7 +144,7 @@ assert np.mean(sizes[100:]) < 0.4
 # {\text{sum of all}}\;}$$
 #
 # No iteration, no decomposition. And sums of running means are running means of sums,
-# so the two vectors can be kept *instead* of $v$, and nothing is lost on the way.
+# so the two vectors can be kept *instead* of $v$.
 
 # %%
 shown(adafactor.divergence_backward, adafactor.rank_one_fit)
@@ -185,9 +184,8 @@ for i in range(3):
 #
 # **Muon** takes $a = 3.4445$, $b = -4.7750$, $c = 2.0315$, and five steps. The slope at
 # 0 is $a$, so a small value grows by 3.4 in each step, and by almost 500 in five. The
-# price is seen on the left of the picture: values do not converge to 1, but wander
-# between 0.7 and 1.2. For a step that is enough. On the right are the singular values
-# of one matrix. They span a factor of 100 at the start.
+# price is seen on the left of the picture: values wander between 0.7 and 1.2. For a
+# step that is enough. On the right are singular values of one matrix.
 
 # %%
 shown(optimizers.orthogonalize)
@@ -195,12 +193,10 @@ shown(optimizers.orthogonalize)
 # %%
 a, b, c = optimizers.NEWTON_SCHULZ
 s = jnp.linspace(0.0, 1.0, 400)
-mapped = {"before": (s, s)}
-for steps in range(1, 6):
-    previous = mapped[list(mapped)[-1]][1]
-    after = a * previous + b * previous**3 + c * previous**5
-    mapped[f"{steps} step{'s' if steps > 1 else ''}"] = (s, after)
-del mapped["2 steps"], mapped["4 steps"]
+after = [s]
+for _ in range(5):
+    after.append(a * after[-1] + b * after[-1] ** 3 + c * after[-1] ** 5)
+mapped = {f"{n} steps": (s, after[n]) for n in (0, 1, 3, 5)}
 
 g = jax.random.normal(jax.random.key(3), (2, 12, 12))
 U, V = jnp.linalg.qr(g)[0]
@@ -213,24 +209,21 @@ panels = {
         f"number {i + 1}": tracks[:, i] for i in (0, 3, 6, 9, 10, 11)
     },
 }
-axes = ("s, in (0, 1] (left); steps (right)", "singular value")
-pictures.curves(panels, *axes, level=1.0)
+pictures.curves(panels, "s (left), n (right)", "singular value", level=1.0)
 spans = tracks[:, 0] / tracks[:, -1]
 print(f"largest / smallest: {spans[0]:.0f} -> {spans[-1]:.1f}")
 assert spans[-1] < 3.0
 
 # %% [markdown]
 # ## What the norms are good for
-# Which size is the right one? A weight matrix is there to be multiplied with a vector.
-# If $\lVert d\rVert_{\text{spectral}} \le c$, then no input of length 1 sees its
-# output change by more than $c$, whatever the shape of the matrix. That is a promise
-# about the *function* that the layer computes. The root of the sum of squares is at
-# least the spectral norm, so it makes the same promise, but it must take a shorter step
-# to keep it. The largest entry promises nothing of the kind: a 32 x 32 matrix of ones
-# has a largest entry of 1 and a spectral norm of 32. The cell below takes one gradient,
-# scales each of the three steps so that the loss falls equally to first order, and
-# measures the largest change of an output. The spectral step is the gentlest, by
-# construction.
+# A weight matrix is there to be multiplied with a vector. If $\lVert
+# d\rVert_{\text{spectral}} \le c$, then no input of length 1 sees its output change by
+# more than $c$. That is a promise about the *function* that the layer computes. The
+# root of the sum of squares is at least the spectral norm, so it makes the same
+# promise, with a shorter step. The largest entry promises nothing of the kind: a 32 x
+# 32 matrix of ones has a largest entry of 1 and a spectral norm of 32. The cell scales
+# three steps so that the loss falls equally to first order, and measures the largest
+# change of an output. The spectral step is the gentlest, by construction.
 #
 # An embedding table is another matter: a token reads one row, and rows are not mixed.
 # So Muon leaves tables, and vectors such as biases, to Adam.
@@ -292,9 +285,9 @@ assert 0.5 < scaled[-1] / scaled[0] < 2
 # %% [markdown]
 # ## Checked against what?
 # A step has no gradient to compare with. So the table holds it against an **oracle**:
-# an answer that was found in another way. `steepest_step` is compared with the best of
-# all corners of a cube, `rank_one_fit` with an iteration from a random start, and Adam,
-# Muon and Adafactor with formulas that look at the whole history of gradients at once.
+# `steepest_step` against the best of all corners of a cube, `rank_one_fit` against an
+# iteration from a random start, and Adam, Muon and Adafactor against formulas that look
+# at the whole history of gradients at once.
 #
 # ## Exercises
 # In the terminal: `uv run python -m foundation derive divergence`.
