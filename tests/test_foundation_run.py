@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
@@ -102,7 +103,7 @@ TEXTS = ["Once upon a time, the cat's hat wasn't red.",
 
 
 @pytest.mark.parametrize("kind", ["bpe", "byte"])
-def test_the_tokenizer_is_the_run_s(kind: str, tmp_path: Path) -> None:
+def test_the_tokenizer_is_the_run_s(kind: Literal["bpe", "byte"], tmp_path: Path) -> None:
     documents = open_corpus(DataConfig(stories=200)).documents("train")
     real = train_tokenizer(DataConfig(tokenizer=kind, vocab_size=400), documents)
     real.save(tmp_path / "tokenizer.json")
