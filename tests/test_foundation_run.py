@@ -25,6 +25,7 @@ from moe_jax.data.corpora import open_corpus
 from moe_jax.data.tokenizers import train_tokenizer
 from moe_jax.inference.generate import TextGenerator
 from moe_jax.inference.sampling import Sampling
+from moe_jax.runs.arrays import SafetensorsWriter
 from moe_jax.runs.load import open_run
 from moe_jax.training.evaluate import evaluate, make_evaluation_step
 from tests.support import saved_run, short_form
@@ -152,6 +153,16 @@ def test_damaged_weights_are_said_in_one_line(damage: bytes, tmp_path: Path) -> 
     with pytest.raises(Problem) as caught:
         weights.parameters_of(weights.read_safetensors(path), {"width": 2, "layers": 1, "tied_head": True})
     assert "\n" not in str(caught.value)
+
+
+def test_bfloat16_is_read_exactly(tmp_path: Path) -> None:
+    """Runs that are imported or trained in bfloat16 have such weights."""
+    values = jax.random.normal(jax.random.key(0), (5, 3), "bfloat16")
+    with SafetensorsWriter(tmp_path / "weights.safetensors", {"head": values}) as file:
+        file.add(np.asarray(values))
+    found = weights.read_safetensors(tmp_path / "weights.safetensors")
+    assert found["head"].dtype == np.float64
+    np.testing.assert_array_equal(found["head"], np.asarray(values, np.float64))
 
 
 def test_what_is_not_derived_is_refused() -> None:

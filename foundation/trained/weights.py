@@ -6,8 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load
+from safetensors import SafetensorError, safe_open
 
 from foundation.positions import ROPE_BASE, slowed_pairs
 from foundation.trained import Problem
@@ -40,7 +39,8 @@ def read_safetensors(path: Path) -> dict[str, np.ndarray]:
     Raises Problem where the file is missing, is no whole safetensors file, or holds quantised weights.
     """
     try:
-        arrays = load(path.read_bytes())
+        with safe_open(path, "flax") as file:  # "numpy" does not know bfloat16
+            arrays = {name: np.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
     except OSError as error:
         raise Problem(f"{path}: cannot be read ({error.strerror}); give the folder of a finished run") from None
     except SafetensorError as error:
