@@ -31,12 +31,9 @@
 # compares. It is not about right, it is equal.
 
 # %%
-import os
 import time
-from functools import partial
 
-from foundation import costs
-from foundation.feed_forward import feed_forward_backward, feed_forward_forward
+from foundation import costs, feed_forward
 from foundation.lessons.notebook import check, jax, jnp, np, pictures, shown
 
 shown(costs.step_flops)
@@ -100,14 +97,13 @@ for n in (512, 1_024, 2_048):
     found[f"n = {n}"] = (n / 6, 2 * n**3 / seconds(lambda A=A: product(A, A)))
 rate = max(speed for _, speed in found.values())
 bandwidth = max(speed / intensity for intensity, speed in found.values())
-print(os.cpu_count(), "processors,", end=" ")
 print(f"{rate / 1e9:.0f} GFLOP/s, {bandwidth / 1e9:.0f} GB/s", end=", ")
 print(f"as fast as each other at {rate / bandwidth:.0f} FLOP a byte")
 for name, (intensity, speed) in found.items():
     most = intensity / costs.least_time(intensity, 1, rate, bandwidth)
     print(f"{name:<12} {intensity:8.2f} FLOP/byte {speed / 1e9:8.1f} GFLOP/s", end=" ")
     print(f"{speed / most:5.0%} of the roof")
-places = np.logspace(-1.2, 2.7, 60)
+places = np.array([0.1, rate / bandwidth, 400])
 roof = [i / costs.least_time(i, 1, rate, bandwidth) for i in places]
 measured = tuple(zip(*found.values(), strict=True))
 pictures.curves(
@@ -116,6 +112,7 @@ pictures.curves(
     ylabel="FLOP/s",
     log=True,
     log_x=10,
+    markers=True,
 )
 
 # %% [markdown]
@@ -141,11 +138,7 @@ shown(costs.steps_traffic, costs.least_time)
 # %%
 n = 1_024
 A, B = numbers(n, n), numbers(n, n)
-
-
-@partial(jax.jit, donate_argnums=0)
-def one_step(C, columns, rows):
-    return C + columns @ rows
+one_step = jax.jit(lambda C, columns, rows: C + columns @ rows, donate_argnums=0)
 
 
 def in_steps(block):
@@ -184,10 +177,9 @@ assert jnp.max(jnp.abs(in_steps(64) - A @ B)) < 1e-2
 T, D, F = 1_024, 512, 1_536
 weights = [numbers(*shape) for shape in ((D, F), (D, F), (F, D))]
 x, d_y = numbers(T, D), numbers(T, D)
-forward = jax.jit(lambda x, *w: feed_forward_forward(x, *w)[0])
-both = jax.jit(
-    lambda x, d_y, *w: feed_forward_backward(d_y, feed_forward_forward(x, *w)[1])
-)
+there, back = feed_forward.feed_forward_forward, feed_forward.feed_forward_backward
+forward = jax.jit(lambda x, *w: there(x, *w)[0])
+both = jax.jit(lambda x, d_y, *w: back(d_y, there(x, *w)[1]))
 one = seconds(lambda: forward(x, *weights))
 whole = seconds(lambda: both(x, d_y, *weights)[0])
 flops = 6 * 3 * D * F * T
