@@ -1,8 +1,8 @@
 """A bug is planted in one function of foundation. Find it from the table.
 
     python -m foundation hunt                     plants a bug, and prints the
-                                                  table with it: about a
-                                                  minute on two free cores
+                                                  table with it: one to two
+                                                  minutes on two free cores
     python -m foundation hunt 7                   the same with a bug of an
                                                   operation up to chapter 7,
                                                   and these rows alone
