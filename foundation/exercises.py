@@ -17,6 +17,7 @@ import math
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -109,9 +110,10 @@ def _find(number: object) -> Exercise | None:
     return EXERCISES.get(str(number))
 
 
-def by_number(expected: float) -> Judge:
-    """Right where the answer is this number: exactly for an int, else to four digits."""
-    tolerance = 1e-9 if isinstance(expected, int) else FOUR_DIGITS
+def by_number(solution: float | Fraction) -> Judge:
+    """Right where the answer is this number: exactly for an int or a fraction, else to four digits."""
+    tolerance = 1e-9 if isinstance(solution, int | Fraction) else FOUR_DIGITS
+    expected = float(solution)
 
     def judge(answer: Any) -> str:
         try:

@@ -1,10 +1,11 @@
 """A right answer to each exercise, and likely mistakes. The questions and the hints are in `exercises.toml`.
 
-A whole number must be met exactly, another one to four digits.
+A whole number or a fraction must be met exactly, another number to four digits.
 """
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -83,7 +84,7 @@ def _kl_gradient(z: Array, q: Array) -> Array:
     return p * (ratio - jnp.sum(p * ratio))
 
 
-SOLUTIONS: dict[str, float | Callable[..., Any]] = {
+SOLUTIONS: dict[str, float | Fraction | Callable[..., Any]] = {
     "0.1": 300,
     "0.2": lambda A, d_y: A.T @ d_y,
     "0.3": 0.01,
@@ -141,18 +142,18 @@ SOLUTIONS: dict[str, float | Callable[..., Any]] = {
     "17.1": 1,
     "17.2": 4,
     "17.3": lambda x, s: x / jnp.abs(s) - jnp.floor(x / jnp.abs(s)),
-    "18.1": 4.5,
+    "18.1": Fraction(9, 2),
     "18.2": lambda x, q, d_y: jnp.sum(x * (d_y @ q.T), axis=0),
-    "18.3": -0.3,
+    "18.3": Fraction(-3, 10),
     "19.1": 8,
     "19.2": lambda d_y: jnp.cumsum(d_y[::-1], axis=0)[::-1],
-    "19.3": 187.5,
+    "19.3": Fraction(375, 2),
     "19.4": _gated_in_parts,
     "19.5": 38.5,
     "20.1": 4,
     "20.2": 2.8 / 4 / math.log(2.0),
     "20.3": _unigram_bits,
-    "21.1": 0.75,
+    "21.1": Fraction(3, 4),
     "21.2": _bonus_gradient,
     "21.3": lambda z, q: softmax(z) - softmax(q),
 }

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -232,3 +233,10 @@ def test_a_number_is_judged_relatively() -> None:
     assert judge(2.0**-19)
     assert judge(0.0)
     assert judge(math.nan)
+
+
+@pytest.mark.parametrize("solution", [187, Fraction(375, 2)])
+def test_a_whole_number_and_a_fraction_are_met_exactly(solution: int | Fraction) -> None:
+    judge = exercises.by_number(solution)
+    assert not judge(float(solution))
+    assert judge(1.0005 * float(solution)), "four digits are not enough"
