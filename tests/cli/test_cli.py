@@ -243,3 +243,8 @@ def test_a_copied_folder_is_resumed_where_it_lies(tmp_path: Path, monkeypatch: p
     config, start = _settings(["--out", "copy", "--resume"])
     assert start.saved is not None
     assert (config.run_dir, start.saved.run_dir) == ("copy", "copy")
+
+
+def test_of_a_flag_given_twice_the_last_counts() -> None:
+    config, _ = _settings(["--preset", "seed-158m", "--preset=story-cpu", "--data", "stories", "--out", "nowhere"])
+    assert config.model == preset("story-cpu").model

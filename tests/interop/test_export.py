@@ -134,6 +134,8 @@ def test_the_class_of_each_kind_of_model(changes: dict, routing: dict, class_nam
     found = architecture_of(dataclasses.replace(start, **changes).with_routing(**routing))
     assert (found.class_name, found.gguf) == (class_name, gguf)
     assert bool(found.gguf_problem) == (gguf is None)
+    if gguf is None and "top_k" in routing:
+        assert found.gguf_problem.startswith("--routing.top-k 1")
 
 
 @pytest.mark.parametrize(
