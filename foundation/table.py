@@ -69,12 +69,8 @@ def rows(checks: Iterable[AnyCheck], run: Callable[[AnyCheck], Outcome] = run) -
 
 def row(outcome: Outcome) -> str:
     """One line of the table."""
-    autodiff = "" if outcome.autodiff is None else f"{outcome.autodiff:.1e}"
-    finite = (
-        ("at a tie" if outcome.oracle is None else "")
-        if outcome.finite_difference is None
-        else f"{outcome.finite_difference:.1e}"
-    )
-    oracle = "" if outcome.oracle is None else f"{outcome.oracle:.1e}"
+    autodiff, finite, oracle = ("" if error is None else f"{error:.1e}" for error in outcome[1:4])
+    if not finite and not oracle:
+        finite = "at a tie"
     verdict = "FAILED" if not outcome.passed else "0 = 0" if outcome.zeros else "ok"
     return f"{outcome.name:<{NAME}} {autodiff:>8} {finite:>11} {oracle:>7} {verdict}"

@@ -5,7 +5,6 @@ first wrong entry, its index, the ratio, and what such a ratio usually means.
 Exits 1 until the derivation is right.
 """
 
-import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -142,7 +141,3 @@ def _judge(operation: str, challenge: Challenge, answer_of: Callable[..., Any]) 
             return False
         print(f"{named:<50} ok", flush=True)
     return True
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"hunt {arguments.chapter}: no operation to plant a bug in; {known}", file=sys.stderr)
         return 2
     score = read_score(arguments.folder)
-    bug = _hunted(score)
+    bug = next((bug for bug in HUNTED if scrambled(bug.name) == score["hunt"]["planted"]), None)
     if arguments.answer is None and arguments.look is None and not arguments.give_up:
         return _begin(arguments, score, operations, bug)
     if bug is None:
@@ -68,10 +68,6 @@ def main(argv: list[str] | None = None) -> int:
 def scrambled(text: str) -> str:
     """A text, so that a glance at the score file does not give it away."""
     return base64.b64encode(text.encode()[::-1]).decode()
-
-
-def _hunted(score: dict[str, Any]) -> Bug | None:
-    return next((bug for bug in HUNTED if scrambled(bug.name) == score["hunt"]["planted"]), None)
 
 
 def _up_to(chapter: str | None) -> tuple[str, ...]:

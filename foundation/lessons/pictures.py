@@ -5,11 +5,13 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.colors import ListedColormap
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import ArrayLike
 
 COLOURS = ("#1f5fa8", "#c8553d", "#3f7d4e", "#8a5aa8", "#b07d2b", "#51607a")
 Curve = ArrayLike | tuple[ArrayLike, ArrayLike]
+plt.rcParams |= {"figure.constrained_layout.use": True, "legend.framealpha": 0.85, "legend.edgecolor": "none"}
 
 
 def heatmaps(
@@ -30,22 +32,17 @@ def heatmaps(
     arrays = {title: np.asarray(matrix) for title, matrix in panels.items()}
     bound = max(float(np.max(np.abs(a))) for a in arrays.values()) or 1.0
     figure, axes = plt.subplots(1, len(arrays), figsize=(min(11.0, 3.6 * len(arrays) + 1), height), squeeze=False)
-    figure.set_layout_engine("constrained")
-    image = None
     for ax, (title, matrix) in zip(axes[0], arrays.items(), strict=True):
         low, cmap = (-bound, "RdBu_r") if diverging else (0.0, "Blues")
-        image = ax.imshow(matrix, cmap=cmap, vmin=low, vmax=bound, aspect="auto")
+        ax.imshow(matrix, cmap=cmap, vmin=low, vmax=bound, aspect="auto")
         ax.set(title=title, xlabel=xlabel)
-        if columns:
-            ax.set_xticks(range(matrix.shape[1]), columns)
-        else:
-            ax.set_xticks(range(0, matrix.shape[1], 1 + matrix.shape[1] // 12))
-        ax.set_yticks(range(matrix.shape[0]), rows if rows else [str(i) for i in range(matrix.shape[0])])
+        few = 1 if columns else 1 + matrix.shape[1] // 12
+        ax.set_xticks(range(0, matrix.shape[1], few), columns)
+        ax.set_yticks(range(matrix.shape[0]), rows)
         if numbers:
             _write_numbers(ax, matrix, numbers, bound, None if bold is None else np.asarray(bold[title]))
     axes[0][0].set_ylabel(ylabel)
-    if image is not None:
-        figure.colorbar(image, ax=axes[0].tolist(), shrink=0.85)
+    figure.colorbar(axes[0][0].images[0], ax=axes[0].tolist(), shrink=0.85)
     plt.show()
 
 
@@ -67,8 +64,7 @@ def curves(
     log_x: int = 0,
 ) -> None:
     """Panels side by side. A curve is its heights, or (places, heights). `level` is drawn dashed, `log_x` is a base."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(min(11.0, 5.6 * len(panels) + 1), 3.9), squeeze=False)
-    figure.set_layout_engine("constrained")
+    _, axes = plt.subplots(1, len(panels), figsize=(min(11.0, 5.6 * len(panels) + 1), 3.9), squeeze=False)
     logs = [log] * len(panels) if isinstance(log, bool) else list(log)
     for ax, (title, lines), is_log in zip(axes[0], panels.items(), logs, strict=True):
         for colour, (label, curve) in zip(COLOURS * 3, lines.items(), strict=False):
@@ -83,7 +79,7 @@ def curves(
         ax.set(title=title, xlabel=xlabel)
         ax.grid(alpha=0.25)
         if any(lines):
-            ax.legend(framealpha=0.85, edgecolor="none", fontsize=9)
+            ax.legend(fontsize=9)
         if not log_x:
             ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes[0][0].set_ylabel(ylabel)
@@ -140,7 +136,7 @@ def _arrow(ax: Any, start: tuple[float, float], end: tuple[float, float], label:
 
 def plane(values: ArrayLike, points: Sequence[tuple[float, float, float]], title: str) -> None:
     """A net's output over a square, and the points that it learned: (x, y, target)."""
-    figure, ax = plt.subplots(figsize=(5.4, 4.2), layout="constrained")
+    figure, ax = plt.subplots(figsize=(5.4, 4.2))
     image = ax.imshow(np.asarray(values), extent=(-0.5, 1.5, -0.5, 1.5), cmap="RdBu_r", vmin=0, vmax=1)
     for x, y, target in points:
         ax.plot(x, y, "o", ms=11, mfc=COLOURS[1] if target else COLOURS[0], mec="white", mew=1.8)
@@ -151,7 +147,7 @@ def plane(values: ArrayLike, points: Sequence[tuple[float, float, float]], title
 
 def points(places: ArrayLike, labels: Sequence[str], red: ArrayLike, line: float, xlabel: str, ylabel: str) -> None:
     """Labelled points of two colours, and a dashed line at one place of the x axis."""
-    _, ax = plt.subplots(figsize=(5.2, 4), layout="constrained")
+    _, ax = plt.subplots(figsize=(5.2, 4))
     for (x, y), label, is_red in zip(np.asarray(places), labels, np.asarray(red), strict=True):
         ax.plot(x, y, "o", ms=12, color=COLOURS[1] if is_red else COLOURS[0])
         ax.annotate(label, (x, y), textcoords="offset points", xytext=(8, 6))
@@ -169,47 +165,36 @@ def triangles(
     `rows` holds (title, label) of the upper and the lower squares. Blue is allowed: the output comes at the changed
     place or after it. Red is a leak. In the lower squares, the outputs that were cut away are grey.
     """
-    figure, axes = plt.subplots(2, len(columns), figsize=(11, 4.9), squeeze=False)
-    figure.set_layout_engine("constrained")
+    _, axes = plt.subplots(2, len(columns), figsize=(11, 4.9), squeeze=False)
+    white_blue_red_grey = ListedColormap(["white", "#9ec4ed", "#c7543d", "#e0e0e0"])
     for column, (name, pair) in enumerate(columns.items()):
         for row, moved in enumerate(map(np.asarray, pair)):
             ax, size = axes[row, column], len(moved)
             down, across = np.indices(moved.shape)
-            earlier = across < down if row == 0 else across <= down
-            colours = np.full((*moved.shape, 3), 1.0)
-            colours[moved & ~earlier] = (0.62, 0.77, 0.93)
-            colours[moved & earlier] = (0.78, 0.33, 0.24)
-            if row == 1:
-                colours[~earlier] = 0.88
-            ax.imshow(colours)
-            ax.set_xticks(np.arange(size))
-            ax.set_yticks(np.arange(size), [str(i + row) for i in range(size)])
-            ax.set_xticks(np.arange(size + 1) - 0.5, minor=True)
-            ax.set_yticks(np.arange(size + 1) - 0.5, minor=True)
-            ax.grid(which="minor", color="#999", lw=0.6)
-            ax.tick_params(which="both", length=0)
+            earlier = across < down + row
+            colours = np.where(earlier, 2 * moved, 3 if row == 1 else moved)
+            ax.pcolormesh(colours, cmap=white_blue_red_grey, vmin=0, vmax=3, edgecolors="#999", lw=0.6)
+            ax.set_xticks(np.arange(size) + 0.5, range(size))
+            ax.set_yticks(np.arange(size) + 0.5, range(row, size + row))
+            ax.tick_params(length=0)
+            ax.invert_yaxis()
             title, label = rows[row]
             ax.set_title(f"{name}: {title}", fontsize=9)
-            if column == 0:
-                ax.set_ylabel(label)
-            if row == 1:
-                ax.set_xlabel("output")
+            ax.set(aspect="equal", xlabel="output" if row == 1 else "", ylabel="" if column else label)
     plt.show()
 
 
 def stacked(panels: Mapping[str, Mapping[str, ArrayLike]], outline: Mapping[str, ArrayLike], xlabel: str) -> None:
     """For each panel bars that stand on each other, and over them the panel's outline as a line of steps."""
-    figure, axes = plt.subplots(1, len(panels), figsize=(11, 3.9), sharey=True, squeeze=False)
-    figure.set_layout_engine("constrained")
+    _, axes = plt.subplots(1, len(panels), figsize=(11, 3.9), sharey=True, squeeze=False)
     for ax, (title, parts) in zip(axes[0], panels.items(), strict=True):
-        bottom = np.zeros(len(np.asarray(next(iter(parts.values())))))
+        line = np.asarray(outline[title])
+        bottom, edges = np.zeros(len(line)), np.arange(len(line) + 1) - 0.5
         for colour, (name, heights) in zip(COLOURS, parts.items(), strict=False):
             ax.bar(range(len(bottom)), np.asarray(heights), 0.7, bottom=bottom, color=colour, alpha=0.75, label=name)
             bottom = bottom + np.asarray(heights)
-        line = np.asarray(outline[title])
-        ax.step(np.arange(len(line) + 1) - 0.5, [*line, line[-1]], where="post", color="#223", lw=1.4, label="draft, q")
-        ax.set(title=title, xlabel=xlabel)
-        ax.set_xticks(range(len(bottom)))
-        ax.legend(framealpha=0.85, edgecolor="none", fontsize=9)
+        ax.stairs(line, edges, baseline=None, color="#223", lw=1.4, label="draft, q")
+        ax.set(title=title, xlabel=xlabel, xticks=range(len(line)))
+        ax.legend(fontsize=9)
     axes[0][0].set_ylabel("probability")
     plt.show()

@@ -52,10 +52,18 @@ class Trained(NamedTuple):
 
 
 def open_run(folder: Path) -> Trained:
-    """The run at its best checkpoint. Raises Problem, in one line."""
+    """The run at its best checkpoint.
+
+    Raises Problem, in one line: also where the run's model, or its loss, is another one than what is computed here.
+    """
     settings, summary = _json(folder / "config.json"), _json(folder / "summary.json")
     try:
-        _refuse_tuned(folder, settings)
+        if settings["data"].get("format", "text") != "text":
+            what = "is tuned on conversations, and its loss counts the answers only"
+            raise Problem(f"{folder}: {what}; choose a run that was trained on a text")
+        if settings["train"].get("lora_rank"):
+            what = "its weights are a model and adapters, which foundation does not add"
+            raise Problem(f"{folder}: {what}; choose a run without adapters")
         checkpoint = _checkpoint(folder, summary.get("best_step"))
         model, routing = settings["model"], settings["model"].get("routing") or settings["routing"]
         config = config_of(model, routing)
@@ -65,20 +73,6 @@ def open_run(folder: Path) -> Trained:
         return Trained(params, config, vocabulary, model["seq_len"], int(checkpoint.name[5:]), trained_on, summary)
     except (KeyError, ValueError, TypeError, AttributeError) as error:
         raise Problem(f"{folder}: config.json or a manifest is damaged ({error}); take it from the run again") from None
-
-
-def _refuse_tuned(folder: Path, settings: dict[str, Any]) -> None:
-    """Raises Problem for a run whose model or whose loss is another one than what is computed here."""
-    if settings["data"].get("format", "text") != "text":
-        raise Problem(
-            f"{folder}: is tuned on conversations, and its loss counts the answers only; choose a run that was trained "
-            "on a text"
-        )
-    if settings["train"].get("lora_rank"):
-        raise Problem(
-            f"{folder}: its weights are a model and adapters, which foundation does not add; choose a run without "
-            "adapters"
-        )
 
 
 def _checkpoint(folder: Path, step: object) -> Path:
@@ -164,16 +158,16 @@ def main(argv: list[str] | None = None) -> int:
 def report(arguments: argparse.Namespace) -> int:
     """Computes, prints, and returns the exit status."""
     run = open_run(arguments.folder)
-    own_text = arguments.text is not None
-    if own_text:
+    theirs = None
+    if arguments.text is not None:
         stream = text_stream(arguments.text, run.vocabulary)
     else:
         stream = stored_stream(arguments.folder, run.trained_on)
+        theirs = run.summary.get("val_loss") if run.summary.get("val_whole_stream") else None
     parameters = sum(leaf.size for leaf in jax.tree.leaves(run.params))
     print(f"{arguments.folder}, step {run.step}: {parameters:,} parameters, float64, by the hand-derived code")
     loss = validation_loss(run, stream)
     print(f"\nloss of {len(stream) - 1:,} tokens       {loss:.10f} nats per token")
-    theirs = run.summary.get("val_loss") if not own_text and run.summary.get("val_whole_stream") else None
     difference, right = None, True
     if theirs is None:
         print("summary.json has no loss of this text to compare with")

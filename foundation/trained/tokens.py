@@ -44,10 +44,8 @@ def read_vocabulary(path: Path) -> Vocabulary:
         if kind == "gpt2":
             return _gpt2()
         if kind == "hf":
-            raise Problem(
-                f"{path}: an imported tokenizer, which foundation does not read; choose a run with --tokenizer bpe, "
-                "byte or gpt2"
-            )
+            what = "an imported tokenizer, which foundation does not read"
+            raise Problem(f"{path}: {what}; choose a run with --tokenizer bpe, byte or gpt2")
         raise ValueError(f"unknown kind {kind}")
     except OSError as error:
         raise Problem(f"{path}: cannot be read ({error.strerror}); give the folder of a run") from None

@@ -19,11 +19,9 @@ SHAPES = {
 """Settings that the arrays show by their names and shapes."""
 READ = {
     *("seq_len", "layers", "heads", "experts", "dense", "norm", "norm_eps", "positions", "rope_theta", "rope_scaling"),
-    *("tied_head", "scaled_embedding", "routing", "top_k", "renormalise_gates"),
+    *("tied_head", "scaled_embedding", "routing", "top_k", "renormalise_gates", "balancing"),
 }
-"""Settings that this package computes with."""
-REFUSED = {"balancing"}
-"""A setting for which one value only has been derived. `config_of` refuses the others."""
+"""Settings that this package computes with. `config_of` refuses the values that it has not derived."""
 ONLY_TRAINING = {
     *("tie_value_output_init", "zero_init_residual", "dropout", "attention_dropout"),
     *("capacity_factor", "device_capacity_factor", "dispatch"),
@@ -56,16 +54,14 @@ def config_of(model: dict[str, Any], routing: dict[str, Any]) -> ModelConfig:
 
     Raises Problem for what this package has not derived, and for every setting that it does not know.
     """
-    unknown = sorted({*model, *routing} - SHAPES - READ - REFUSED - ONLY_TRAINING - EARLIER)
+    unknown = sorted({*model, *routing} - SHAPES - READ - ONLY_TRAINING - EARLIER)
     if unknown:
         raise Problem(
             f"config.json sets {', '.join(unknown)}, which foundation does not know, so it could compute another "
             "model; choose a run without it, or name the setting in foundation/trained/weights.py"
         )
     if routing.get("balancing", "loss") != "loss":
-        raise Problem(
-            "the run balances by a bias, which foundation has not derived; train with --set routing.balancing=loss"
-        )
+        raise Problem("the run balances by a bias, which is not derived; train with --set routing.balancing=loss")
     if routing.get("eval_capacity_factor", 0.0) > 0:
         raise Problem("the run drops tokens in evaluation, which is not the loss of all tokens; choose another run")
     dense = model.get("dense", "none") != "none"
@@ -91,16 +87,12 @@ def _slowed(model: dict[str, Any]) -> tuple[float, ...]:
     if scaling["rope_type"] == "linear":
         return (1.0 / scaling["factor"],)
     if scaling["rope_type"] != "llama3":
-        raise Problem(
-            f"the run has a rotation of kind {scaling['rope_type']}, which foundation has not derived; choose "
-            "a run with the kind linear or llama3, or with none"
-        )
+        kind = f"the run has a rotation of kind {scaling['rope_type']}, which foundation has not derived"
+        raise Problem(f"{kind}; choose a run with the kind linear or llama3, or with none")
     width = model.get("head_size") or model["width"] // model["heads"]
-    low, high, trained = (
-        scaling[name] for name in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    )
-    slowed = slowed_pairs(width, scaling["factor"], trained, model.get("rope_theta", ROPE_BASE), low, high)
-    return tuple(map(float, slowed))
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    trained, base = scaling["original_max_position_embeddings"], model.get("rope_theta", ROPE_BASE)
+    return tuple(map(float, slowed_pairs(width, scaling["factor"], trained, base, low, high)))
 
 
 def parameters_of(arrays: dict[str, np.ndarray], model: dict[str, Any]) -> dict:
@@ -133,15 +125,12 @@ def parameters_of(arrays: dict[str, np.ndarray], model: dict[str, Any]) -> dict:
 
 def block_of(block: dict) -> dict:
     """The arrays of one block, renamed."""
-    attention: dict = {name: {"kernel": block["attention"][name]} for name in ("qkv", "out")}
+    given, ffn = block["attention"], block["ffn"]
+    attention: dict = {name: given[name] for name in ("query_norm", "key_norm") if name in given}
     for name in ("qkv", "out"):
-        if f"{name}_bias" in block["attention"]:
-            attention[name]["bias"] = block["attention"][f"{name}_bias"]
-    attention |= {name: block["attention"][name] for name in ("query_norm", "key_norm") if name in block["attention"]}
-    ffn = block["ffn"]
-    if "router" in ffn:
-        moe = {"router": ffn["router"], **ffn["experts"]}
-    else:
-        moe = {"router": jnp.zeros((ffn["experts"]["w_in"].shape[1], 1)), **ffn["experts"]}
+        bias = f"{name}_bias"
+        attention[name] = {"kernel": given[name]} | ({"bias": given[bias]} if bias in given else {})
+    no_choice = jnp.zeros((ffn["experts"]["w_in"].shape[1], 1))
+    moe = {"router": ffn.get("router", no_choice), **ffn["experts"]}
     moe |= {name: ffn[name] for name in ("shared", "shared_gate") if name in ffn}
     return {"norm1": block["attention_norm"], "attention": attention, "norm2": block["ffn_norm"], "moe": moe}
