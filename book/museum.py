@@ -5,8 +5,7 @@ import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
-from foundation.challenges.bugs import BUGS
-from foundation.challenges.planting import Bug
+from foundation.challenges.planting import BUGS, Bug
 
 
 class Sighting(NamedTuple):

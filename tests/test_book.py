@@ -11,7 +11,7 @@ import pytest
 
 from book import museum
 from book.build import PAGES, ROOT, broken_links, sidebar_of_chapters
-from foundation.challenges.bugs import BUGS
+from foundation.challenges.planting import BUGS
 from foundation.chapters import CHAPTERS, PATH
 
 

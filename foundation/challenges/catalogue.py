@@ -4,12 +4,10 @@ The standard library alone, so that a wrong name is answered at once.
 """
 
 import inspect
-import re
 from dataclasses import dataclass
-from pathlib import Path
 from types import FunctionType
 
-from foundation.challenges.planting import function_at
+from foundation.challenges.planting import function_at, stanzas
 
 
 class Unusable(Exception):
@@ -42,15 +40,12 @@ class Challenge:
         return [line for line in lines if line.endswith("= cache")]
 
 
-_HINTS = Path(__file__).with_name("hints.txt").read_text(encoding="utf-8")
-"""An operation's module and name, and below them its hints."""
-
-
-def _challenge(lines: str) -> Challenge:
-    place, *hints = lines.splitlines()
+def _challenge(stanza: str) -> Challenge:
+    """From an operation's module and name, and below them its hints."""
+    place, *hints = stanza.splitlines()
     module, name = place.split(".")
     return Challenge(module, name, tuple(hint.strip() for hint in hints))
 
 
-CHALLENGES = {challenge.name: challenge for challenge in map(_challenge, re.split(r"\n(?=\S)", _HINTS.strip()))}
+CHALLENGES = {challenge.name: challenge for challenge in map(_challenge, stanzas("hints.txt"))}
 """The challenge of each operation."""

@@ -47,7 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     if _shown(read_score(folder), operation) < len(challenge.hints):
         print(f"\nThe next hint: uv run python -m foundation check {arguments.operation} --hint")
     else:
-        print(f"\nAll hints are given. {_chapter_of(operation)}")
+        chapter = next(chapter for chapter in CHAPTERS if operation in chapter.operations)
+        where = f"in chapter {chapter.number}: foundation/notebooks/{chapter.stem}.ipynb"
+        print(f"\nAll hints are given. The derivation is {where}")
     return 1
 
 
@@ -56,12 +58,6 @@ def _derived(done: list[str]) -> str:
     left = [name for chapter in CHAPTERS for name in chapter.operations if name in CHALLENGES and name not in done]
     so_far = f"Derived so far: {len(CHALLENGES) - len(left)} of {len(CHALLENGES)}."
     return so_far + (f"\nThe next one: uv run python -m foundation derive {left[0]}" if left else "")
-
-
-def _chapter_of(operation: str) -> str:
-    """Where the derivation stands."""
-    chapter = next(chapter for chapter in CHAPTERS if operation in chapter.operations)
-    return f"The derivation is in chapter {chapter.number}: foundation/notebooks/{chapter.stem}.ipynb"
 
 
 def _shown(score: dict[str, Any], operation: str) -> int:

@@ -1,18 +1,7 @@
 """A bug is planted in one function of foundation. Find it from the table.
 
-    python -m foundation hunt                     plants a bug, and prints the
-                                                  table with it: one to two
-                                                  minutes on two free cores
-    python -m foundation hunt 7                   the same with a bug of an
-                                                  operation up to chapter 7,
-                                                  and these rows alone
-    python -m foundation hunt --look OPERATION    the first wrong entry of each
-                                                  result, in the failing cases
-    python -m foundation hunt --answer FUNCTION   your answer, such as
-                                                  softmax_backward
-    python -m foundation hunt --give-up           says which it was
-
-`--seed N` plants the same bug for everybody who gives the same N and chapter.
+The table with it takes one to two minutes on two free cores. With a CHAPTER,
+as in `python -m foundation hunt 7`, only the rows up to it are printed.
 
 No file is changed: the bug lives in the process that prints the table. Only its
 name is kept, scrambled, in the score file of your folder, with the hunts that
@@ -27,10 +16,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from foundation.challenges.bugs import BUGS
 from foundation.challenges.derive import parser_of
 from foundation.challenges.folder import read_score, write_score
-from foundation.challenges.planting import Bug, planted
+from foundation.challenges.planting import BUGS, Bug, planted
 from foundation.chapters import CHAPTERS, OPERATIONS, unknown
 
 HUNTED = [bug for bug in BUGS if bug.seen_in_the_table]
@@ -40,10 +28,10 @@ def main(argv: list[str] | None = None) -> int:
     """Exit status 0, 1 for a wrong answer or no hunt, 2 for an unknown name."""
     parser = parser_of("hunt", __doc__)
     parser.add_argument("chapter", nargs="?", metavar="CHAPTER", help="only bugs of operations up to this chapter")
-    parser.add_argument("--seed", type=int, help="the same bug for all who give this number; without it any")
-    parser.add_argument("--look", metavar="OPERATION", help="what is wrong in the cases of an operation")
-    parser.add_argument("--answer", metavar="FUNCTION", help="where you think the bug is")
-    parser.add_argument("--give-up", action="store_true", help="end the hunt")
+    parser.add_argument("--seed", type=int, help="the same bug for all who give this number and chapter")
+    parser.add_argument("--look", metavar="OPERATION", help="the first wrong entry of each result")
+    parser.add_argument("--answer", metavar="FUNCTION", help="where it is, such as softmax_backward")
+    parser.add_argument("--give-up", action="store_true", help="say which it was")
     arguments = parser.parse_args(argv)
     operations = _up_to(arguments.chapter)
     if not operations:

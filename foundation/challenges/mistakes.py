@@ -15,8 +15,7 @@ from functools import partial
 from types import FunctionType
 from typing import Any
 
-from foundation.challenges.bugs import BUGS
-from foundation.challenges.planting import define, tree_of
+from foundation.challenges.planting import BUGS, define, tree_of
 
 type Change = tuple[str, ast.expr]
 """What a change means, and the expression that stands in the place of another."""

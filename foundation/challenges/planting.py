@@ -4,15 +4,18 @@ A bug is a replacement in the source of one function. Most break a gradient, and
 the function's operation, or of another one that is named. Those that change the forward pass along with the
 backward one agree with autodiff, so they must fail a test of the forward pass instead: it is named with `test:`.
 
-The tests plant each of them. `python -m foundation hunt` plants one that the table shows. The bugs are in `bugs.txt`.
+The tests plant each of them. `python -m foundation hunt` plants one that the table shows. The bugs are in `bugs.txt`,
+one for each idea, by chapter. A name's second half is also what `check` says to an answer that has this bug.
 """
 
 import ast
 import importlib
 import inspect
+import re
 import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import FunctionType
 from typing import NamedTuple
 
@@ -41,6 +44,22 @@ class Bug(NamedTuple):
     def function(self) -> FunctionType:
         """The function that has the bug."""
         return function_at(self.place)
+
+
+def stanzas(file: str) -> list[str]:
+    """The stanzas of a text beside this module: a line, and the indented lines below it."""
+    return re.split(r"\n(?=\S)", Path(__file__).with_name(file).read_text(encoding="utf-8").strip())
+
+
+def _bug(stanza: str) -> Bug:
+    """From its name, its place, the old text and the new one, and what fails if not the function's own operation."""
+    name, *change = map(str.strip, stanza.splitlines())
+    found = re.fullmatch(r"(\S+): `(.+)` -> `(.*)`(?:, seen in (\S+))?", " ".join(change))
+    assert found, stanza
+    return Bug(name, *found.groups(default=""))
+
+
+BUGS = list(map(_bug, stanzas("bugs.txt")))
 
 
 def function_at(place: str) -> FunctionType:

@@ -2,14 +2,12 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
-
-import numpy as np
+from collections.abc import Iterator, Mapping
+from itertools import product
 
 from foundation import byte_pairs
 from foundation.byte_pairs import Pair, Word
-from foundation.checks.inputs import Draws
+from foundation.checks.inputs import Draws, answer
 from foundation.parity import OracleCheck
 
 
@@ -21,17 +19,17 @@ def checks() -> Iterator[OracleCheck]:
     draws = Draws("byte pairs")
     for letters in (2, 3):
         words = drawn_words(draws, letters)
-        yield OracleCheck("pair_counts", f"{letters} letters", table_of(byte_pairs.pair_counts), by_place, (), (words,))
+        yield answer(counts_of_nine, f"{letters} letters", by_place, (), words, operation="pair_counts")
         pairs = byte_pairs.learn(words, 12)
-        yield OracleCheck("learn", f"{letters} letters", as_array(byte_pairs.learn), by_library, (), (words, 12))
+        yield answer(byte_pairs.learn, f"{letters} letters", by_library, (), words, 12)
         for number, word in enumerate(list(words)[:3]):
             case = f"{letters} letters, word {number}"
             first = (word[0], word[0])
-            yield OracleCheck("replaced", case, as_array(byte_pairs.replaced), by_string, (), (word * 3, first, 300))
+            yield answer(byte_pairs.replaced, case, by_string, (), word * 3, first, 300)
             long = bytes(word) * 3
-            yield OracleCheck("encode", case, as_array(byte_pairs.encode), in_order, (), (long, pairs))
+            yield answer(byte_pairs.encode, case, in_order, (), long, pairs)
             pieces = in_order(long, pairs)
-            yield OracleCheck("spelled", case, letters_of, lambda *_, b=long: np.array(list(b)), (), (pieces, pairs))
+            yield answer(letters_of, case, lambda *_, b=long: tuple(b), (), pieces, pairs, operation="spelled")
 
 
 def drawn_words(draws: Draws, letters: int) -> Counter[Word]:
@@ -44,45 +42,40 @@ def drawn_words(draws: Draws, letters: int) -> Counter[Word]:
     return words
 
 
-def table_of(count: Callable[..., Counter[Pair]]) -> Callable[..., np.ndarray]:
+def counts_of_nine(words: Mapping[Word, int]) -> list[int]:
     """The counts of the nine pairs of a, b and c."""
-    return lambda words: np.array([[count(words)[i, j] for j in (97, 98, 99)] for i in (97, 98, 99)])
+    counts = byte_pairs.pair_counts(words)
+    return [counts[pair] for pair in product(b"abc", b"abc")]
 
 
-def as_array(function: Callable[..., Any]) -> Callable[..., np.ndarray]:
-    return lambda *arguments: np.array(function(*arguments))
+def letters_of(word: Word, pairs: list[Pair]) -> tuple[int, ...]:
+    return tuple(byte_pairs.spelled(word, pairs))
 
 
-def letters_of(word: Any, pairs: Any) -> np.ndarray:
-    return np.array(list(byte_pairs.spelled(tuple(int(i) for i in word), pairs)))
-
-
-def by_place(words: Mapping[Word, int]) -> np.ndarray:
+def by_place(words: Mapping[Word, int]) -> list[int]:
     """Each pair as a string, looked for at every place of every word."""
     texts = {bytes(word).decode(): times for word, times in words.items()}
-    return np.array(
-        [
-            [sum(n * sum(t.startswith(i + j, at) for at in range(len(t))) for t, n in texts.items()) for j in "abc"]
-            for i in "abc"
-        ]
-    )
+    return [
+        sum(times * sum(text.startswith(i + j, at) for at in range(len(text))) for text, times in texts.items())
+        for i, j in product("abc", "abc")
+    ]
 
 
-def by_string(word: Word, pair: Pair, number: int) -> np.ndarray:
+def by_string(word: Word, pair: Pair, number: int) -> Word:
     """`str.replace`, which goes from left to right too."""
     text = "".join(map(chr, word)).replace(chr(pair[0]) + chr(pair[1]), chr(number))
-    return np.array([ord(letter) for letter in text])
+    return tuple(map(ord, text))
 
 
-def in_order(text: bytes, pairs: list[Pair]) -> np.ndarray:
+def in_order(text: bytes, pairs: list[Pair]) -> Word:
     """The whole list from its beginning, each pair replaced everywhere."""
     word = text.decode("latin-1")
     for i, (left, right) in enumerate(pairs):
         word = word.replace(chr(left) + chr(right), chr(256 + i))
-    return np.array([ord(letter) for letter in word])
+    return tuple(map(ord, word))
 
 
-def by_library(words: Mapping[Word, int], most: int) -> np.ndarray:
+def by_library(words: Mapping[Word, int], most: int) -> list[Pair]:
     """The pairs that the `tokenizers` library learns from the same words.
 
     In these words no two pairs spell the same string. The library would give both one number.
@@ -100,4 +93,4 @@ def by_library(words: Mapping[Word, int], most: int) -> np.ndarray:
         pairs.append((number[left], number[right]))
         assert left + right not in number
         number[left + right] = 255 + len(pairs)
-    return np.array(pairs)
+    return pairs

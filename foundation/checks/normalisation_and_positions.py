@@ -19,9 +19,8 @@ def checks() -> Iterator[AnyCheck]:
     draws = Draws("norms/no bias")
     yield gradient(norms.layernorm_forward, "no bias, mean of 4", (draws.normal(3, 5) + 4.0, draws.normal(5), None))
     for case, length, std in (("each head", 4, 1.0), ("all heads together", 8, 1.0), ("squares near eps", 8, 3e-3)):
-        yield gradient(
-            grouped_heads.normalise_heads_forward, case, (draws.normal(2, 3, 8, std=std), draws.normal(length))
-        )
+        inputs = (draws.normal(2, 3, 8, std=std), draws.normal(length))
+        yield gradient(grouped_heads.normalise_heads_forward, case, inputs)
     draws = Draws("embedding and positions")
     table = draws.normal(7, 4)
     repeated = np.array([[1, 1, 4], [1, 0, 6]])

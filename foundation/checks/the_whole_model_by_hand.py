@@ -39,28 +39,16 @@ def checks() -> Iterator[Check]:
         draws = Draws(f"block/{case}")
         masks = block_masks(draws, config, 4) if config.dropout else None
         inputs = (draws.normal(2, 4, 4), block_params(draws, **options))
-        yield gradient(
-            block_forward,
-            case,
-            inputs,
-            config,
-            masks,
-            outputs=("y", "balance", "z"),
-            after_cache=(config,),
-            margin=router_margin(config.top_k),
-        )
+        options = {"after_cache": (config,), "margin": router_margin(config.top_k)}
+        yield gradient(block_forward, case, inputs, config, masks, outputs=("y", "balance", "z"), **options)
     for case, (config, options) in MODELS.items():
         tokens, targets = Draws("model/tokens").integers(7, 2, 5), Draws("model/targets").integers(7, 2, 5)
         targets[0, -1] = IGNORE
-        yield gradient(
-            loss_forward,
-            case,
-            (model_params(Draws(f"model/{case}"), **options),),
-            *(tokens, targets, config, model_masks(config, options.get("layers", 2)) if config.dropout else None),
-            operation="model",
-            after_cache=(config,),
-            margin=router_margin(config.top_k),
-        )
+        params, layers = model_params(Draws(f"model/{case}"), **options), options.get("layers", 2)
+        masks = model_masks(config, layers) if config.dropout else None
+        options = {"after_cache": (config,), "margin": router_margin(config.top_k)}
+        constants = (tokens, targets, config, masks)
+        yield gradient(loss_forward, case, (params,), *constants, operation="model", **options)
 
 
 def norm_params(draws: Draws, width: int = 4, bias: bool = False) -> dict:

@@ -57,7 +57,6 @@ def _bare(function: Callable[..., Any]) -> str:
     tree = ast.parse(source).body[0]
     assert isinstance(tree, ast.FunctionDef)
     first = tree.body[1 if ast.get_docstring(tree) else 0]
-    given = tree.args.args
-    defaults = [None] * (len(given) - len(tree.args.defaults)) + [f"={ast.unparse(d)}" for d in tree.args.defaults]
-    names = ", ".join(argument.arg + (default or "") for argument, default in zip(given, defaults, strict=True))
-    return "\n".join([f"def {tree.name}({names}):", *source.rstrip().splitlines()[first.lineno - 1 :]])
+    for argument in tree.args.args:
+        argument.annotation = None
+    return "\n".join([f"def {tree.name}({ast.unparse(tree.args)}):", *source.rstrip().splitlines()[first.lineno - 1 :]])

@@ -17,24 +17,16 @@ from foundation.trained import Problem
 from foundation.trained.tokens import SEPARATOR, Vocabulary
 
 
-def cache_folder() -> Path:
-    """Where `train.py` keeps prepared tokens."""
-    given = os.environ.get("MOE_JAX_CACHE")
-    if given:
-        return Path(given)
-    import platformdirs
-
-    return platformdirs.user_cache_path("moe-jax")
-
-
 def stored_stream(run: Path, trained_on: object) -> np.ndarray:
     """The validation tokens whose store has the digest that the checkpoint names.
 
     Raises Problem where the cache does not hold them.
     """
+    import platformdirs
     import xxhash
 
-    for path in sorted(cache_folder().glob("*/manifest.json")):
+    cache = Path(os.environ.get("MOE_JAX_CACHE") or platformdirs.user_cache_path("moe-jax"))
+    for path in sorted(cache.glob("*/manifest.json")):
         try:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             content = {key: value for key, value in manifest.items() if key != "source"}
@@ -44,7 +36,7 @@ def stored_stream(run: Path, trained_on: object) -> np.ndarray:
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             continue  # another program's folder
     raise Problem(
-        f"{cache_folder()}: does not hold the run's validation tokens; `python -m moe_jax evaluate --run {run}` makes "
+        f"{cache}: does not hold the run's validation tokens; `python -m moe_jax evaluate --run {run}` makes "
         "them, or give another text with --text FILE"
     )
 

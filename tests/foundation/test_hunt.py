@@ -7,7 +7,7 @@ import pytest
 
 from foundation.__main__ import main
 from foundation.challenges import hunt
-from foundation.challenges.bugs import BUGS
+from foundation.challenges.planting import BUGS
 from foundation.chapters import CHAPTERS
 
 SOFTMAX = next(bug for bug in BUGS if bug.place == "softmax.softmax_backward")

@@ -13,9 +13,8 @@ import pytest
 
 import foundation
 from foundation import parity
-from foundation.challenges.bugs import BUGS
 from foundation.challenges.mistakes import changed
-from foundation.challenges.planting import Bug, exchanged, planted
+from foundation.challenges.planting import BUGS, Bug, exchanged, planted
 from foundation.chapters import OPERATIONS
 from foundation.checks import checks_of
 from tests.foundation import test_foundation_forward
