@@ -30,7 +30,7 @@ def quantize(w: Float[Array, "D O"], most: int, group: int) -> tuple[Float[Array
 
 
 def coded_product_forward(
-    x: Float[Array, "T D"], codes: Float[Array, "D O"], scale: Float[Array, " O"]
+    x: Float[Array, "T D"], scale: Float[Array, " O"], codes: Float[Array, "D O"]
 ) -> tuple[Float[Array, "T O"], tuple]:
     """x times the matrix that the codes stand for, with one scale for each output."""
     unscaled = x @ codes

@@ -21,8 +21,6 @@ from foundation.parity import (
     run,
 )
 
-WHOLE = "one to two minutes on two free cores, most of it compiling"
-"""How long the whole table takes."""
 _AHEAD = 4
 """Checks that are under way at once: two threads, and two in waiting."""
 NAME = 44
@@ -33,7 +31,8 @@ def show(operations: tuple[str, ...]) -> int:
     """Runs the checks of these operations, or all without any, prints the table, returns the exit status."""
     jax.config.update("jax_enable_x64", True)
     if not operations:
-        print(f"The whole table takes {WHOLE}. A part of it: uv run python -m foundation softmax attention\n")
+        print("The whole table takes one to two minutes on two free cores, most of it compiling.")
+        print("A part of it: uv run python -m foundation softmax attention\n")
     outcomes = rows(chain.from_iterable(map(checks_of, operations)) if operations else all_checks())
     failed, zeros = sum(not o.passed for o in outcomes), sum(o.zeros for o in outcomes)
     print(f"\n{len(outcomes)} checks, {failed} failed")

@@ -53,14 +53,14 @@ def in_a_row(y: Any, d_x: Any, d_dense: list, d_router: Any) -> Any:
     return jnp.concatenate([jnp.ravel(part) for part in (y, d_x, *d_dense, d_router)])
 
 
-def dense_gradient(x: Any, dense: Any, router: Any, d_y: Any, top_k: int) -> Any:
+def dense_gradient(x: Any, dense: Any, router: Any, d_y: Any, _: Any) -> Any:
     """The dense network's output and gradients, and exactly nothing for the router."""
     y, cache = feed_forward.feed_forward_forward(x, *(dense[name] for name in MATRICES))
     d_x, *d_dense = feed_forward.feed_forward_backward(d_y, cache)
     return in_a_row(y, d_x, d_dense, jnp.zeros_like(router))
 
 
-def volume_gradient(x: Any, dense: Any, router: Any, d_y: Any, top_k: int) -> Any:
+def volume_gradient(x: Any, dense: Any, router: Any, d_y: Any, _: Any) -> Any:
     """y = (largest p) h: as if one number per token, the volume, were multiplied to the dense network."""
     h, cache = feed_forward.feed_forward_forward(x, *(dense[name] for name in MATRICES))
     z = x @ router

@@ -8,7 +8,7 @@ import numpy as np
 
 from foundation import small_weights as small
 from foundation.checks.inputs import Draws, answer, gradient
-from foundation.parity import AnyCheck, Check
+from foundation.parity import AnyCheck
 
 
 def checks() -> Iterator[AnyCheck]:
@@ -20,13 +20,9 @@ def checks() -> Iterator[AnyCheck]:
     for name, matrix in (("ordinary", w), ("an output of zeros", zeroed), ("one large", one_large)):
         for most, group in ((127, 8), (7, 4)):
             yield answer(small.quantize, f"{name}, to {most}", searched, (matrix,), most, group)
-    codes, scale = jax.device_put(draws.integers(255, 4, 3) - 127.0), np.abs(draws.normal(3)) + 0.1
+    codes, scale = draws.integers(255, 4, 3) - 127.0, np.abs(draws.normal(3)) + 0.1
     x, w = draws.normal(5, 4), draws.normal(4, 3)
-
-    def product(x: jax.Array, scale: jax.Array) -> tuple:
-        return small.coded_product_forward(x, codes, scale)
-
-    yield Check("coded_product", "ordinary", product, small.coded_product_backward, (x, scale))
+    yield gradient(small.coded_product_forward, "ordinary", (x, scale), codes)
     yield gradient(small.output_error_forward, "ordinary", (draws.normal(4, 3),), w, x)
     yield gradient(small.output_error_forward, "fewer tokens than inputs", (draws.normal(4, 3),), w, x[:2])
     tokens = draws.normal(20, 5) @ draws.normal(5, 5)
