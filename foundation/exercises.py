@@ -15,7 +15,7 @@ import difflib
 import inspect
 import math
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
@@ -29,7 +29,7 @@ import numpy as np
 
 from foundation.challenges import diagnosis
 from foundation.challenges.mistakes import made_on_purpose
-from foundation.lessons.solutions import MISTAKES, SOLUTIONS
+from foundation.lessons.solutions import SOLUTIONS
 
 TOLERANCE = 1e-4
 """Of a function's answer, relative to the largest entry: float32 will do."""
@@ -110,10 +110,12 @@ def _find(number: object) -> Exercise | None:
     return EXERCISES.get(str(number))
 
 
-def by_number(solution: float | Fraction) -> Judge:
-    """Right where the answer is this number: exactly for an int or a fraction, else to four digits."""
+def by_number(solution: float | Fraction, mistakes: Sequence[Sequence[str]] = ()) -> Judge:
+    """Right where the answer is this number: exactly for an int or a fraction, else to four digits. `mistakes` are
+    formulas of wrong numbers, and what they are."""
     tolerance = 1e-9 if isinstance(solution, int | Fraction) else FOUR_DIGITS
     expected = float(solution)
+    known = [*((f": {text}", float(_formula(wrong)())) for wrong, text in mistakes), *_like(expected)]
 
     def judge(answer: Any) -> str:
         try:
@@ -122,23 +124,26 @@ def by_number(solution: float | Fraction) -> Judge:
             return f"A number is asked for, and this is {diagnosis.kind_of(answer)}."
         if math.isclose(value, expected, rel_tol=tolerance, abs_tol=1e-12):
             return ""
-        if tolerance == FOUR_DIGITS and math.isclose(value, expected, rel_tol=0.05) and value == float(f"{value:.3g}"):
-            return f"{value:.6g} is not the number. Give four digits, or an expression."
-        near = (text for text, wrong in _like(expected) if math.isclose(value, wrong, rel_tol=FOUR_DIGITS))
-        return f"{value:.6g} is not the number{next(near, '')}."
+        near = next((text for text, wrong in known if math.isclose(value, wrong, rel_tol=FOUR_DIGITS)), "")
+        if not near and tolerance == FOUR_DIGITS and math.isclose(value, expected, rel_tol=0.05):
+            near = ". Give four digits, or an expression" if value == float(f"{value:.3g}") else ""
+        return f"{value:.6g} is not the number{near}."
 
     return judge
 
 
 def _like(expected: float) -> list[tuple[str, float]]:
     """Numbers that are written down for another one, and why."""
+    share = [
+        (": it is what is left, and the other part is asked for", 1.0 - expected),
+        (": give a share, not per cent", 100.0 * expected),
+    ]
     return [
         (", its negative is: look at the signs", -expected),
         (", one divided by it is", 1.0 / expected),
         (", half of it is", 2.0 * expected),
         (", twice it is", expected / 2.0),
-        (": it is what is left, and the other part is asked for", 1.0 - expected),
-        (": give a share, not per cent", 100.0 * expected),
+        *(share if 0.1 < expected < 0.9 else []),
         (", its square root is", expected**2),
         (", its square is", math.sqrt(abs(expected))),
         (", one more is", expected - 1.0),
@@ -147,27 +152,35 @@ def _like(expected: float) -> list[tuple[str, float]]:
 
 
 def by_function(
-    expected: Callable[..., Any], shapes: Sequence[Sequence[int]], likely: Mapping[str, Callable[..., Any]]
+    expected: Callable[..., Any], shapes: Sequence[Sequence[int]], mistakes: Sequence[Sequence[str]] = ()
 ) -> Judge:
-    """Right where the answer is a function that equals `expected` on random arrays of these shapes. `likely` are
-    mistakes by what they are called, beside those that are small changes of `expected`."""
+    """Right where the answer is a function that equals `expected` on random arrays of these shapes. `mistakes` are
+    formulas of wrong answers, and what they are, beside those that are small changes of `expected`."""
+    names = tuple(inspect.signature(expected).parameters)
 
     def judge(answer: Any) -> str:
         if not callable(answer):
             return f"A function is asked for, and this is {diagnosis.kind_of(answer)}."
-        arrays = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
-        names = inspect.signature(expected).parameters
+        drawn = [jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes)]
+        return judged(answer, drawn) or judged(answer, [-array for array in drawn])  # a sign may be right by luck
+
+    def judged(answer: Callable[..., Any], arrays: Sequence[jax.Array]) -> str:
         known = [diagnosis.Named(name, np.asarray(array)) for name, array in zip(names, arrays, strict=True)]
-        named = ((name, wrong(*arrays)) for name, wrong in likely.items())
-        mistakes = partial(chain, named, made_on_purpose(expected, tuple(arrays)))
+        likely = ((text, _formula(wrong, names)(*arrays)) for wrong, text in mistakes)
+        made = partial(chain, likely, made_on_purpose(expected, tuple(arrays)))
         try:
             ours = answer(*arrays)
-            found = diagnosis.judge(["result"], (ours,), (expected(*arrays),), known, mistakes, TOLERANCE)
+            found = diagnosis.judge(["result"], (ours,), (expected(*arrays),), known, made, TOLERANCE)
         except Exception as error:
             return f"Your function stops with {type(error).__name__}: {first_line(error)}."
         return f"{found.wrong}; {found.meaning}." if found.wrong else ""
 
     return judge
+
+
+def _formula(text: str, names: Sequence[str] = ()) -> Callable[..., Any]:
+    """A function of these letters, or of none."""
+    return eval(f"lambda {', '.join(names)}: {text}", {**vars(math), **vars(jax.nn), "jnp": jax.numpy})
 
 
 def first_line(error: BaseException, width: int = 140) -> str:
@@ -177,10 +190,10 @@ def first_line(error: BaseException, width: int = 140) -> str:
     return line if len(line) <= width else line[: width - 3] + "..."
 
 
-def _exercise(number: str, question: str, first_hint: str, hint: str, shapes: Sequence[Sequence[int]] = ()) -> Exercise:
+def _exercise(number: str, shapes: Sequence[Any] = (), mistakes: Sequence[Any] = (), **texts: str) -> Exercise:
     solution = SOLUTIONS[number]
-    judge = by_function(solution, shapes, MISTAKES.get(number, {})) if callable(solution) else by_number(solution)
-    question, first_hint, hint = (" ".join(text.split()) for text in (question, first_hint, hint))
+    judge = by_function(solution, shapes, mistakes) if callable(solution) else by_number(solution, mistakes)
+    question, first_hint, hint = (" ".join(texts[name].split()) for name in ("question", "first_hint", "hint"))
     return Exercise(question, judge, solution, first_hint, hint)
 
 

@@ -292,7 +292,7 @@ def _term(ours: np.ndarray, right: np.ndarray, known: Sequence[Named]) -> Iterat
     missing = right - ours
     if ours.ndim and ours.shape[-1] > 1:
         if _close(missing, np.broadcast_to(missing[..., :1], missing.shape)):
-            yield "a term is missing that is the same along each row: a mean, or a sum, over the last axis"
+            yield "a term is missing or too many, the same along each row: a mean, or a sum, over the last axis"
         for one in known:
             if one.array.shape != ours.shape:
                 continue
@@ -309,4 +309,4 @@ def _partly(ours: np.ndarray, right: np.ndarray, off: np.ndarray) -> Iterator[st
         yield "the wrong entries should be exactly 0: a gradient leaks to where nothing was used"
     share = 1.0 - off.mean()
     if share >= 0.25:
-        yield f"{100 * share:.0f} % of the entries are right: one of several contributions is missing or wrong"
+        yield f"{100 * share:.0f} % of the entries are right: what sets the others apart?"

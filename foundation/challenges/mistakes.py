@@ -37,7 +37,7 @@ def made_on_purpose(function: Callable[..., Any], arguments: tuple) -> Iterator[
         for meaning, tree in make(function):
             yield from _result(meaning, tree, dict(function.__globals__), arguments)
         for callee in dict.fromkeys(callee for _, callee in sites):
-            where = "" if make is _named else f"in {callee.__name__.strip('_')}: "
+            where = "" if make is _named or ".lessons." in callee.__module__ else f"in {callee.__name__.strip('_')}: "
             for meaning, tree in make(callee):
                 own = dict(callee.__globals__)
                 define(tree, own)
@@ -104,7 +104,7 @@ def changed(function: FunctionType) -> Iterator[tuple[str, ast.FunctionDef]]:
     for changes_of in (partial(_changes, letters), letters.others, letters.scaled):
         found = [(place, *change) for place in places for change in changes_of(place[-1])]
         for place, meaning, other in sorted(found, key=lambda change: not change[1].startswith(SUMMAND)):
-            if meaning.startswith(_OFTEN):
+            if any(often in meaning for often in _OFTEN):
                 alike.setdefault(meaning.partition(":")[0], []).append((place, other))
             yield from _with([(place, other)], meaning, tree)
     for meaning, changes in alike.items():
@@ -112,8 +112,8 @@ def changed(function: FunctionType) -> Iterator[tuple[str, ast.FunctionDef]]:
             yield from _with(changes, f"{meaning}, more than once", tree)
 
 
-_OFTEN = ("the order is not", "a mean stands", "a sum stands where a mean", "a matrix is not")
-"""Beginnings of what is forgotten everywhere, if at all."""
+_OFTEN = ("the order is not", "a mean stands", "a sum stands where a mean", "a matrix is not", "is left out, as if")
+"""Parts of what is forgotten everywhere, if at all."""
 
 
 def _with(
@@ -172,6 +172,10 @@ class _Letters:
 
     def text(self, node: ast.expr, longest: int = _SHORT) -> str:
         """An expression, or what is in it where it is long or made of the solution's own letters."""
+        if isinstance(node, ast.Name):
+            node = self.defined.get(node.id, node)
+        if isinstance(node, ast.Attribute) and node.attr == "shape":
+            return f"a size of {ast.unparse(node.value)}"
         names = {n.id for n in ast.walk(node) if isinstance(n, ast.Name)}
         source = ast.unparse(node)
         for noise in ("jnp.", "math.", "lax."):
@@ -200,6 +204,7 @@ class _Letters:
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id not in _MODULES | {"cache"}:
             if callable(self.scope.get(node.id)):
                 return
+            yield f"{self.text(node)} is squared, and should not be", ast.BinOp(node, ast.Pow(), ast.Constant(2))
             yield f"{self.text(node)} is left out, as if it were 1", _call("ones_like", node)
             for other in (*self.given, *self.defined):
                 if other not in (node.id, "cache"):
@@ -232,6 +237,9 @@ def _changes(letters: _Letters, node: ast.expr) -> Iterator[Change]:
         case ast.Attribute(attr="T", value=matrix):
             yield f"a matrix is not transposed: {text(matrix)}", matrix
             yield f"the inverse of {text(matrix)} stands where its transpose belongs", _call("linalg.pinv", matrix)
+        case ast.Subscript(value=ast.Attribute(attr="shape") as sizes, slice=ast.Constant() | ast.UnaryOp()):
+            wrong = ast.Subscript(sizes, ast.Constant(-2), ast.Load())
+            yield f"the size of a wrong axis: {text(wrong)}, where {text(node)} belongs", wrong
         case ast.Subscript(value=array, slice=ast.Slice(step=ast.UnaryOp())):
             yield f"the order is not reversed: of {text(array)}", array
         case ast.List(elts=[_, _, *_] as parts):
@@ -261,12 +269,14 @@ def _of_arithmetic(node: ast.BinOp, letters: _Letters) -> Iterator[Change]:
             yield SUMMAND + letters.but(right, left), left
             yield SUMMAND + letters.but(left, right), ast.UnaryOp(ast.USub(), right)
             yield f"a sign is wrong: {letters.but(right, left)} should be subtracted", ast.BinOp(left, ast.Add(), right)
-            yield f"a summand and a sign are left out: {text(left)}", right
+            yield f"{text(right)} stands alone, and should be subtracted from {text(left)}", right
         case ast.Mult():
             yield f"a factor is left out: {text(right)}", left
             yield f"a factor is left out: {text(left)}", right
             if isinstance(left, ast.UnaryOp):
                 yield f"a factor is left out: {text(left.operand)}", ast.UnaryOp(left.op, right)
+            if isinstance(left, ast.Constant):
+                yield f"divided by {text(left)}, and not multiplied", ast.BinOp(right, ast.Div(), left)
             yield (
                 f"a sum stands where a product belongs, of {text(left)} and {text(right)}",
                 ast.BinOp(left, ast.Add(), right),
@@ -276,6 +286,7 @@ def _of_arithmetic(node: ast.BinOp, letters: _Letters) -> Iterator[Change]:
             yield f"a division is left out: by {divisor}", left
             yield f"a product stands where a division belongs: by {divisor}", ast.BinOp(left, ast.Mult(), right)
             yield f"divided twice: by {divisor}", ast.BinOp(node, ast.Div(), right)
+            yield f"a quotient is turned over: {text(left)} by {divisor}", ast.BinOp(right, ast.Div(), left)
         case ast.Pow():
             yield f"the power of {text(left)} is left out", left
             if isinstance(right, ast.Constant) and isinstance(right.value, int) and right.value > 2:
@@ -287,6 +298,7 @@ def _of_arithmetic(node: ast.BinOp, letters: _Letters) -> Iterator[Change]:
             if not _is_transposed(right):
                 product = ast.BinOp(left, ast.MatMult(), _transposed(right))
                 yield f"a matrix is transposed, and should not be: {text(right)}", product
+            yield f"a sum is left out: of {text(left)} times {text(right)}", ast.BinOp(left, ast.Mult(), right)
             yield f"a product is left out: with {text(right)}", left
             yield f"a product is left out: with {text(left)}", right
             yield f"a factor is left out: {text(left)}", ast.BinOp(_call("ones_like", left), ast.MatMult(), right)
@@ -341,5 +353,9 @@ def _of_library(node: ast.Call, name: str, letters: _Letters) -> Iterator[Change
     elif name in _ELEMENTWISE:
         yield f"the {name} of {text(first)} is left out", first
         yield f"a sign is wrong under {name}", ast.Call(node.func, [ast.UnaryOp(ast.USub(), first)], node.keywords)
+        if node.keywords:
+            yield f"the {name} goes along a wrong axis", _call(name, first, ast.Constant(-1))
+        if name == "log2":
+            yield "these are nats: take log2 for bits", _call("log", first)
     elif name == "einsum" and len(node.args) == 2:
         yield f"a product is left out: of {text(node.args[1])}", node.args[1]

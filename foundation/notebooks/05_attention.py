@@ -74,8 +74,9 @@ pictures.heatmaps(looks, "looked at", "looking", words, words, diverging=False)
 # of the future. $d_v = P^\top d_o$ has the same factor. The zero of the forward pass
 # protects the backward pass.
 #
-# In the code $d_P$ is `d_p`, $d_S$ is `d_scores`, and `kept` is $P$ after dropout,
-# which switches off random weights while a model is trained. Without it they are equal.
+# In the code $d_P$ is `d_p`, $d_S / \sqrt A$ is `d_scores`, and `kept` is $P$ after
+# dropout, which switches off random weights while a model is trained. Without it they
+# are equal.
 
 # %%
 shown(attention.attention_forward, attention.attention_backward)

@@ -82,7 +82,7 @@ def cosine(a, b):
 along_row = {"RMSNorm": cosine(d_rmsnorm, x), "naive": cosine(naive, x)}
 along_ones = {"LayerNorm": cosine(d_layernorm, ones), "naive": cosine(naive, ones)}
 panels = {"cosine with the row": along_row, "cosine with (1, ..., 1)": along_ones}
-pictures.curves(panels, "row, in the order of its cosine", "cosine of d_x")
+pictures.curves(panels, "rows, sorted by their cosine", "cosine of d_x")
 assert jnp.max(jnp.abs(along_row["RMSNorm"])) < 1e-5
 assert jnp.max(jnp.abs(along_ones["LayerNorm"])) < 1e-12
 
@@ -103,8 +103,9 @@ assert jnp.max(jnp.abs(along_ones["LayerNorm"])) < 1e-12
 #
 # ## RoPE: positions as rotations
 # The way that most models use now is **rotary position embedding**, RoPE. Cut a query
-# or key of width A into A/2 pairs. Take pair $i$ at position $t$ as a point in the
-# plane, and turn it by the angle $t \cdot 10000^{-2i/A}$:
+# or key of width A into A/2 pairs: entry $i$ with entry $i + A/2$. Take pair $i$ at
+# position $t$ as a point in the plane, and turn it by the angle $t \cdot
+# 10000^{-2i/A}$:
 #
 # $$\begin{pmatrix} y_1 \\ y_2 \end{pmatrix} =
 # \begin{pmatrix} \cos\theta & -\sin\theta \\

@@ -82,7 +82,8 @@ for path, gradient in jax.tree_util.tree_leaves_with_path(by_hand["blocks"][1]):
 # %% [markdown]
 # ## Trained by hand
 # Two copies with one start and the same batches. A step that is wrong by a billionth
-# would show, because errors add up over the steps, and a router's choice can flip.
+# would show, because errors add up over the steps, and a router's choice can flip. (A
+# logarithmic axis has no 0: where the losses are equal, the picture shows $10^{-17}$.)
 
 # %%
 STEPS = 50

@@ -121,7 +121,7 @@ assert abs(drawn[-1].mean() - 2.0) < 0.01
 #
 # ## Step 4: long sums
 # The same failure sits inside a matrix product. A product is a sum of many terms. If
-# the running sum is kept in bfloat16, it stops to grow when the next term is below half
+# the running sum is kept in bfloat16, it stops growing when the next term is below half
 # its spacing. Add 1 again and again: at 256 the spacing is 2, and 256 + 1 is a tie,
 # which goes to the even neighbour, 256. **The sum of a million ones is 256.** So
 # hardware multiplies numbers of 16 bits but adds in float32, and the project asks for

@@ -124,7 +124,7 @@ for seed in range(40):
     costs["best of 256"].append(all_ways(w[:, 0], float(scale[0, 0]), x))
 order = np.argsort(costs["to nearest"])
 lines = {name: np.asarray(cost)[order] for name, cost in costs.items()}
-axes = ("output, in the order of its error to nearest", "error of what comes out, L")
+axes = ("outputs, sorted by the error of rounding to nearest", "error of the output, L")
 pictures.curves({"40 outputs, 4 bits, 8 inputs": lines}, *axes)
 means = {name: np.mean(cost) for name, cost in costs.items()}
 print({name: round(float(mean), 4) for name, mean in means.items()})

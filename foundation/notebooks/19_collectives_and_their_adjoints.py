@@ -32,7 +32,9 @@
 # | all-to-all | part $s$ of rank $r$ becomes part $r$ of rank $s$ | all-to-all |
 #
 # The third and the fourth are each other's transpose. The last one only exchanges pairs
-# of parts, so it is its own transpose. Below are the matrices for three ranks:
+# of parts, so it is its own transpose. Below are the matrices of these three, for three
+# ranks. A dark field is a 1: a wire from the number of its column to the number of its
+# row. (The line with `XLA_FLAGS` makes eight devices of one processor, for step 7.)
 
 # %%
 import os

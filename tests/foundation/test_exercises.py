@@ -1,8 +1,11 @@
 """Every exercise takes its solution and no other answer, and answers anything at all with its hint."""
 
+import inspect
 import math
+import tomllib
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +14,7 @@ import pytest
 
 from foundation import exercises, router
 from foundation.exercises import EXERCISES
-from foundation.lessons.solutions import MISTAKES, SOLUTIONS
+from foundation.lessons.solutions import SOLUTIONS
 from foundation.micro_batches import grouped_balance_forward
 
 
@@ -35,7 +38,27 @@ def test_exercise_takes_its_solution_and_no_other(number: str, capsys: pytest.Ca
 
 def test_every_question_has_an_answer_and_no_answer_is_without_one() -> None:
     assert list(EXERCISES) == list(SOLUTIONS)
-    assert set(MISTAKES) <= {number for number, exercise in EXERCISES.items() if callable(exercise.solution)}
+
+
+TABLE = tomllib.loads((Path(exercises.__file__).parent / "lessons" / "exercises.toml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("number", [number for number, texts in TABLE.items() if "mistakes" in texts])
+def test_a_likely_mistake_is_told_by_its_own_words(number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """No other mistake, and none of the patterns, gives the same answer and comes first."""
+    right = EXERCISES[number].solution
+    letters = ", ".join(inspect.signature(right).parameters) if callable(right) else ""
+    scope = {"jnp": jnp, **vars(math), **vars(jax.nn)}
+    for formula, meaning in TABLE[number]["mistakes"]:
+        answer = eval(f"lambda {letters}: {formula}" if letters else formula, scope)
+        assert exercises.check(number, answer) is False
+        assert f"{meaning}. Hint:" in capsys.readouterr().out
+
+
+def test_a_sign_that_is_right_by_luck_is_wrong() -> None:
+    """Exercise 10.2: the steepest step has the sign of its own gradient."""
+    for step in (1.0, -1.0):
+        assert EXERCISES["10.2"].judge(lambda g, s=step: jnp.where(jnp.abs(g) == jnp.max(jnp.abs(g)), s, 0.0))
 
 
 def complains(*_: object) -> None:
