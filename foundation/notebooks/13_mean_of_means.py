@@ -98,12 +98,18 @@ for _ in range(2000):
 edges, spread, off = 2.0 ** np.arange(0, 6), np.array(spread), np.array(off)
 inside = [off[(low <= spread) & (spread < 2 * low)] for low in edges]
 lines = {
-    "a tenth is farther off": (edges, [np.quantile(i, 0.9) for i in inside]),
-    "half is farther off": (edges, [np.median(i) for i in inside]),
-    "by shares": (edges, [0.0] * len(edges)),
+    "mean of means: 1 batch in 10 is farther off": (
+        edges,
+        [np.quantile(i, 0.9) for i in inside],
+    ),
+    "mean of means: 1 batch in 2 is farther off": (
+        edges,
+        [np.median(i) for i in inside],
+    ),
+    "by shares of the tokens": (edges, [0.0] * len(edges)),
 }
-ratio = "larger count / smaller count, from here to twice as much"
-panel = {"the mean of means against the loss of the batch": lines}
+ratio = "larger count / smaller count, from the value at the point to twice that"
+panel = {"how far off the loss of two micro-batches is": lines}
 pictures.curves(panel, ratio, "relative error of the loss", log_x=2, markers=True)
 assert np.median(inside[-1]) > np.median(inside[0])
 
