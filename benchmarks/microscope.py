@@ -121,26 +121,25 @@ def gguf(source: Path, form: Form) -> Path:
 
 
 def beside_llama_cpp(run: LoadedRun, made: Path) -> dict[str, float]:
-    """Rates of this program over those of llama.cpp with the file `made`, and the largest spread of a time."""
-    model, found = run.config.model, {}
-    params = cast_once(run.writer, run.params)
-    calls: dict[str, Callable[[], tuple[Any, Any]]] = {
-        "token": lambda: (decoding.token_call(model, params), llama().token(model.seq_len // 2)),
-        "prompt of 512": lambda: (decoding.prefill_call(model, params, 512), llama().prompt([1] * 512)),
-    }
+    """Times of this program and of llama.cpp with the file `made`. One copy of llama.cpp's model is in memory at a
+    time."""
+    model, params = run.config.model, cast_once(run.writer, run.params)
 
-    def llama() -> weights.LlamaCpp:  # one at a time: each has the model in memory
+    def llama() -> weights.LlamaCpp:
         return weights.LlamaCpp(made, model.seq_len, use_mmap=False)
 
-    spreads = []
-    for name, make in calls.items():
-        ours, theirs = make()
-        times = alternate({"ours": ours, "llama.cpp": theirs}, 7, rest=weights.REST_SECONDS, turn=weights.TURN_SECONDS)
-        found |= {f"{name}, s": times["ours"].median, f"llama.cpp, {name}, s": times["llama.cpp"].median}
-        found[f"{name}: rate over llama.cpp's"] = times["llama.cpp"].median / times["ours"].median
-        spreads += [time.spread for time in times.values()]
-        del ours, theirs
-    return found | {"largest spread": max(spreads)}
+    token = in_turn("token", decoding.token_call(model, params), llama().token(model.seq_len // 2))
+    return token | in_turn("prompt of 512", decoding.prefill_call(model, params, 512), llama().prompt([1] * 512))
+
+
+def in_turn(what: str, ours: Callable[[], Any], theirs: Callable[[], Any]) -> dict[str, float]:
+    times = alternate({"ours": ours, "theirs": theirs}, 7, rest=weights.REST_SECONDS, turn=weights.TURN_SECONDS)
+    return {
+        f"{what}, s": times["ours"].median,
+        f"llama.cpp, {what}, s": times["theirs"].median,
+        f"{what}: rate over llama.cpp's": times["theirs"].median / times["ours"].median,
+        f"{what}: largest spread": max(time.spread for time in times.values()),
+    }
 
 
 if __name__ == "__main__":

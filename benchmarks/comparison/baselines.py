@@ -3,8 +3,9 @@
 One baseline has the same active parameters, the other the same total. The rest of the recipe is the same. Each
 baseline is trained twice: for as many tokens as the mixture, and for as much time as the mixture. So the step times of
 the models are measured in turn before the training. The numbers of steps follow from them. Before that,
-`tuning.py` can choose the learning rate, the depth and the attention heads of each side. Then the whole runs are scored
-once, at their last step, on a text that no choice has seen.
+`tuning.py` can choose the learning rate, the depth and the attention heads of each side. A second mixture, chosen for
+its time, then stands beside the baselines of the same time. Then the whole runs are scored once, at their last step, on
+a text that no choice has seen.
 
     OUT/plan.json                          the request, the measured step times, the steps of each arm, the search
     OUT/dense-active-500-steps-seed-0/     ordinary runs of `train.py`
@@ -68,7 +69,9 @@ class Plan:
     def make(cls, base: RunConfig, flops: float, tuning: Tuning | None, models: Sequence[Dense]) -> "Plan":
         """Measure the step times of the models: the mixture, "none", and its baselines."""
         unmeasured = cls(base, flops, {}, tuning)
-        settings = {side.name: unmeasured.settings(side) for side in sides(models)}
+        # Without a search, the mixture for the same time would be the mixture for the same tokens.
+        wanted = [side for side in sides(models) if tuning or side == MIXTURE or side.dense != "none"]
+        settings = {side.name: unmeasured.settings(side) for side in wanted}
         seconds = step_seconds(dict.fromkeys(settings.values()))
         return dataclasses.replace(unmeasured, step_seconds={name: seconds[own] for name, own in settings.items()})
 
@@ -203,13 +206,25 @@ def collect(plan: Plan, summaries: dict[Arm, list[dict[str, Any]]]) -> list[ArmR
     return [ArmResult(arm, summaries[arm], arm.steps * plan.step_seconds[arm.name]) for arm in plan.arms()]
 
 
-def differences(results: Sequence[ArmResult]) -> list[Difference]:
-    """The difference of every dense arm to the mixture of experts, which is the first result."""
-    mixture, *dense = results
+type Groups = dict[Basis, list[ArmResult]]
+"""The results that have one budget in common, the mixture first."""
+
+
+def grouped(results: Sequence[ArmResult]) -> Groups:
+    """The results by what is the same. Without a mixture for the same time, the first result stands in both groups."""
+    groups: Groups = {basis: [r for r in results if r.arm.basis == basis] for basis in ("tokens", "wall")}
+    if groups["wall"] and groups["wall"][0].arm.dense != "none":
+        groups["wall"].insert(0, results[0])
+    return groups
+
+
+def differences(groups: Groups) -> list[Difference]:
+    """The difference of every dense arm to the mixture of experts of its group."""
     found = []
-    for result in dense:
-        separate = apart(t_interval(result.bits), t_interval(mixture.bits))
-        found.append(Difference(result.arm, paired(result.bits, mixture.bits), separate))
+    for mixture, *dense in filter(None, groups.values()):
+        for result in dense:
+            separate = apart(t_interval(result.bits), t_interval(mixture.bits))
+            found.append(Difference(result.arm, paired(result.bits, mixture.bits), separate))
     return found
 
 
@@ -250,7 +265,8 @@ def rows(results: Sequence[ArmResult]) -> list[tuple[str, ...]]:
 
 def report(plan: Plan, results: Sequence[ArmResult], out: Path) -> Report:
     """The result of the whole comparison. `out` has the runs, whose curves are drawn."""
-    found = differences(results)
+    groups = grouped(results)
+    found = differences(groups)
     searched, scores = [], sum(len(result.summaries) for result in results)
     if plan.tuning is not None:
         searched = plan.tuning.sentences(plan.base)
@@ -275,5 +291,5 @@ def report(plan: Plan, results: Sequence[ArmResult], out: Path) -> Report:
         [*searched, *(difference.verdict for difference in found)],
         record,
         {result.arm.name: result.bits for result in results},
-        lambda: comparison_figures(plan, results, out),
+        lambda: comparison_figures(plan, groups, out),
     )

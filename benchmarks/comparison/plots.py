@@ -1,6 +1,5 @@
 """Pictures of comparisons (extra `plots`)."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,7 @@ from moe_jax.plots.figures import COLOURS, check_installed
 from moe_jax.runs.records import read_metrics
 
 if TYPE_CHECKING:
-    from comparison.baselines import ArmResult, Basis, Plan
+    from comparison.baselines import Basis, Groups, Plan
     from comparison.expert_counts import ExpertCounts
     from comparison.scaling import Scaling
 
@@ -21,7 +20,7 @@ PANELS: "dict[Basis, str]" = {"tokens": "same tokens", "wall": "same wall clock"
 _COLOUR: dict[Dense, str] = dict(zip(DENSE_BASELINES, COLOURS, strict=False))
 
 
-def comparison_figures(plan: "Plan", results: "Sequence[ArmResult]", out: Path) -> dict[str, Any]:
+def comparison_figures(plan: "Plan", groups: "Groups", out: Path) -> dict[str, Any]:
     """Two figures by name, each with one panel for the same tokens and one for the same wall clock.
 
     `comparison`: the final bits per byte, each seed as a dot, and the mean with its interval. A thin line joins the
@@ -30,8 +29,8 @@ def comparison_figures(plan: "Plan", results: "Sequence[ArmResult]", out: Path) 
     matplotlib is missing.
     """
     check_installed()
-    seeds = len(results[0].summaries)
-    figures = {"comparison": _final_results(results)}
+    seeds = len(groups["tokens"][0].summaries)
+    figures = {"comparison": _final_results(groups)}
     return figures if plan.tuning else figures | {"curves": _training_curves(plan, seeds, out)}
 
 
@@ -48,10 +47,10 @@ def _panels(stream: str) -> "tuple[Any, dict[Basis, Any]]":
     return figure, panels
 
 
-def _final_results(results: "Sequence[ArmResult]") -> Any:
+def _final_results(groups: "Groups") -> Any:
     figure, panels = _panels("whole validation stream")
     for basis, axes in panels.items():
-        shown = [r for r in results if r.arm.dense == "none" or r.arm.basis == basis]
+        shown = groups[basis]
         for x, result in enumerate(shown):
             colour, interval = _COLOUR[result.arm.dense], t_interval(result.bits)
             half = interval.high - interval.mean if interval.known else 0

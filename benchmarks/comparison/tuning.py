@@ -1,17 +1,17 @@
 """The best learning rate, depth and number of attention heads of each side of a comparison.
 
-The sides are the mixture, and each dense baseline twice: with the tokens and with the time of the mixture. Each side
-searches by the same rule. It starts with the preset's settings and tries the two neighbours along one line after
+The mixture and each dense baseline are searched for twice: for the same tokens, and for the same time. Each of these
+sides searches by the same rule. It starts with the preset's settings and tries the two neighbours along one line after
 another. Where a neighbour is better, the next one beyond it is tried too, until it gets worse or the line ends:
 
     rate    half and twice the learning rates
     layers  one layer fewer and one more; the hidden width changes, so that a step has as many operations
     heads   half and twice as many attention heads, with as many operations
 
-The mixture's short runs have SHARE of the operations of the comparison's budget. Those of a dense side have the tokens
-or the time of the mixture's best one. All have SEED, which no run of the comparison has. Their learning rate reaches
-its final value at their own last step. They are scored on a part of the training text (`text_to_choose_on`), so no
-choice sees the text that scores the whole runs.
+The first side is the mixture whose short runs have SHARE of the operations of the comparison's budget. The other
+sides' short runs have the tokens or the time of its best one. So the mixture for the same time may be a faster one. All
+have SEED, which no run of the comparison has. Their learning rate reaches its final value at their own last step. They
+are scored on a part of the training text (`text_to_choose_on`), so no choice sees the text that scores the whole runs.
 
 The best rate falls with the length of a run. So the runs of the comparison have the best rate of the short runs times
 FOR_WHOLE_RUNS.
@@ -55,7 +55,7 @@ Ratio = Callable[[RunConfig, RunConfig], float]
 
 
 class Side(NamedTuple):
-    """A model, and the budget that it has in common with the mixture: tokens, or wall-clock time."""
+    """A model, and the budget that it has in common with MIXTURE: tokens, or wall-clock time."""
 
     dense: Dense
     basis: Basis
@@ -63,16 +63,18 @@ class Side(NamedTuple):
     @property
     def name(self) -> str:
         name = DENSE_BASELINES[self.dense]
-        return name if self.dense == "none" else f"{name}, same {self.basis}"
+        return name if self == MIXTURE else f"{name}, same {self.basis}"
 
 
 MIXTURE = Side("none", "tokens")
+"""The side that sets the tokens and the time."""
 
 
 def sides(models: Sequence[Dense]) -> list[Side]:
-    """The sides of a comparison of `models`, the mixture first."""
+    """The sides of a comparison of `models`, MIXTURE first."""
     bases: tuple[Basis, Basis] = ("tokens", "wall")
-    return [MIXTURE, *(Side(dense, basis) for dense in models if dense != "none" for basis in bases)]
+    every = [Side(dense, basis) for dense in models for basis in bases]
+    return [MIXTURE, *(side for side in every if side != MIXTURE)]
 
 
 class Candidate(NamedTuple):

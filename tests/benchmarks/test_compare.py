@@ -12,7 +12,7 @@ import compare
 import numpy as np
 import pytest
 from comparison import baselines, scaling, study_runs
-from comparison.baselines import Arm, ArmResult, Plan, differences
+from comparison.baselines import Arm, ArmResult, Plan, differences, grouped
 from comparison.expert_counts import ExpertCounts, Models
 from comparison.power_law import fit
 from comparison.report import CONFIDENCE
@@ -45,7 +45,7 @@ def test_differences_are_paired_by_seed() -> None:
     """Seeds differ by 0.5, the models by 0.1 at each seed: the means' intervals overlap, the pairs' does not hold 0."""
     mixture = arm_result(Arm("none", "tokens", 4), [1.0, 1.5, 2.0])
     baseline = arm_result(Arm("active", "tokens", 4), [1.1, 1.61, 2.09])
-    (found,) = differences([mixture, baseline])
+    (found,) = differences(grouped([mixture, baseline]))
     assert found.paired.mean == pytest.approx(0.1)
     assert found.paired.low == pytest.approx(0.1 - 4.302653 * 0.01 / math.sqrt(3), rel=1e-6)
     assert found.apart is False
@@ -53,6 +53,15 @@ def test_differences_are_paired_by_seed() -> None:
     assert "by 0.1000 bits per byte, 95 % [0.0752, 0.1248] paired by seed; the intervals of the means overlap" in (
         found.verdict
     )
+
+
+def test_for_the_same_time_the_mixture_is_the_one_that_was_chosen_for_it() -> None:
+    """It is at 1.0, the one for the same tokens at 2.0, and the baseline at 1.1. Untuned there is one mixture."""
+    arms = [Arm("none", "tokens", 4), Arm("none", "wall", 6), Arm("active", "tokens", 4), Arm("active", "wall", 8)]
+    results = [arm_result(arm, [bits, bits]) for arm, bits in zip(arms, (2.0, 1.0, 2.3, 1.1), strict=True)]
+    assert [d.paired.mean for d in differences(grouped(results))] == pytest.approx([0.3, 0.1])
+    untuned = grouped([results[0], *results[2:]])
+    assert [d.paired.mean for d in differences(untuned)] == pytest.approx([0.3, -0.9])
 
 
 def test_steps_by_hand() -> None:

@@ -95,11 +95,19 @@ def test_a_dense_side_has_the_tokens_or_the_time_of_the_mixtures_best_run() -> N
     assert {t.steps for t in chosen.of(TOKENS)} == {steps} == {199}
 
 
+def test_the_mixture_for_the_same_time_may_be_another_one() -> None:
+    """Three layers are the best for the same tokens. In their time one layer takes three times the steps, and wins."""
+    chosen = found(Trainer(lambda c: 0.1 * abs(c.model.layers - 3) + 300 / c.train.steps), models=["none"])
+    mixture, in_time = chosen.best(MIXTURE), chosen.best(Side("none", "wall"))
+    assert (mixture.candidate.layers, mixture.steps) == (3, 199)
+    assert (in_time.candidate.layers, in_time.steps) == (1, 3 * 199)
+
+
 def test_an_end_of_a_line_is_said() -> None:
     """Lower rates are always better: the search stops at an eighth of the preset's."""
     chosen = found(Trainer(lambda config: config.train.lr), models=["none"])
     assert chosen.best(MIXTURE).candidate.rate == tuning.LOWEST_RATE == 0.125
-    (_, mixture) = chosen.sentences(BASE)
+    _, mixture, _ = chosen.sentences(BASE)
     assert "; rate 0.125 is the lowest that could be tried" in mixture
     assert "highest" not in mixture
 
