@@ -133,6 +133,7 @@ def beside_llama_cpp(run: LoadedRun, made: Path) -> dict[str, float]:
 
 
 def in_turn(what: str, ours: Callable[[], Any], theirs: Callable[[], Any]) -> dict[str, float]:
+    """Median seconds of both, the rate of ours over theirs, and the larger spread."""
     times = alternate({"ours": ours, "theirs": theirs}, 7, rest=weights.REST_SECONDS, turn=weights.TURN_SECONDS)
     return {
         f"{what}, s": times["ours"].median,

@@ -4,7 +4,7 @@ One baseline has the same active parameters, the other the same total. The rest 
 baseline is trained twice: for as many tokens as the mixture, and for as much time as the mixture. So the step times of
 the models are measured in turn before the training. The numbers of steps follow from them. Before that,
 `tuning.py` can choose the learning rate, the depth and the attention heads of each side. A second mixture, chosen for
-its time, then stands beside the baselines of the same time. Then the whole runs are scored once, at their last step, on
+its time, stands beside the baselines of the same time. The whole runs are scored once, at their last step, on
 a text that no choice has seen.
 
     OUT/plan.json                          the request, the measured step times, the steps of each arm, the search

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from comparison.scaling import Scaling
 
 PANELS: "dict[Basis, str]" = {"tokens": "same tokens", "wall": "same wall clock"}
-NAMES: dict[Dense, str] = {
+_NAMES: dict[Dense, str] = {
     "none": "mixture of experts",
     "active": "dense,\nsame active parameters",
     "total": "dense,\nsame total parameters",
@@ -48,12 +48,12 @@ def _panels(text: str) -> "tuple[Any, dict[Basis, Any]]":
         axes.set_title(PANELS[basis], loc="left", fontweight="bold")
         axes.spines[["top", "right"]].set_visible(False)
         axes.grid(alpha=0.25)
-    panels["tokens"].set_ylabel(f"bits per byte of the {text}\n(lower is better)")
+    panels["tokens"].set_ylabel(f"bits per byte of {text}\n(lower is better)")
     return figure, panels
 
 
 def _final_results(groups: "Groups") -> Any:
-    figure, panels = _panels("text that is scored")
+    figure, panels = _panels("the text that is scored")
     for basis, axes in panels.items():
         shown = groups[basis]
         for x, result in enumerate(shown):
@@ -63,13 +63,13 @@ def _final_results(groups: "Groups") -> Any:
             axes.plot([x + 0.15] * len(result.bits), result.bits, "o", color=colour, alpha=0.5, markersize=4)
         for runs_of_a_seed in zip(*(r.bits for r in shown), strict=True):
             axes.plot([x + 0.15 for x in range(len(shown))], runs_of_a_seed, color="0.7", linewidth=0.8, zorder=1)
-        axes.set_xticks(range(len(shown)), [NAMES[r.arm.dense] for r in shown])
+        axes.set_xticks(range(len(shown)), [_NAMES[r.arm.dense] for r in shown])
         axes.set_xlim(-0.5, len(shown) - 0.5)
     return figure
 
 
 def _training_curves(plan: "Plan", seeds: int, out: Path) -> Any:
-    figure, panels = _panels("validation text, a part")
+    figure, panels = _panels("a part of the validation text")
     for arm, seed, config in plan.runs(seeds, out):
         records = read_metrics(Path(config.run_dir))["val"]
         steps, bits = [r["step"] for r in records], [r["bits_per_byte"] for r in records]
@@ -79,7 +79,7 @@ def _training_curves(plan: "Plan", seeds: int, out: Path) -> Any:
         }
         shown: list[Basis] = list(PANELS) if arm.dense == "none" else [arm.basis]
         for basis in shown:
-            label = DENSE_BASELINES[arm.dense] if seed == 0 else None
+            label = _NAMES[arm.dense] if seed == 0 else None
             axes = panels[basis]
             axes.plot([s * step[basis] for s in steps], bits, color=_COLOUR[arm.dense], alpha=0.8, label=label)
     panels["tokens"].set_xlabel("million training tokens")

@@ -184,7 +184,9 @@ class Tuning(NamedTuple):
         for side in dict.fromkeys(trial.side for trial in self.trials):
             best = self.best(side)
             c, settings = best.candidate, dense_baseline(base, side.dense)
-            text = f"{side.name}: learning rate {c.rate:g} x the preset's, {c.layers} layers, {c.heads} heads, hidden "
+            text = (
+                f"{side.name}: learning rate {c.rate:g} x the preset's, layers: {c.layers}, heads: {c.heads}, hidden "
+            )
             text += f"width of an expert {c.expert_hidden}; {best.bits:.4f} bits per byte in its short run, the best "
             text += f"of {len(self.of(side))}"
             for line, move in LINES.items():

@@ -310,7 +310,7 @@ WRONG_ANSWERS["all_gather"] = [
 ]
 
 WRONG_FUNCTIONS: dict[str, list[str]] = {}
+"""{exercise: functions}, as text. `softmax` is there."""
 for line in Path(__file__).with_name("wrong_functions.txt").read_text(encoding="utf-8").splitlines():
     number, _, text = line.partition(" ")
     WRONG_FUNCTIONS.setdefault(number, []).append(text)
-"""{exercise: functions}, as text. `softmax` is there."""
