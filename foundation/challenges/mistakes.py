@@ -271,8 +271,8 @@ def _of_arithmetic(node: ast.BinOp, letters: _Letters) -> Iterator[Change]:
             yield f"a sign is wrong: {letters.but(right, left)} should be subtracted", ast.BinOp(left, ast.Add(), right)
             yield f"{text(right)} stands alone, and should be subtracted from {text(left)}", right
         case ast.Mult():
-            yield f"a factor is left out: {text(right)}", left
-            yield f"a factor is left out: {text(left)}", right
+            yield f"a factor is left out: {text(right)}, which multiplies {text(left)}", left
+            yield f"a factor is left out: {text(left)}, which multiplies {text(right)}", right
             if isinstance(left, ast.UnaryOp):
                 yield f"a factor is left out: {text(left.operand)}", ast.UnaryOp(left.op, right)
             if isinstance(left, ast.Constant):

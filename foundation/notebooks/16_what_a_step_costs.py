@@ -216,7 +216,12 @@ for name, points in losses.items():
     lines[name] = (budgets, points)
     lines[f"{name}: line"] = (budgets, a * np.array(budgets) ** -b)
 pictures.curves(
-    {"bits per byte": lines}, "FLOP of training", log=True, log_x=10, markers=True
+    {"the loss of both models": lines},
+    "FLOP of training",
+    "bits per byte",
+    log=True,
+    log_x=10,
+    markers=True,
 )
 for name, points in losses.items():
     for floor in (0.0, 0.3, 0.5):

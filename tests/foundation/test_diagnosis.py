@@ -97,7 +97,7 @@ def test_the_mistake_is_named(operation: str, part: str) -> None:
 def test_a_mistake_and_a_factor_besides() -> None:
     """Two mistakes in one result: each is said."""
     said = [f.meaning for body, f in findings("rmsnorm") if "rrms = rrms * scale" in body]
-    assert said == ["a factor is left out: scale; and a factor too many: scale is multiplied in once too often"]
+    assert said == ["a factor is left out: scale, which multiplies d_y; and a factor too many: scale is multiplied in once too often"]
     said = [f.meaning for body, f in findings("layernorm") if "rstd * (d_n)" in body]
     assert said[0].count("a summand is left out") == 2
 
@@ -110,7 +110,7 @@ def test_of_one_number_a_ratio_says_nothing() -> None:
 @pytest.mark.parametrize(
     ("number", "answer", "said"),
     [
-        ("21.1", 0.25, "the other part is asked for"),
+        ("21.1", 0.75, "the second over the first"),
         ("1.1", -4.0, "look at the signs"),
         ("3.3", 0.25, "one divided by it"),
         ("8.2", 3.0, "is not the number. Hint"),
