@@ -147,7 +147,7 @@ SOLUTIONS: dict[str, float | Fraction | Callable[..., Any]] = {
     "20.1": 4,
     "20.2": 2.8 / 4 / math.log(2.0),
     "20.3": _unigram_bits,
-    "21.1": Fraction(4, 3),
+    "21.1": 4 / 3,
     "21.2": _bonus_gradient,
     "21.3": lambda z, q: softmax(z) - softmax(q),
 }
