@@ -274,7 +274,8 @@ def _of_arithmetic(node: ast.BinOp, letters: _Letters) -> Iterator[Change]:
             yield f"a factor is left out: {text(right)}, which multiplies {text(left)}", left
             yield f"a factor is left out: {text(left)}, which multiplies {text(right)}", right
             if isinstance(left, ast.UnaryOp):
-                yield f"a factor is left out: {text(left.operand)}", ast.UnaryOp(left.op, right)
+                said = f"a factor is left out: {text(left.operand)}, which multiplies {text(right)}"
+                yield said, ast.UnaryOp(left.op, right)
             if isinstance(left, ast.Constant):
                 yield f"divided by {text(left)}, and not multiplied", ast.BinOp(right, ast.Div(), left)
             yield (

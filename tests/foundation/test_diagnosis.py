@@ -113,6 +113,7 @@ def test_of_one_number_a_ratio_says_nothing() -> None:
     ("number", "answer", "said"),
     [
         ("21.1", 0.75, "the second over the first"),
+        ("14.1", 0.7, "the other part is asked for"),
         ("1.1", -4.0, "look at the signs"),
         ("3.3", 0.25, "one divided by it"),
         ("8.2", 3.0, "is not the number. Hint"),
