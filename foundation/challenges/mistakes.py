@@ -302,8 +302,11 @@ def _of_arithmetic(node: ast.BinOp, letters: _Letters) -> Iterator[Change]:
             yield f"a sum is left out: of {text(left)} times {text(right)}", ast.BinOp(left, ast.Mult(), right)
             yield f"a product is left out: with {text(right)}", left
             yield f"a product is left out: with {text(left)}", right
-            yield f"a factor is left out: {text(left)}", ast.BinOp(_call("ones_like", left), ast.MatMult(), right)
-            yield f"a factor is left out: {text(right)}", ast.BinOp(left, ast.MatMult(), _call("ones_like", right))
+            for gone, kept, product in (
+                (left, right, ast.BinOp(_call("ones_like", left), ast.MatMult(), right)),
+                (right, left, ast.BinOp(left, ast.MatMult(), _call("ones_like", right))),
+            ):
+                yield f"a factor is left out: {text(gone)}, which multiplies {text(kept)}", product
 
 
 def _call(name: str, *arguments: ast.expr) -> ast.Call:
