@@ -33,7 +33,7 @@ from jaxtyping import Array
 
 from moe_jax.config import ConfigError, RunConfig, UserError
 from moe_jax.config.section import flag_of
-from moe_jax.config.train import ProcessGroup
+from moe_jax.config import ProcessGroup
 from moe_jax.system.machine import versions
 
 HEARTBEAT_SECONDS = 10
@@ -58,13 +58,13 @@ def several() -> bool:
 
 
 @contextmanager
-def joined(group: ProcessGroup | None) -> Iterator[None]:
+def joined(group: ProcessGroup) -> Iterator[None]:
     """Within this block, this process belongs to the group. `None` is a process alone.
 
     Raises UserError if the coordinator's port is in use, or jax cannot connect the processes. Ends this process with
     status 1 if the others do not answer within ANSWER_SECONDS.
     """
-    if group is None:
+    if not group.several:
         yield
         return
     _connect(group)
@@ -78,16 +78,16 @@ def _connect(group: ProcessGroup) -> None:
     address: dict[str, Any] = {}
     if not group.detected:
         address = {
-            "coordinator_address": group.coordinator,
-            "num_processes": group.count,
-            "process_id": group.index,
+            "coordinator_address": group.address,
+            "num_processes": group.num_processes,
+            "process_id": group.process_id,
             "cluster_detection_method": "deactivate",
         }
-        if group.local:
-            address["coordinator_bind_address"] = group.coordinator
-        if group.index == 0:
+        if group.address.startswith(("127.0.0.1:", "localhost:", "[::1]:")):
+            address["coordinator_bind_address"] = group.address
+        if group.process_id == 0:
             _check_port(group)
-    named = "cluster" if group.detected else group.coordinator
+    named = "cluster" if group.detected else group.address
     # jax would abort the process with a stack trace, so a line is printed before.
     timer = threading.Timer(ANSWER_SECONDS, _end, [f"--coordinator-address {named}: not all processes have answered"])
     timer.start()
@@ -112,13 +112,13 @@ def _connect(group: ProcessGroup) -> None:
 
 def _check_port(group: ProcessGroup) -> None:
     """Raise UserError if the coordinator cannot listen: jax would end this process with SIGSEGV."""
-    host, _, port = group.coordinator.rpartition(":")
+    host, _, port = group.address.rpartition(":")
     family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
     try:
         socket.create_server((host.strip("[]") if group.local else "", int(port)), family=family).close()
     except OSError as error:
         cause = f"process 0 cannot listen there ({os.strerror(error.errno or 0)}); name a free port"
-        raise UserError(f"--coordinator-address {group.coordinator}: {cause}") from None
+        raise UserError(f"--coordinator-address {group.address}: {cause}") from None
 
 
 def _end(text: str) -> None:
@@ -177,7 +177,7 @@ def check_same_program(config: RunConfig, resumed: bool) -> None:
     """
     if not several():
         return
-    facts = {flag_of(section, name): value for section, name, value in config.settings() if name != "out"}
+    facts = {flag_of(config.section(section), name): value for section, name, value in config.settings() if name != "out"}
     facts |= {"a run in --out": resumed}
     agree_on(facts | {f"version of {name}": version for name, version in versions().items()}, ANSWER_SECONDS)
 

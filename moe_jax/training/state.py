@@ -174,10 +174,23 @@ class RunCounters:
         """Mean drop fraction of the counted steps; None before the first."""
         return self.drop_sum / self.drop_steps if self.drop_steps else None
 
-    def add_drops(self, fraction: float) -> None:
-        """Count the drops of a step: the share of (token, choice) pairs without a slot, mean over layers."""
+    def add_step(self, load: np.ndarray, drop_fraction: float, finite: bool) -> list[tuple[int, int]]:
+        """Count a step: its load float [L, E], shares that sum to 1 in each layer; the share of its (token, choice)
+        pairs without a slot, mean over layers; and whether it was finite. If not, the first two do not count.
+
+        Returns the (layer, expert) pairs that have now been starved for exactly STARVED_STEPS steps in a row.
+        """
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if not finite:
+            return []
         self.drop_steps += 1
-        self.drop_sum += fraction
+        self.drop_sum += drop_fraction
+        if not load.size:
+            return []
+        before = np.asarray(self.starved, np.int64) if self.starved else np.zeros(load.shape, np.int64)
+        steps = np.where(load < STARVED_SHARE / load.shape[1], before + 1, 0)
+        self.starved = steps.tolist()
+        return [(int(layer), int(expert)) for layer, expert in np.argwhere(steps == STARVED_STEPS)]
 
     def add_evaluation(self, step: int, loss: float) -> bool:
         """Count an evaluation; returns whether it is the best so far."""
@@ -186,18 +199,6 @@ class RunCounters:
         self.without_improvement = 0 if improved else self.without_improvement + 1
         self.evaluated = step
         return improved
-
-    def add_load(self, load: np.ndarray) -> list[tuple[int, int]]:
-        """Count a step's load float [L, E], shares that sum to 1 in each layer.
-
-        Returns the (layer, expert) pairs that have now been starved for exactly STARVED_STEPS steps in a row.
-        """
-        if not load.size:
-            return []
-        before = np.asarray(self.starved, np.int64) if self.starved else np.zeros(load.shape, np.int64)
-        steps = np.where(load < STARVED_SHARE / load.shape[1], before + 1, 0)
-        self.starved = steps.tolist()
-        return [(int(layer), int(expert)) for layer, expert in np.argwhere(steps == STARVED_STEPS)]
 
     def starved_now(self) -> list[list[int]]:
         """[layer, expert] of every expert that has been starved for at least STARVED_STEPS steps in a row."""
@@ -208,12 +209,8 @@ class RunCounters:
 
     @classmethod
     def from_json(cls, values: Any) -> "RunCounters":
-        """The inverse of `to_json`. Raises CheckpointCorrupted if the values have other names or types."""
-        kinds = {n: float | None if value is None else type(value) for n, value in cls().to_json().items()}
-        if isinstance(values, dict):  # older checkpoints have these too
-            values = {n: value for n, value in values.items() if n not in ("worst_drop", "last_drop")}
-        if not isinstance(values, dict) or values.keys() != kinds.keys():
-            raise CheckpointCorrupted("its progress is not what this program saves")
-        if wrong := [name for name, kind in kinds.items() if not isinstance(values[name], kind)]:
-            raise CheckpointCorrupted(f"its progress has a wrong value for {wrong[0]}")
-        return cls(**values)
+        """The inverse of `to_json`. Raises CheckpointCorrupted if the values have other names."""
+        try:
+            return cls(**values)
+        except TypeError:
+            raise CheckpointCorrupted("its progress is not what this program saves") from None
