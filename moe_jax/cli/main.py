@@ -27,7 +27,7 @@ COMMANDS = {
     "runs": "list the trained runs, and the models that come with moe-jax",
     "plan": "find settings that fit a GPU, without the GPU",
     "export": "write a model for transformers, llama.cpp, ollama, or as a page",
-    "doctor": "verify every checkpoint of a run, or look at this machine's card",
+    "doctor": "verify every checkpoint of a run, or look at the NVIDIA card",
     "certify": "test causality and compiled arithmetic of a model",
     "plot": "draw pictures of one run, or of several compared",
 }

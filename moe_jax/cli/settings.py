@@ -6,8 +6,9 @@ decides the defaults, so the flags that name it are looked up first; then tyro p
 """
 
 import dataclasses
+import itertools
 import shlex
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Protocol
@@ -57,12 +58,18 @@ class TrainingArguments:
 
 
 def parse_settings[A: Arguments](
-    arguments: A, argv: Sequence[str], prog: str, doc: str | None, given: Values, hidden: Collection[str] = ()
+    arguments: A,
+    argv: Sequence[str],
+    prog: str,
+    doc: str | None,
+    given: Values,
+    hidden: Collection[str] = (),
+    check: Callable[[RunConfig, Start], None] = lambda config, start: None,
 ) -> tuple[A, Start]:
     """The arguments with the values from argv, and what the run starts from.
 
-    `given` are settings that the command gives. Fields whose names are `hidden` are no flags. `--help` shows the
-    settings with a short flag, `--help-verbose` all of them.
+    `given` are settings that the command gives. Fields whose names are `hidden` are no flags. `check` is the command's
+    own, the first. `--help` shows the settings with a short flag, `--help-verbose` all of them.
 
     Raises ConfigError if the settings do not fit each other, the data or the start.
     """
@@ -82,6 +89,7 @@ def parse_settings[A: Arguments](
     config = parsed.config
     if start.defaults.model.vocab_size and not config.model.vocab_size:  # 0 stands for the tokenizer's size
         config = config.override({("model", "vocab_size"): start.defaults.model.vocab_size})
+    check(config, start)
     check_tuning(config)
     check_source(config.data)
     start.check(config)
@@ -91,7 +99,7 @@ def parse_settings[A: Arguments](
 def _naming(argv: Sequence[str]) -> Values:
     """The values of the flags that name the start. What is wrong with them, tyro says later."""
     found: Values = {("", "resume"): "--resume" in argv}
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+    for word, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
         flag, equals, value = word.partition("=")
         for key, flags in NAMING.items():
             if flag.replace("_", "-") in flags:
@@ -135,18 +143,13 @@ def _registry(hidden: Collection[str], short_only: bool) -> ConstructorRegistry:
 
 
 def check_tuning(config: RunConfig) -> None:
-    """Raise ConfigError if settings for fine-tuning do not fit each other, or are given without a model to tune."""
+    """Raise ConfigError if settings for fine-tuning do not fit each other."""
     train = config.train
     if config.base and (config.upcycle or config.init_from):
         flag = "--upcycle" if config.upcycle else "--init-from"
         raise ConfigError(f"{flag} {config.upcycle or config.init_from}: not with sft --run; do one after the other")
     if config.base and config.data.format != "chat":
         raise ConfigError(f"--data.format {config.data.format}: a run is fine-tuned on conversations; leave it out")
-    if not config.base and not (config.init_from and config.data.format == "chat"):
-        for section, name, plain in ((config.data, "format", "text"), (train, "lora_rank", 0)):
-            if getattr(section, name) != plain:
-                raise section.wrong(name, "is for fine-tuning; use `uv run python -m moe_jax sft --run RUN`")
-        return
     if train.train_router and config.model.routing.balancing == "bias":
         why = "not with --routing.balancing bias, whose biases belong to the routers as they are; leave it out"
         raise ConfigError(f"--train-router: {why}")

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 
 from moe_jax.cli.settings import TrainingArguments, parse_settings, train_as_asked
-from moe_jax.config import ConfigError, DataConfig
-from moe_jax.runs.catalog import run_folder
+from moe_jax.config import ConfigError, DataConfig, RunConfig
+from moe_jax.training.start import Start
 
 
 def sft(argv: Sequence[str], prog: str) -> int:
@@ -15,13 +15,22 @@ def sft(argv: Sequence[str], prog: str) -> int:
     run like any other; chat --run talks with it. Settings start from those of the run or model, with a short training
     at a low learning rate.
     """
-    chats = {("data", "format"): "chat"}
-    arguments, start = parse_settings(TrainingArguments(), argv, prog, sft.__doc__, chats, hidden=["upcycle"])
-    config = arguments.config
-    if start.saved is None and not (config.base or config.init_from):
+    return train_as_asked(*parse(argv, prog), "moe-jax sft")
+
+
+def parse(argv: Sequence[str], prog: str = "moe-jax sft") -> tuple[TrainingArguments, Start]:
+    """The arguments with the values from argv, and what the run starts from. Raises ConfigError."""
+    given = {("data", "format"): "chat"}
+    return parse_settings(TrainingArguments(), argv, prog, sft.__doc__, given, ["upcycle"], _check_tuned)
+
+
+def _check_tuned(config: RunConfig, start: Start) -> None:
+    """Raise ConfigError unless the flags, or the run that is resumed, say what is tuned and on what."""
+    if start.saved is not None:
+        return
+    if not (config.base or config.init_from):
         raise ConfigError(
             "--run: must be given, the folder of the run to fine-tune, or --init-from with a Hugging Face folder"
         )
-    if start.saved is None and config.data.source == DataConfig.source:
+    if config.data.source == DataConfig.source:
         raise ConfigError("--data: must be given, a file of conversations (.jsonl)")
-    return train_as_asked(arguments, start, "moe-jax sft")

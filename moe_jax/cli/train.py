@@ -3,6 +3,9 @@
 from collections.abc import Sequence
 
 from moe_jax.cli.settings import TrainingArguments, parse_settings, train_as_asked
+from moe_jax.training.start import Start
+
+ONLY_TUNING = ("base", "format", "lora_rank", "lora_alpha", "train_router")
 
 
 def train(argv: Sequence[str], prog: str) -> int:
@@ -11,6 +14,9 @@ def train(argv: Sequence[str], prog: str) -> int:
     Settings start from a preset, or from the run or model that --resume, --upcycle or --init-from names. Flags change
     them. The defaults that are shown are those of the preset.
     """
-    tuning = ["base", "format", "lora_rank", "lora_alpha", "train_router"]
-    arguments, start = parse_settings(TrainingArguments(), argv, prog, train.__doc__, {}, hidden=tuning)
-    return train_as_asked(arguments, start, "train.py")
+    return train_as_asked(*parse(argv, prog), "train.py")
+
+
+def parse(argv: Sequence[str], prog: str = "train.py") -> tuple[TrainingArguments, Start]:
+    """The arguments with the values from argv, and what the run starts from. Raises ConfigError."""
+    return parse_settings(TrainingArguments(), argv, prog, train.__doc__, {}, hidden=ONLY_TUNING)

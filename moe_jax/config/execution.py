@@ -20,8 +20,7 @@ MESH_FORM = "axes data, fsdp and expert, each at most once with a size of 1 to 6
 
 @dataclass(frozen=True)
 class ExecutionConfig(Section):
-    """How a model is computed. The function that it computes stays the same, up to rounding. A resumed run
-    may change every field."""
+    """How the model is computed. A resumed run may change all of it."""
 
     section_name: ClassVar[str] = "execution"
 

@@ -29,8 +29,7 @@ in_training = partial(setting, kept=("resume",))
 
 @dataclass(frozen=True)
 class RoutingConfig(Section):
-    """How a token finds its experts. No field changes the shape of a parameter, but `balancing` = bias adds a parameter
-    of E entries to each layer."""
+    """How a token finds its experts."""
 
     section_name: ClassVar[str] = "routing"
 
@@ -62,7 +61,7 @@ class RoutingConfig(Section):
 
 @dataclass(frozen=True)
 class ModelConfig(Section):
-    """The shape of the model: every setting that decides a parameter's shape or the forward pass."""
+    """The shape of the model, and what else decides its forward pass."""
 
     section_name: ClassVar[str] = "model"
 

@@ -146,8 +146,8 @@ class RunConfig(Section):
 
 
 def holds_run(run: Path) -> bool:
-    """Whether a folder holds a complete checkpoint."""
-    return any(path.parent.name.removeprefix("step_").isdecimal() for path in run.glob("checkpoints/*/manifest.json"))
+    """Whether a folder holds a complete checkpoint. A checkpoint gets its name only when it is complete."""
+    return any(path.name.removeprefix("step_").isdecimal() for path in run.glob("checkpoints/step_*"))
 
 
 def load_config(run: Path) -> RunConfig | None:

@@ -60,7 +60,7 @@ STATE_BYTES: dict[OptimizerKind, float] = {"adamw": 8, "adamw-bf16": 6, "adamw-8
 
 @dataclass(frozen=True)
 class TrainConfig(Section):
-    """How the model is trained. `training/optimizers/factory.py` makes the optimizer and the schedule from this."""
+    """How the model is trained."""
 
     section_name: ClassVar[str] = "train"
 

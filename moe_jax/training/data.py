@@ -60,7 +60,7 @@ class SessionData:
         answers = None if whole.answers is None else whole.answers[: len(tokens)]
         if answers is not None and not answers[1:].any():  # the first token is never predicted
             raise UserError(
-                f"--set data.eval_tokens={self.config.data.eval_tokens}: no answer is in the first {len(tokens):,} "
+                f"--data.eval-tokens {self.config.data.eval_tokens}: no answer is in the first {len(tokens):,} "
                 "validation tokens, so training could not be scored; give a larger number, or move a shorter "
                 "conversation to the front"
             )

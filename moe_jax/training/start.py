@@ -15,6 +15,7 @@ from moe_jax.config import ConfigError, ModelConfig, RunConfig, UserError, holds
 from moe_jax.config.presets import largest_vocabulary, preset
 from moe_jax.config.run import missing_run
 from moe_jax.config.section import Origin
+from moe_jax.runs.catalog import run_folder
 
 if TYPE_CHECKING:
     from moe_jax.training.initial_weights import InitialWeights
@@ -92,12 +93,13 @@ def _in_folder(config: RunConfig) -> Start | None:
 
 def _tuned_run(config: RunConfig) -> Start:
     """The best checkpoint of a trained run, fine-tuned on conversations (`sft --run`)."""
-    from_run = _load_run("--run", config.base)
+    folder = str(run_folder(config.base))
+    from_run = _load_run("--run", folder)
     fresh = dataclasses.replace(from_run, base=config.base, init_from="", upcycle="", out="", resume=False)
     defaults = _for_conversations(fresh, TUNING_LR_ADAPTERS if config.train.lora_rank else TUNING_LR)
     hint = "leave the flag out: a tuned run keeps the model and the tokenizer"
-    check = _keeps(from_run, ["tune"], f"the run in {config.base}", hint)
-    return Start(defaults, (check,), lambda: _weights_of("run", "--run", config.base))
+    check = _keeps(from_run, ["tune"], f"the run in {folder}", hint)
+    return Start(defaults, (check,), lambda: _weights_of("run", "--run", folder))
 
 
 def _imported_model(config: RunConfig) -> Start:

@@ -15,7 +15,7 @@ from moe_jax.planning import fitting, ladder
 from moe_jax.planning.fitting import compiled_here, fit, room_here
 from moe_jax.planning.ladder import Plan, Room
 from moe_jax.system.environment import MIB
-from moe_jax.training.loop import train
+from moe_jax.training.run import take_steps
 from moe_jax.training.session import Session
 from tests.support import saved_run, tiny
 
@@ -75,7 +75,7 @@ def fitted(
     folder = tmp_path_factory.mktemp("fitted")
     with saved_run.quick_training(folder / "cache", samples=False):
         session = Session.open(asked(folder, memories[expected].total), fit=fit)
-        train(session)
+        take_steps(session)
     return folder, session, expected
 
 
@@ -92,7 +92,7 @@ def test_a_run_fits_itself_and_its_losses_are_those_of_the_run_that_was_asked_fo
     assert setting(session.config) == expected == max(fits, key=lambda rung: (rung[0], not rung[2]))
     assert session.config.tokens_per_step == asked(tmp_path).tokens_per_step
     with saved_run.quick_training(tmp_path / "cache", samples=False):
-        train(Session.open(asked(tmp_path)))
+        take_steps(Session.open(asked(tmp_path)))
     assert len(losses(folder)) == STEPS
     np.testing.assert_allclose(losses(folder), losses(tmp_path), rtol=1e-5)
 

@@ -19,7 +19,7 @@ from moe_jax.interop.source import open_source
 from moe_jax.runs.folder import locked_for_training
 from moe_jax.runs.load import open_run
 from moe_jax.training import initial_weights
-from moe_jax.training.loop import train
+from moe_jax.training.run import take_steps
 from moe_jax.training.session import Session
 from tests.support.saved_run import resuming
 
@@ -114,7 +114,7 @@ def test_a_folder_made_anew_is_not_touched(trained: tuple[Path, RunConfig], tmp_
         shutil.copytree(tmp_path / "away", run)
         edit(run, run_id="0123456789abcdef")
         with pytest.raises(UserError, match="was removed or made anew while this process used it"):
-            train(session)
+            take_steps(session)
         shutil.rmtree(run)
         with pytest.raises(UserError, match="was removed or made anew while this process used it"):
             session.save(14, None)
