@@ -22,7 +22,7 @@ from moe_jax.config.section import format_bound
 from moe_jax.model.costs import least_step_bytes
 from moe_jax.runs.catalog import run_or_default, title
 from moe_jax.system.environment import GIB, machine_memory, runs_on_cpu
-from moe_jax.system.files import Folder, json_text, step_number
+from moe_jax.system.files import json_text, steps_in
 
 COMMANDS = {
     "train": ("train", "Train", "train a sparse mixture-of-experts language model"),
@@ -113,7 +113,7 @@ def check_run_folder(run: str, step: int | None = None) -> None:
         raise ConfigError(missing_run("--run", run))
     if step is None:
         return
-    steps = sorted(s for name in Folder(Path(run)).names("checkpoints") if (s := step_number(name)) is not None)
+    steps = steps_in(Path(run) / "checkpoints")
     if step not in steps:
         raise ConfigError(f"--step {step}: {run} has no such checkpoint; it has {', '.join(map(str, steps))}")
 

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from moe_jax.cli.command import MOST_ACTIVE, ModelCommand, check_range
 from moe_jax.config import UserError
 from moe_jax.system import environment
-from moe_jax.system.signals import unwinding
-from moe_jax.system.terminal import keys_hidden, say, stream_text, working
+from moe_jax.system.terminal import say, stream_text, working
 
 if TYPE_CHECKING:
     from moe_jax.inference import chat as conversation
@@ -103,12 +102,9 @@ class Chat(SamplingCommand):
         self.check()
         environment.prepare_environment()
         person = sys.stdin.isatty() and sys.stdout.isatty()
-        with keys_hidden():  # what is typed early appears at the prompt
-            talk = self._begin(person)
-        with unwinding():
-            while not talk.ended and (line := _next_line(person)) is not None:
-                with keys_hidden():
-                    _answer(talk, line)
+        talk = self._begin(person)
+        while not talk.ended and (line := _next_line(person)) is not None:
+            _answer(talk, line)
         return 0
 
     def _begin(self, person: bool) -> "conversation.Chat":

@@ -1,6 +1,5 @@
 """`moe-jax inspect`, `plot` and `doctor`: what a run did, in a page, in pictures, and on the disk."""
 
-import collections
 import contextlib
 import os
 from collections.abc import Iterable
@@ -13,7 +12,7 @@ from moe_jax.planning import card
 from moe_jax.planning.card import Finding
 from moe_jax.runs.catalog import is_shipped, run_folder
 from moe_jax.system import environment
-from moe_jax.system.files import Folder, json_text, write_output
+from moe_jax.system.files import json_text, write_output
 from moe_jax.system.terminal import say, working
 
 
@@ -119,9 +118,7 @@ class Plot(Command):
             from moe_jax.plots.figures import run_figures, save_figures
 
             figures = run_figures(runs)
-            if self.out:
-                Path(self.out).mkdir(parents=True, exist_ok=True)
-            out = Folder(Path(self.out)) if self.out else Folder(runs[0]).inner("report")
+            out = Path(self.out) if self.out else runs[0] / "report"
             paths = save_figures(figures, out)
         say(*paths)
         return 0
@@ -129,7 +126,7 @@ class Plot(Command):
 
 @dataclass(frozen=True)
 class Doctor(Command):
-    """Verify every checkpoint of a run, each array included; or look at this machine's NVIDIA card.
+    """Verify every file of every checkpoint of a run; or look at this machine's NVIDIA card.
 
     With --gpu, what JAX needs of the machine is checked step by step. If nothing is missing, the card's products and
     bandwidth are measured, and the command that trains on it is printed.
@@ -137,15 +134,13 @@ class Doctor(Command):
 
     run: str = ""
     """Folder of a run."""
-    repair: bool = False
-    """Repair what can be repaired. Damaged checkpoints are renamed, never removed."""
     gpu: bool = False
     """Look at the card, and not at a run."""
     preset: PresetName = "seed-158m"
     """With --gpu: the preset that is to be trained on the card."""
 
     def execute(self) -> int:
-        """0 if nothing is damaged or missing, or if all damage was repaired."""
+        """0 if nothing is damaged or missing."""
         if self.gpu == bool(self.run):
             raise ConfigError(
                 f"--run {self.run or 'RUN'}: give either the folder of a run, or --gpu to look at the card"
@@ -153,24 +148,23 @@ class Doctor(Command):
         if self.gpu:
             return self._examine_card()
         folder = run_folder(self.run)
-        if not Folder(folder).exists("checkpoints"):
+        if not (folder / "checkpoints").exists():
             raise ConfigError(f"--run {self.run}: is not the folder of a run; it has no folder `checkpoints`")
         environment.prepare_environment()
         with working(f"reading every checkpoint of {folder}"):
-            from moe_jax.runs.doctor import ILL, examine
+            from moe_jax.runs.doctor import examine
             from moe_jax.runs.folder import LOCK, locked_for_training
 
             trains = (folder / LOCK).exists() and os.access(folder, os.W_OK)
-            with locked_for_training(folder) if trains or self.repair else contextlib.nullcontext():
-                findings = examine(folder, self.repair)
+            with locked_for_training(folder) if trains else contextlib.nullcontext():
+                findings = examine(folder)
         width = max(len(f.what) for f in findings)
         for finding in findings:
             say(f"{finding.what:<{width}}  {finding.state:<8}  {finding.detail}".rstrip())
-        ill = collections.Counter(f.state for f in findings if f.state in ILL)
-        if ill:
-            counts = ", ".join(f"{count} {state}" for state, count in ill.items())
-            say(counts + ("" if self.repair else "; --repair repairs what can be repaired"))
-        return 1 if ill else 0
+        damaged = sum(finding.state == "damaged" for finding in findings)
+        if damaged:
+            say(f"{damaged} damaged")
+        return 1 if damaged else 0
 
     def _examine_card(self) -> int:
         if not _said_all_good(card.needs()):

@@ -7,14 +7,11 @@ stderr, without a traceback. Nothing here imports jax before the arguments of th
 import os
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from moe_jax.cli.arguments import HINT
 from moe_jax.cli.command import COMMANDS, Command, command
 from moe_jax.config import ConfigError, UserError
-from moe_jax.system import terminal
-from moe_jax.system.signals import interruptible
 
 HELP = {"-h", "--help"}
 LONGEST_WORD = 400
@@ -60,29 +57,26 @@ def console() -> int:
 def main(program: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Run a program on the arguments, by default those of this process. An error that the user can fix becomes one line
     and an exit status."""
-    with interruptible() if argv is None else nullcontext():
-        terminal.guard_streams()
-        try:
-            status = program(sys.argv[1:] if argv is None else argv) or 0
-            sys.stdout.flush()  # an error of the last write must be found here, and not while Python shuts down
-            return status
-        except ConfigError as error:
-            return _fail(str(error), 2)
-        except UserError as error:
-            return _fail(str(error), 1)
-        except KeyboardInterrupt:
-            return _fail("interrupted", INTERRUPTED)
-        except terminal.OutputLost as error:
-            if error.reader_left:  # `generate | head`
-                return 0
-            return _fail(f"standard output cannot be written ({error}); mend that and try again", 1)
-        except OSError as error:
-            return _fail(f"{error.filename or 'file system'}: {error.strerror or error}; mend this and try again", 1)
-        except RuntimeError as error:
-            message = _of_jax(str(error))
-            if message is None:
-                raise
-            return _fail(message, 1)
+    try:
+        status = program(sys.argv[1:] if argv is None else argv) or 0
+        sys.stdout.flush()  # an error of the last write must be found here, and not while Python shuts down
+        return status
+    except ConfigError as error:
+        return _fail(str(error), 2)
+    except UserError as error:
+        return _fail(str(error), 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+    except BrokenPipeError:  # `generate | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it again at its end
+        return _fail("the reader of the standard output has left", 1)
+    except OSError as error:
+        return _fail(f"{error.filename or 'file system'}: {error.strerror or error}; mend this and try again", 1)
+    except RuntimeError as error:
+        message = _of_jax(str(error))
+        if message is None:
+            raise
+        return _fail(message, 1)
 
 
 def _of_jax(error: str) -> str | None:
@@ -99,8 +93,6 @@ def _of_jax(error: str) -> str | None:
 
 
 def _fail(message: str, status: int) -> int:
-    with suppress(terminal.OutputLost):
-        sys.stdout.flush()
     words = [w if len(w) <= LONGEST_WORD else f"{w[:150]}...{w[-100:]}" for w in message.split()]
     print("error:", *words, file=sys.stderr)
     return status

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import math
+import os
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from moe_jax.config.presets import PRESETS
 from moe_jax.config.train import ProcessGroup
 from moe_jax.data.corpora import skipped_files
 from moe_jax.runs.catalog import run_folder
-from moe_jax.system import environment, terminal
+from moe_jax.system import environment
 from moe_jax.system.signals import Signals, Stopped
 from moe_jax.system.terminal import say, working
 from moe_jax.training.start import Start
@@ -212,7 +213,6 @@ def training_process(config: RunConfig, start: Start, group: ProcessGroup | None
 
     If a signal stops the run, the block ends, and `Process.status` holds the exit status.
     """
-    terminal.outlive_output()
     if group is not None:
         environment.silence_libraries()
     notes = environment.prepare_environment(config.execution.deterministic)
@@ -222,12 +222,12 @@ def training_process(config: RunConfig, start: Start, group: ProcessGroup | None
         # jax is imported only now, because the arguments are accepted and the environment is set.
         with working("starting JAX"):
             from moe_jax.parallel.layout import mesh_of
-            from moe_jax.parallel.processes import check_same_program, first, joined
+            from moe_jax.parallel.processes import check_same_program, is_process_zero, process_group
             from moe_jax.runs.folder import locked_together
 
-        with joined(group):
-            if group is not None:
-                terminal.keep_apart(quiet=not first())
+        with process_group(group):
+            if not is_process_zero():
+                sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115  until the process ends
             check_same_program(config, start.saved is not None)
             mesh_of(config.execution.mesh)  # refuses a mesh of other devices before anything is written
             process = Process(signals, notes)
@@ -271,14 +271,14 @@ def trained(config: RunConfig, start: Start, process: Process, seconds: float = 
 def report(session: Any) -> None:
     """Score the best checkpoint on the whole validation text, and print and draw the result."""
     from moe_jax.inspection.report import report_run
-    from moe_jax.parallel.processes import first
+    from moe_jax.parallel.processes import is_process_zero
     from moe_jax.training.header import print_next_step, print_result
     from moe_jax.training.loop import finish
 
     result = finish(session)
-    if first():
+    if is_process_zero():
         print_result(session, result)
-        say(*report_run(session.folder.files))
+        say(*report_run(session.folder.path))
         print_next_step(session)
 
 

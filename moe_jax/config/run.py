@@ -10,7 +10,7 @@ from moe_jax.config.model import ModelConfig, RoutingConfig
 from moe_jax.config.section import Section, no_flag
 from moe_jax.config.train import NAMED_CORPORA, DataConfig, ExecutionConfig, MeshShape, TrainConfig
 from moe_jax.system.errors import ConfigError, UserError, shortened
-from moe_jax.system.files import Folder, step_number
+from moe_jax.system.files import read_json, steps_in
 
 PresetName = Literal["nano", "story", "story-cpu", "story-4gb", "seed-158m", "max-4gb"]
 SECTIONS = ("model", "routing", "data", "train", "execution")
@@ -169,7 +169,7 @@ def _checked(kind: type[Section], prefix: str, values: dict[str, Any]) -> dict[s
     return values
 
 
-_CHANGED = "the file was changed; `uv run python -m moe_jax doctor --run FOLDER --repair` takes it from a checkpoint"
+_CHANGED = "the file was changed; the `context` in a checkpoint's manifest.json holds a copy"
 _MAX_INTEGER = 2**63
 """No field may have a larger number. Python's own integers have no limit, and arithmetic with floats then fails."""
 _KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
@@ -190,8 +190,7 @@ def holds_run(run: Path) -> bool:
     """Whether a folder holds a complete checkpoint. A checkpoint gets its name only when it is complete, so names
     suffice. Raises UserError if the folder cannot be read: it may hold a run then."""
     try:
-        steps = [name for name in Folder(run).names("checkpoints") if step_number(name) is not None]
-        return any(not (run / "checkpoints" / name).is_file() for name in steps)
+        return any(path.is_dir() for path in steps_in(run / "checkpoints").values())
     except OSError as error:
         raise UserError(f"{error.filename}: cannot be read ({error.strerror}); fix this and try again") from None
 
@@ -200,15 +199,13 @@ def load_config(run: Path) -> RunConfig | None:
     """The saved configuration of a folder that holds a run, else None. Raises UserError where it cannot be read."""
     if not holds_run(run):
         return None
-    repair = f"; `uv run python -m moe_jax doctor --run {run} --repair` takes it from a checkpoint"
     try:
-        return RunConfig.from_dict(Folder(run).read_json("config.json"))
+        return RunConfig.from_dict(read_json(run / "config.json"))
     except ConfigError:
         raise
-    except (OSError, ValueError) as error:  # a file that the system refuses to read may well be whole
+    except (OSError, ValueError) as error:
         what = error.strerror if isinstance(error, OSError) else error
-        remedy = repair if isinstance(error, FileNotFoundError | ValueError) else "; fix this and try again"
-        raise UserError(f"{run / 'config.json'} cannot be read ({what}){remedy}") from error
+        raise UserError(f"{run / 'config.json'} cannot be read ({what}); fix this and try again") from error
 
 
 def missing_run(flag: str, run: Path | str, remedy: str = "make one with `uv run train.py`") -> str:

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -14,9 +15,9 @@ from rich.table import Column
 
 from moe_jax.config import UserError
 from moe_jax.model.costs import adapter_parameters, count_parameters, duration, totals, training_flops
-from moe_jax.parallel.processes import first
+from moe_jax.parallel.processes import is_process_zero
 from moe_jax.runs import records
-from moe_jax.system.files import Folder, json_text
+from moe_jax.system.files import json_text
 from moe_jax.system.terminal import rich_console
 from moe_jax.training.evaluate import Evaluation
 from moe_jax.training.session import Session
@@ -30,8 +31,8 @@ MAX_SKIPPED_IN_A_ROW = 20
 class MetricsLog:
     """Appends records to metrics.jsonl. Only the first of several processes does so."""
 
-    def __init__(self, run: Folder) -> None:
-        self._file = run.open_end(records.METRICS)
+    def __init__(self, run: Path) -> None:
+        self._file = (run / records.METRICS if is_process_zero() else Path(os.devnull)).open("ab")
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one line, and flush it, so that a killed run keeps its records."""
@@ -40,7 +41,7 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Wait until all records are on the disk. After a power loss, no checkpoint is then newer than its records."""
-        if first():
+        if is_process_zero():
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -190,7 +191,7 @@ def summary(
     text, and `openings` those of three of its documents.
     """
     config, data = session.config, session.data
-    last = records.last_train_record(session.folder.files)
+    last = records.last_train_record(session.folder.path)
     steps = int(session.state.step)
     device = jax.devices()[0]
     compared, counters = data.baselines, session.counters

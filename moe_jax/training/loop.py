@@ -11,7 +11,7 @@ from typing import Any
 import jax
 
 from moe_jax.config import UserError
-from moe_jax.parallel.processes import first, stop_reason
+from moe_jax.parallel.processes import is_process_zero, stop_reason
 from moe_jax.runs.load import restore_weights
 from moe_jax.system.signals import Signals, Stopped
 from moe_jax.training.evaluate import Evaluation
@@ -51,7 +51,7 @@ def train(session: Session, signals: Signals | None = None, seconds: float = mat
     step = begin = session.saved_step
     half = 0.0
     with ExitStack() as opened:
-        log = MetricsLog(session.folder.files)
+        log = MetricsLog(session.folder.path)
         opened.callback(log.close)
         terminal = Terminal(config.steps, step)
         opened.callback(terminal.close)
@@ -145,7 +145,7 @@ def _evaluate_and_sample(session: Session, step: int, logger: StepLogger, signal
         scored = session.score(session.data.subset())
         params = session.params  # with several processes, by all together
         sample, trace = session.sample(step, params), session.tracer(params) if session.tracer else None
-    if first():
+    if is_process_zero():
         _write_evaluation(session, step, scored, sample, trace, logger)
     return scored.loss
 

@@ -31,7 +31,7 @@ from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.transformer import Params
 from moe_jax.parallel.layout import mesh_of
-from moe_jax.parallel.processes import agree_on, placed
+from moe_jax.parallel.processes import agree_on, place
 from moe_jax.runs.arrays import named_leaves
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointCorrupted, CheckpointStore, doctor_of
 from moe_jax.runs.folder import RunFolder, new_run_id, read_entry
@@ -172,12 +172,12 @@ class Session:
         if saved is not None:
             newest = next(reversed(checkpoints.list()), None)
             precision = kept_precision(newest) if newest else ""
-            run_id = read_entry(folder.files, "run_id") or new_run_id()
+            run_id = read_entry(folder.path, "run_id") or new_run_id()
             tokenizer = load_run_tokenizer(folder.path, newest, saved.model)
         store = prepare_token_store(config.data, tokenizer=tokenizer, seq_len=config.model.seq_len)
         vocab_size = config.model.vocab_size or store.tokenizer.vocab_size
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
-        fitted = Fitted(config, read_entry(folder.files, "fitted") if saved else None)
+        fitted = Fitted(config, read_entry(folder.path, "fitted") if saved else None)
         if fit is not None:
             fitted = fit(config, precision, saved, fitted.record)
             config = fitted.config
@@ -225,7 +225,7 @@ class Session:
             run = self.folder.path
             raise UserError(f"{run}: every checkpoint is damaged; {doctor_of(run)} says how")
         newest, self.state = restored
-        context = newest.manifest["context"]
+        context = newest.context
         self.counters, self.origin = RunCounters.from_json(context["progress"]), context.get("origin")
         self.resumed_from, self.saved_step, self.elapsed_before = newest.step, newest.step, newest.elapsed
         self.folder.truncate_logs_after(newest.step, self.counters.evaluated)
@@ -237,7 +237,7 @@ class Session:
         layout = self.programs.layout
         if layout is None or not layout.mesh.is_multi_process:
             return self.data.batch(step)
-        return jax.tree.map(lambda x: placed(x, layout.sharding(layout.batch)), self.data.batch(step))
+        return jax.tree.map(lambda x: place(x, layout.sharding(layout.batch)), self.data.batch(step))
 
     @property
     def params(self) -> Params:
@@ -312,7 +312,7 @@ def check_same_data_and_model(checkpoint: Checkpoint, config: RunConfig, store: 
     older checkpoint.
     """
     check_full_weights("--out", Path(config.run_dir), checkpoint)
-    context = checkpoint.manifest["context"]
+    context = checkpoint.context
     if "data" not in context:
         raise CheckpointCorrupted("its manifest does not say what it belongs to")
     RunCounters.from_json(context.get("progress"))
