@@ -206,7 +206,8 @@ def steps_in(folder: Path, suffix: str = "") -> dict[int, Path]:
     Raises OSError if the folder cannot be read.
     """
     try:
-        paths = {step_number(path.name.removesuffix(suffix)): path for path in folder.iterdir()}
+        paths = [path for path in folder.iterdir() if path.name.endswith(suffix)]
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    return {step: paths[step] for step in sorted(step for step in paths if step is not None)}
+    steps = {step_number(path.name.removesuffix(suffix)): path for path in paths}
+    return {step: steps[step] for step in sorted(step for step in steps if step is not None)}
