@@ -121,7 +121,7 @@ class RunConfig(Section, section=""):
     def from_dict(cls, values: Any) -> "RunConfig":
         """The inverse of `to_dict`.
 
-        Top-level keys that are not fields (`run_id`, `versions`, `history`) are ignored. Raises ConfigError for a value
+        Top-level keys that are not fields (`versions`, `history`) are ignored. Raises ConfigError for a value
         that is not allowed. Raises UserError for everything else: values of another type, another schema version, an
         unknown field of a section.
         """

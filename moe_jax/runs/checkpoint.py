@@ -146,13 +146,17 @@ class CheckpointStore:
         """The folders of all checkpoints, oldest first."""
         return list(steps_in(self.folder).values())
 
-    def list(self) -> list[Checkpoint]:
-        """Checkpoints whose manifest is undamaged, oldest first. Their other files are not verified."""
-        return [found for _, found in self._entries() if isinstance(found, Checkpoint)]
-
-    def _entries(self) -> "Entries":
-        """Every checkpoint, oldest first."""
-        return [(path, _read(path)) for path in self.paths()]
+    def list(self, say: Callable[[str], None] | None = None) -> list[Checkpoint]:
+        """Checkpoints whose manifest is undamaged, oldest first. The others are reported to `say`. No other file is
+        verified."""
+        found = []
+        for path in self.paths():
+            try:
+                found.append(Checkpoint.read(path))
+            except CheckpointCorrupted as error:
+                if say is not None:
+                    say(f"{path}: skipped, {error}")
+        return found
 
     def restore_newest(self, target: Any, check: Callable[[Checkpoint], None]) -> tuple[Checkpoint, Any] | None:
         """The newest good checkpoint, and its values in the structure of `target`. None if no checkpoint is good.
@@ -160,8 +164,7 @@ class CheckpointStore:
         Newer checkpoints, which are damaged, are renamed to damaged_*, so that their steps can be saved again. `check`
         raises if an undamaged checkpoint belongs to another run.
         """
-        entries = self._entries()
-        for checkpoint in self._good(reversed(entries)):
+        for checkpoint in self._good(reversed(self.list(self.say))):
             try:
                 check(checkpoint)
                 state = _restore_verified(checkpoint, target)
@@ -170,7 +173,7 @@ class CheckpointStore:
                 continue
             barrier()  # all have read before a folder gets another name
             if is_process_zero():
-                for path, _ in entries[[path for path, _ in entries].index(checkpoint.path) + 1 :]:
+                for path in self.paths()[self.paths().index(checkpoint.path) + 1 :]:
                     damaged = path.with_name(path.name.replace("step_", "damaged_"))
                     shutil.rmtree(damaged, ignore_errors=True)  # of an earlier damage at the same step
                     path.rename(damaged)
@@ -180,16 +183,13 @@ class CheckpointStore:
     def best(self) -> Checkpoint | None:
         """The good checkpoint with the lowest validation loss. If no good one was evaluated, the newest good one.
 
-        Checkpoints with a damaged manifest are reported to `say` first. Their loss is unknown, so each may be the best.
+        Damaged checkpoints that might have been better are reported to `say`.
         """
 
-        def rank(entry: Entry) -> tuple[int, float, int]:
-            _, found = entry
-            if isinstance(found, CheckpointCorrupted):
-                return 0, 0, 0
-            return (1, found.val_loss, found.step) if found.val_loss is not None else (2, 0, -found.step)
+        def rank(c: Checkpoint) -> tuple[bool, float, int]:
+            return (c.val_loss is None, 0, -c.step) if c.val_loss is None else (False, c.val_loss, c.step)
 
-        return next(self._good(sorted(self._entries(), key=rank)), None)
+        return next(self._good(sorted(self.list(self.say), key=rank)), None)
 
     def at(self, step: int) -> Checkpoint:
         """The checkpoint of a step. If there is none, raises UserError with the steps of the checkpoints."""
@@ -199,25 +199,12 @@ class CheckpointStore:
         steps = ", ".join(map(str, checkpoints)) or "none"
         raise UserError(f"--step {step}: {self.folder} has no such checkpoint; it has {steps}")
 
-    def _good(self, entries: "Iterable[Entry]") -> Iterator[Checkpoint]:
-        for path, found in entries:
-            damage = verify(found) if isinstance(found, Checkpoint) else str(found)
-            if isinstance(found, Checkpoint) and damage is None:
-                yield found
+    def _good(self, checkpoints: Iterable[Checkpoint]) -> Iterator[Checkpoint]:
+        for checkpoint in checkpoints:
+            if damage := verify(checkpoint):
+                self.say(f"{checkpoint.path}: skipped, {damage}")
             else:
-                self.say(f"{path}: skipped, {damage}")
-
-
-type Entry = tuple[Path, Checkpoint | CheckpointCorrupted]
-"""A checkpoint's folder, and either the checkpoint or why there is none."""
-type Entries = list[Entry]
-
-
-def _read(path: Path) -> Checkpoint | CheckpointCorrupted:
-    try:
-        return Checkpoint.read(path)
-    except CheckpointCorrupted as error:
-        return error
+                yield checkpoint
 
 
 def _document(step: int, val_loss: float | None, elapsed: float, context: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The folder of a run: its lock, its paths, and the files that training writes.
 
-config.json            the resolved configuration, the run's id, package versions, the changes at each resume, and how
+config.json            the resolved configuration, package versions, the changes at each resume, and how
                        the settings were fitted to the device
 tokenizer.json
 metrics.jsonl          one record a line                                (read by `records.py`)
@@ -10,8 +10,7 @@ traces/                the routing of the same tokens at each evaluation
 checkpoints/           see `checkpoint.py`
 .lock                  locked by the process that trains; holds its process id
 
-A run has an id in config.json, drawn at its start. So it is noticed if the folder is removed and made anew while a
-process still trains. Of several processes, process 0 alone writes these files.
+Of several processes, process 0 alone writes these files.
 """
 
 import dataclasses
@@ -83,13 +82,8 @@ def _lock_text(run: Path) -> str:
     return ""
 
 
-def new_run_id() -> str:
-    """A random id. It decides nothing else about the run."""
-    return secrets.token_hex(8)
-
-
 def read_entry(run: Path, name: str) -> Any:
-    """A value in config.json beside the settings: `run_id`, or `fitted` (`Session.fitted`). None if there is none."""
+    """A value in config.json beside the settings: `history`, or `fitted` (`Session.fitted`). None if there is none."""
     try:
         return read_json(run / "config.json").get(name)
     except (FileNotFoundError, ValueError):
@@ -114,34 +108,22 @@ class RunFolder:
     def metrics(self) -> Path:
         return self.path / records.METRICS
 
-    def check_run(self, run_id: str) -> None:
-        """Raise UserError if the folder does not hold this run any more."""
-        if is_process_zero() and read_entry(self.path, "run_id") != run_id:
-            raise UserError(
-                f"--out {self.path}: the folder was removed or made anew while this process used it, so nothing more "
-                "is written there; start again with another --out"
-            )
-
-    def start(self, config: RunConfig, tokenizer: Tokenizer, history: list[dict[str, Any]], fitted: Any = None) -> str:
+    def start(self, config: RunConfig, tokenizer: Tokenizer, history: list[dict[str, Any]], fitted: Any = None) -> None:
         """Write the tokenizer and config.json of a new run. `history` says what an upcycled run started from.
 
-        Files of an earlier start that never reached a checkpoint are removed. Returns the id of the new run.
+        Files of an earlier start that never reached a checkpoint are removed.
         """
         self.path.mkdir(parents=True, exist_ok=True)
         if is_process_zero():
             for path in (self.metrics, self.samples, self.path / records.SUMMARY, *self._traces().values()):
                 path.unlink(missing_ok=True)
         self.save_tokenizer(tokenizer)
-        run_id = new_run_id()
-        self.write_config(config, history, run_id, fitted)
-        return run_id
+        self.write_config(config, history, fitted)
 
     def save_tokenizer(self, tokenizer: Tokenizer) -> None:
         self._write(self.tokenizer, json_text(tokenizer.to_dict()))
 
-    def record_resume(
-        self, saved: RunConfig, config: RunConfig, step: int, run_id: str, fitted: Any = None
-    ) -> list[str]:
+    def record_resume(self, saved: RunConfig, config: RunConfig, step: int, fitted: Any = None) -> list[str]:
         """Add to the history in config.json the settings that changed since the checkpoint that is resumed.
 
         `saved` is the configuration that the checkpoint holds, and not config.json: so a change by hand in config.json
@@ -153,14 +135,14 @@ class RunFolder:
             if (section, name) not in _NO_SETTINGS and old != new
         }
         entry = {"resumed_at_step": step, "changed": changes, "versions": versions()}
-        self.write_config(config, [*(read_entry(self.path, "history") or []), entry], run_id, fitted)
+        self.write_config(config, [*(read_entry(self.path, "history") or []), entry], fitted)
         return [f"{name} {old} -> {new}" for name, (old, new) in changes.items()]
 
-    def write_config(self, config: RunConfig, history: list[dict[str, Any]], run_id: str, fitted: Any = None) -> None:
+    def write_config(self, config: RunConfig, history: list[dict[str, Any]], fitted: Any = None) -> None:
         """Write config.json. `fitted` says how the settings were fitted to a device."""
         # `resume` says how the program was called, not what the run is.
         values = dataclasses.replace(config, resume=False).to_dict()
-        document = values | {"run_id": run_id, "versions": versions(), "history": history}
+        document = values | {"versions": versions(), "history": history}
         document |= {} if fitted is None else {"fitted": fitted}
         self._write(self.path / "config.json", json_text(document, indent=2) + "\n")
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_jax.config import UserError
 from moe_jax.system.files import parse_json, read_json, steps_in
 
 METRICS, SUMMARY, TRACES = "metrics.jsonl", "summary.json", "traces"
@@ -67,13 +68,21 @@ def load_entropy(load: np.ndarray) -> np.ndarray:
 
 
 def read_summary(run: Path) -> dict[str, Any]:
-    """The summary of a run. Empty if there is none. Raises OSError or ValueError if it cannot be read."""
+    """The summary of a run. Empty if there is none. Raises UserError if it is not JSON, and OSError if it cannot be
+    read."""
     try:
-        return read_json(run / SUMMARY)
+        return _parsed(run / SUMMARY)
     except FileNotFoundError:
         return {}
 
 
 def read_snapshots(run: Path) -> list[dict[str, Any]]:
-    """The snapshots of a run, earliest first. Raises OSError or ValueError if one cannot be read."""
-    return [read_json(path) for path in steps_in(run / TRACES, ".json").values()]
+    """The snapshots of a run, earliest first. Raises the errors of `read_summary`."""
+    return [_parsed(path) for path in steps_in(run / TRACES, ".json").values()]
+
+
+def _parsed(path: Path) -> Any:
+    try:
+        return read_json(path)
+    except ValueError:
+        raise UserError(f"{path}: is not JSON, so it was changed; remove it, or put the file of the run back") from None

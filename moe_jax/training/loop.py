@@ -153,7 +153,6 @@ def _evaluate_and_sample(session: Session, step: int, logger: StepLogger, signal
 def _write_evaluation(
     session: Session, step: int, scored: Evaluation, sample: str, trace: dict[str, Any] | None, logger: StepLogger
 ) -> None:
-    session.folder.check_run(session.run_id)
     session.folder.add_sample(step, sample)
     if trace is not None:
         session.folder.add_trace(step, trace)
@@ -179,7 +178,6 @@ def _shown(sample: str) -> str:
 
 def finish(session: Session) -> dict[str, Any]:
     """Score the best checkpoint on the whole validation stream, and write the summary of the run."""
-    session.folder.check_run(session.run_id)
     best = session.checkpoints.best()
     if best is None:
         raise UserError(f"{session.folder.path}: every checkpoint was damaged after it was saved; check the disk")

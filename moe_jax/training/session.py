@@ -34,7 +34,7 @@ from moe_jax.parallel.layout import mesh_of
 from moe_jax.parallel.processes import agree_on, place
 from moe_jax.runs.arrays import named_leaves
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointCorrupted, CheckpointStore, doctor_of
-from moe_jax.runs.folder import RunFolder, new_run_id, read_entry
+from moe_jax.runs.folder import RunFolder, read_entry
 from moe_jax.runs.load import check_full_weights, check_same_model, kept_precision, load_run_tokenizer, saved_config
 from moe_jax.system.random_keys import Purpose, purpose_key
 from moe_jax.training.evaluate import Evaluation, Tracer, evaluate
@@ -134,8 +134,6 @@ class Session:
     decoder: Decoder
     tracer: Tracer | None
     """Routes the beginning of the validation text; None for a model without routers."""
-    run_id: str = ""
-    """The id of the run (`runs/folder.py`)."""
     notes: list[str] = field(default_factory=list)
     """Lines to print about how the session was opened."""
     counters: RunCounters = field(default_factory=RunCounters)
@@ -168,11 +166,10 @@ class Session:
         checkpoints = CheckpointStore(folder.path)
         saved = start.saved if start else None
         weights = start.weights() if start else None
-        run_id, tokenizer, precision = "", weights.tokenizer if weights else None, ""
+        tokenizer, precision = weights.tokenizer if weights else None, ""
         if saved is not None:
             newest = next(reversed(checkpoints.list()), None)
             precision = kept_precision(newest) if newest else ""
-            run_id = read_entry(folder.path, "run_id") or new_run_id()
             tokenizer = load_run_tokenizer(folder.path, newest, saved.model)
         store = prepare_token_store(config.data, tokenizer=tokenizer, seq_len=config.model.seq_len)
         vocab_size = config.model.vocab_size or store.tokenizer.vocab_size
@@ -196,7 +193,6 @@ class Session:
             state=programs.state_shapes,
             decoder=programs.decoder(store.tokenizer.vocab_size),
             tracer=programs.tracer(store.valid.tokens),
-            run_id=run_id,
             notes=[fitted.note] if fitted.note else [],
             fitted=fitted.record,
         )
@@ -214,7 +210,7 @@ class Session:
             self.notes.append(note)
         self.state = self.programs.state(params)
         history = [self.origin] if self.origin else []
-        self.run_id = self.folder.start(self.config, self.data.store.tokenizer, history, self.fitted)
+        self.folder.start(self.config, self.data.store.tokenizer, history, self.fitted)
 
     def _restore(self) -> None:
         """Restore the newest good checkpoint, and remove what was logged after it."""
@@ -229,7 +225,7 @@ class Session:
         self.counters, self.origin = RunCounters.from_json(context["progress"]), context.get("origin")
         self.resumed_from, self.saved_step, self.elapsed_before = newest.step, newest.step, newest.elapsed
         self.folder.truncate_logs_after(newest.step, self.counters.evaluated)
-        changes = self.folder.record_resume(saved_config(newest), self.config, newest.step, self.run_id, self.fitted)
+        changes = self.folder.record_resume(saved_config(newest), self.config, newest.step, self.fitted)
         self.notes.append(f"resumed at step {newest.step}" + (": " + ", ".join(changes) if changes else ""))
 
     def batch(self, step: int) -> Any:
@@ -276,7 +272,6 @@ class Session:
 
         Raises UserError if the state is not finite. Such a checkpoint would be the newest, and hide the last good one.
         """
-        self.folder.check_run(self.run_id)
         if bad := nonfinite_leaves(self.state):
             raise UserError(
                 f"step {step}: {bad[0]} is not finite, so it is not saved; lower --lr, and go on with --resume"
