@@ -173,13 +173,12 @@ def compare_baselines(asked: argparse.Namespace, request: dict[str, Any], base: 
 def publish(report: "Report", out: Path) -> None:
     """Print the result, and write its record, its table and its pictures."""
     from moe_jax.plots.figures import save_figures
-    from moe_jax.system.files import Folder
 
     print(f"\n{report.to_markdown()}")
     write_atomically(out / f"{report.name}.json", json_text(report.record, indent=1) + "\n")
     write_atomically(out / f"{report.name}.md", report.to_markdown())
     try:
-        print(*save_figures(report.figures(), Folder(out)), sep="\n")
+        print(*save_figures(report.figures(), out), sep="\n")
     except UserError as error:
         print(f"no pictures: {error}")
     print(json_text(report.record))

@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import xxhash
 
 from moe_jax.cli.command import check_memory
@@ -103,15 +104,18 @@ def short_flags(config: RunConfig) -> list[str]:
 
 def fingerprint(run: Path) -> dict[str, str]:
     """Digests of the state of a run's newest checkpoint, of its metrics and of its samples."""
-    from moe_jax.runs.checkpoint import CheckpointStore
+    from moe_jax.runs.checkpoint import CheckpointStore, restore, stored_shapes
 
-    newest = CheckpointStore(run).newest()
+    newest = next(reversed(CheckpointStore(run).list()), None)
     if newest is None:
-        raise UserError(f"{run}: no good checkpoint; nothing to compare")
+        raise UserError(f"{run}: no checkpoint; nothing to compare")
+    state = xxhash.xxh3_128()
+    for name, array in sorted(restore(newest, stored_shapes(newest)).items()):
+        state.update(name.encode() + np.asarray(array).tobytes())
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     timeless: list[dict[str, Any]] = [{k: v for k, v in r.items() if k not in TIMES} for r in records]
     return {
-        f"step {newest.step}": newest.manifest["state"],
+        f"step {newest.step}": state.hexdigest(),
         "metrics": xxhash.xxh3_128(json.dumps(timeless).encode()).hexdigest(),
         "samples": xxhash.xxh3_128((run / "samples.txt").read_bytes()).hexdigest(),
     }

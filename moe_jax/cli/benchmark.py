@@ -50,7 +50,6 @@ class Benchmark(Command):
         check_range("--rounds", self.rounds, 1, 10_000)
         suites = self._suites()
         environment.prepare_environment()
-        terminal.outlive_output()  # the results go into a file as well
         from moe_jax.benchmarks.request import BenchmarkRequest
         from moe_jax.benchmarks.suites import SUITES
         from moe_jax.model.precision import choose_policy

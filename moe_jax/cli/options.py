@@ -13,7 +13,7 @@ from moe_jax.config.section import format_bound
 from moe_jax.model.costs import least_step_bytes
 from moe_jax.runs.catalog import run_or_default
 from moe_jax.system.environment import GIB, machine_memory, runs_on_cpu
-from moe_jax.system.files import json_text
+from moe_jax.system.files import json_text, steps_in
 
 _RUN = (
     "Folder of a run; or its name in runs/, or a model that comes with moe-jax: nano, stories. Empty: the newest run in "
@@ -38,7 +38,7 @@ def checked_run(run: str, step: int | None = None) -> str:
     folder = run_or_default(run)
     if not holds_run(folder):
         raise ConfigError(missing_run("--run", folder))
-    steps = sorted(int(path.name.removeprefix("step_")) for path in folder.glob("checkpoints/step_*[0-9]"))
+    steps = steps_in(folder / "checkpoints")
     if step is not None and step not in steps:
         raise ConfigError(f"--step {step}: {folder} has no such checkpoint; it has {', '.join(map(str, steps))}")
     return str(folder)

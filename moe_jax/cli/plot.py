@@ -6,7 +6,6 @@ import tyro
 
 from moe_jax.cli.options import check_out_folder, checked_run
 from moe_jax.system import environment
-from moe_jax.system.files import Folder
 from moe_jax.system.terminal import say, working
 
 
@@ -27,8 +26,6 @@ def plot(run: tyro.conf.UseAppendAction[list[str]], out: str = "") -> int:
         from moe_jax.plots.figures import run_figures, save_figures
 
         figures = run_figures(runs)
-        if out:
-            Path(out).mkdir(parents=True, exist_ok=True)
-        paths = save_figures(figures, Folder(Path(out)) if out else Folder(runs[0]).inner("report"))
+        paths = save_figures(figures, Path(out) if out else runs[0] / "report")
     say(*paths)
     return 0

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from moe_jax.runs.catalog import RUNS, SHIPPED, is_shipped, runs_in, saved_at
-from moe_jax.system.files import Folder, step_number
+from moe_jax.system.files import steps_in
 from moe_jax.system.terminal import say
 
 HEAD = ("name", "preset", "steps", "bits/byte", "parameters", "MB", "when")
@@ -27,7 +27,7 @@ def runs() -> int:
 def _row(run: Path) -> tuple[str, ...]:
     from moe_jax.runs.records import read_summary
 
-    saved = [step for name in Folder(run).names("checkpoints") if (step := step_number(name)) is not None]
+    saved = steps_in(run / "checkpoints")
     summary = {"steps": max(saved), **read_summary(run)}  # a run that was stopped early has no summary
     values = [summary.get(name) for name in ("steps", "val_bits_per_byte", "params_total")]
     shown = ["-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}" for value in values]

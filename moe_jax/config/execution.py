@@ -139,6 +139,11 @@ class ProcessGroup(Section):
         return self.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
 
     @property
+    def local(self) -> bool:
+        """Whether all processes run on this machine."""
+        return self.address.rpartition(":")[0] in ("127.0.0.1", "localhost", "[::1]")
+
+    @property
     def detected(self) -> bool:
         """Whether JAX asks the cluster."""
         return self.coordinator_address == "cluster"

@@ -1,7 +1,6 @@
 """One run: what `train.py` is told, what `config.json` holds, and how it is read back. Standard library only."""
 
 import dataclasses
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from moe_jax.config.model import ModelConfig, RoutingConfig
 from moe_jax.config.section import Origin, Section, setting
 from moe_jax.config.train import NAMED_CORPORA, DataConfig, TrainConfig
 from moe_jax.system.errors import ConfigError, UserError
+from moe_jax.system.files import read_json, steps_in
 
 PresetName = Literal["nano", "story", "story-cpu", "story-4gb", "seed-158m", "max-4gb"]
 SECTIONS = ("model", "routing", "data", "train", "execution")
@@ -118,7 +118,7 @@ class RunConfig(Section):
 
     @classmethod
     def from_dict(cls, values: Any) -> "RunConfig":
-        """The inverse of `to_dict`. Top-level keys that are not fields (`run_id`, `versions`, `history`) are ignored.
+        """The inverse of `to_dict`. Top-level keys that are not fields (`versions`, `history`) are ignored.
 
         Raises ConfigError for a value that is not allowed, and UserError for another schema version, an unknown field,
         or what is no configuration.
@@ -147,7 +147,7 @@ class RunConfig(Section):
 
 def holds_run(run: Path) -> bool:
     """Whether a folder holds a complete checkpoint. A checkpoint gets its name only when it is complete."""
-    return any(path.name.removeprefix("step_").isdecimal() for path in run.glob("checkpoints/step_*"))
+    return any(path.is_dir() for path in steps_in(run / "checkpoints").values())
 
 
 def load_config(run: Path) -> RunConfig | None:
@@ -155,7 +155,7 @@ def load_config(run: Path) -> RunConfig | None:
     if not holds_run(run):
         return None
     try:
-        return RunConfig.from_dict(json.loads((run / "config.json").read_text(encoding="utf-8")))
+        return RunConfig.from_dict(read_json(run / "config.json"))
     except ConfigError:
         raise
     except (OSError, ValueError) as error:

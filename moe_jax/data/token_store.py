@@ -32,7 +32,6 @@ from moe_jax.data.documents import SplitName
 from moe_jax.data.tokenizers import Tokenizer, encode_chats, json_digest, load_tokenizer, train_tokenizer
 from moe_jax.system.errors import disk_cause
 from moe_jax.system.files import cache_dir, file_digest, json_text, locked
-from moe_jax.system.signals import unwinding
 from moe_jax.system.terminal import Report, document_progress
 
 FORMAT = 1  # part of every KEY; raise it when a change of the code gives other files for the same text and tokenizer
@@ -253,7 +252,6 @@ def _cached_tokenizer(data: DataConfig, corpus: Corpus, cache: Path, progress: b
     return tokenizer
 
 
-@unwinding()
 def _open_or_make(corpus: Corpus, tokenizer: Tokenizer, cache: Path, progress: bool) -> TokenStore:
     key = json_digest([FORMAT, corpus.fingerprint(), tokenizer.digest])
     folder, draft = cache / key, cache / f"{key}.partial"

@@ -26,7 +26,7 @@ from moe_jax.config import DataConfig, Role, UserError
 from moe_jax.data import hf_tokenizers
 from moe_jax.data.chat_templates import ChatTemplate
 from moe_jax.data.documents import ANSWERING, ROLES, SEPARATOR, Conversation, Message
-from moe_jax.system.files import Folder, json_text, write_atomically
+from moe_jax.system.files import json_text, read_json, write_atomically
 from moe_jax.system.terminal import Report, document_progress
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer that `save` wrote. Raises UserError if the file is missing or damaged."""
     try:
-        return Tokenizer.from_dict(Folder(Path(path).parent).read_json(Path(path).name))
+        return Tokenizer.from_dict(read_json(Path(path)))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); fix that, or give the folder of a run") from None
     except ValueError:

@@ -43,7 +43,7 @@ from moe_jax.plots.figures import run_figures, save_figures
 from moe_jax.runs.catalog import title
 from moe_jax.runs.load import LoadedRun, open_run
 from moe_jax.runs.records import load_entropy, read_metrics, read_snapshots, read_summary
-from moe_jax.system.files import Folder, json_text, write_output
+from moe_jax.system.files import json_text, write_output
 from moe_jax.system.terminal import working
 
 SCHEMA = 1
@@ -66,20 +66,19 @@ def report_path(folder: Path, of_a_text: bool = False) -> Path:
     return folder / REPORT / (TEXT_PAGE if of_a_text else PAGE)
 
 
-def report_run(run: Folder) -> list[str]:
+def report_run(run: Path) -> list[str]:
     """Write pictures and report of a finished run into its folder `report`. Returns the lines to print.
 
     They say what was written, or why it was not. A missing report is no failure of the run.
     """
     lines = []
     try:
-        out = run.inner(REPORT)
-        save_figures(run_figures([run.path]), out)
-        lines.append(f"pictures: {out.path}")
+        save_figures(run_figures([run]), run / REPORT)
+        lines.append(f"pictures: {run / REPORT}")
     except (UserError, OSError) as error:
         lines.append(f"no pictures: {error}")
     try:
-        lines.append(f"routing report: {write_report(run.path, report_path(run.path))}, to open in a browser")
+        lines.append(f"routing report: {write_report(run, report_path(run))}, to open in a browser")
     except (UserError, OSError) as error:
         lines.append(f"no routing report: {error}")
     return lines
@@ -101,10 +100,7 @@ def write_report(
         trace, source = _shown_text(run, text, valid, missing)
     corpus = None if valid is None else corpus_routing(run, valid)
     data = report_data(folder, run, trace, source, corpus, missing)
-    if out in (report_path(folder), report_path(folder, of_a_text=True)):  # the run's own: no link is followed
-        Folder(folder).inner(REPORT).write(out.name, render(data))
-    else:
-        write_output(out, render(data))
+    write_output(out, render(data))
     if json_out is not None:
         write_output(json_out, _json(data) + "\n")
     return out

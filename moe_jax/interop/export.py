@@ -18,7 +18,6 @@ from moe_jax.model.costs import count_parameters, totals, training_flops
 from moe_jax.runs.arrays import SafetensorsWriter
 from moe_jax.system.errors import disk_cause
 from moe_jax.system.files import json_text, new_folder
-from moe_jax.system.signals import unwinding
 
 Target = Literal["hf", "gguf", "both", "safetensors"]
 Dtype = Literal["float32", "bfloat16", "float16", "q8_0"]
@@ -63,7 +62,6 @@ def check_exportable(source: ExportSource, to: Target) -> Architecture | None:
     return architecture
 
 
-@unwinding()
 def export(source: ExportSource, to: Target, dtype: Dtype, out: Path, command: str) -> list[Path]:
     """Write the model, its tokenizer and its card into the new folder `out`. Returns the paths of the files.
 

@@ -24,12 +24,11 @@ from moe_jax.interop.pretrained import Part, Pretrained, oriented
 from moe_jax.model.costs import Count, count_parameters, totals
 from moe_jax.model.quantized import QuantizedMatrix, Weights, quantized_shapes, rounded_rows
 from moe_jax.model.transformer import abstract_model
-from moe_jax.runs.arrays import WeightsWriter, named_leaves
+from moe_jax.runs.arrays import WEIGHTS, SafetensorsWriter, named_leaves
 from moe_jax.runs.checkpoint import CheckpointStore
 from moe_jax.runs.folder import RunFolder
 from moe_jax.system.errors import disk_cause
 from moe_jax.system.files import new_folder
-from moe_jax.system.signals import unwinding
 from moe_jax.system.terminal import progress_bar
 
 Form = Literal["int4", "int8", "bfloat16"]
@@ -44,7 +43,6 @@ class ImportedRun(NamedTuple):
     bytes_written: int
 
 
-@unwinding()
 def import_run(model: Pretrained, form: Form, context: int, out: Path) -> ImportedRun:
     """Write a model as a run into the new folder `out`. The run reads at most `context` tokens.
 
@@ -62,17 +60,16 @@ def import_run(model: Pretrained, form: Form, context: int, out: Path) -> Import
     counts = totals(count_parameters(config.model))
     summary = {"preset": origin["model_type"], "steps": 0, "params_total": counts.total, "params_active": counts.active}
 
-    def write(folder: Path) -> dict[str, Any]:
+    def write(folder: Path) -> None:
         digest = xxhash.xxh3_128(model.shape.text + model.tokenizer.digest.encode())
-        described = _write_weights(model, shapes, quantized, folder, digest)
+        _write_weights(model, shapes, quantized, folder, digest)
         origin["digest"] = digest.hexdigest()
-        return described
 
     try:
         with new_folder(out) as draft:
             folder = RunFolder(draft)
             folder.save_tokenizer(model.tokenizer)
-            CheckpointStore(draft).save_as(write, 0, val_loss=None, elapsed=0.0, context=context_of_run)
+            CheckpointStore(draft).save_weights(write, 0, elapsed=0.0, context=context_of_run)
             folder.start(config, model.tokenizer, [origin])
             folder.write_summary(summary | {"weights": form})
     except Exception as error:
@@ -98,13 +95,13 @@ def _config(model: Pretrained, form: Form, context: int) -> RunConfig:
 
 def _write_weights(
     model: Pretrained, shapes: Any, quantized: Weights | None, folder: Path, digest: xxhash.xxh3_128
-) -> dict[str, Any]:
-    """Write the parameters of `shapes`. Returns what `manifest.describe_leaves` says of them."""
+) -> None:
+    """Write the parameters of `shapes`."""
     table, leaves = model.table(), named_leaves(shapes)
     # The writer is told the order of the arrays: that of the table, and of a quantised matrix the codes first.
     arrays = {full: leaves[full] for name in table for full in _stored_names(name, leaves)}
     progress = progress_bar(f"importing {model.shape.folder.name}", model.size(table), of_bytes=True)
-    with WeightsWriter(folder, arrays) as writer, ThreadPoolExecutor(1) as thread, progress as advance:
+    with SafetensorsWriter(folder / WEIGHTS, arrays) as writer, ThreadPoolExecutor(1) as thread, progress as advance:
         written: list[Future[None]] = []
         for name, parts in groupby(model.read(table, digest), lambda part: part.parameter):
             made = [np.empty(leaves[full].shape, leaves[full].dtype) for full in _stored_names(name, leaves)]
@@ -123,7 +120,6 @@ def _write_weights(
             written = [thread.submit(writer.add, array) for array in made]
         for future in written:
             future.result()
-    return writer.described()
 
 
 def _stored_names(name: str, leaves: dict[str, Any]) -> list[str]:

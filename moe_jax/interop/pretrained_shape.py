@@ -4,6 +4,7 @@ A field of config.json either gives the shape, or must have the one value that o
 a forward pass. Any other field is refused by name, because it may change what the model computes.
 """
 
+import errno
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from moe_jax.interop.architectures import (
     Architecture,
 )
 from moe_jax.system.errors import shortened
-from moe_jax.system.files import Folder, parse_json
+from moe_jax.system.files import parse_json
 
 CONFIG = "config.json"
 _MAX_CONFIG_BYTES = 2**22
@@ -209,7 +210,13 @@ def read_file(folder: Path, name: str, limit: int | None = None) -> bytes:
 def open_file(folder: Path, name: str, limit: int | None = None) -> BinaryIO:
     """A plain file of a folder, open for reading. Raises the errors of `read_file`."""
     path = Path(os.path.realpath(folder / name))
-    return Folder(path.parent).open(path.name, limit)
+    size = path.stat().st_size
+    if not path.is_file():
+        raise OSError(errno.EINVAL, "is no plain file; remove it", str(path))
+    if limit is not None and size > limit:
+        problem = f"has {size:,} bytes, and at most {limit:,} are read; put the right file there"
+        raise OSError(errno.EFBIG, problem, str(path))
+    return path.open("rb")
 
 
 class _Reader:

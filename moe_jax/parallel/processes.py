@@ -1,68 +1,55 @@
 """Several processes that train one run together, each with devices of its own.
 
-jax connects them (`jax.distributed`): process 0 runs the coordination service, with a store of short texts, barriers
-and heartbeats. All processes run the same program on their own part of the arrays. Process 0 alone writes the files of
-the run and prints. `agree_on` compares settings and data before the first step. `stop_reason` lets all see a signal at
-the same step. If a process ends otherwise, jax ends the others after HEARTBEAT_SECONDS.
+jax connects them (`jax.distributed`): process 0 runs the coordination service. All processes run the same program on
+their own part of the arrays. Process 0 alone writes the files of the run and prints. `agree_on` compares settings and
+data before the first step. `stop_reason` lets all see a signal at the same step. If a process ends otherwise, jax ends
+the others after HEARTBEAT_SECONDS.
 
-Without `joined`, this is the only process: nothing waits, and this process holds every array whole.
+Without `process_group`, this is the only process: nothing waits, and this process holds every array whole.
 
 A process sees only its own parts of an array that lies on the devices of all. `jax.device_put` and `np.asarray` are for
-arrays of one process; `placed` and `whole` are for both kinds. All processes must call `whole` in the same
-order, because the devices exchange data in it.
+arrays of one process; `place` and `gather_to_host` are for both kinds. All processes must call `gather_to_host` in the
+same order, because the devices exchange data in it.
 """
 
-import itertools
 import json
 import os
 import socket
-import sys
-import threading
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax._src import distributed  # there is no public way to the store of texts
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
+from jax.experimental import multihost_utils
+from jax.sharding import Sharding
 from jaxtyping import Array
 
-from moe_jax.config import ConfigError, RunConfig, UserError
+from moe_jax.config import ConfigError, ProcessGroup, RunConfig, UserError
 from moe_jax.config.section import flag_of
-from moe_jax.config import ProcessGroup
 from moe_jax.system.machine import versions
 
 HEARTBEAT_SECONDS = 10
 """A process that has sent no heartbeat for this long counts as dead."""
 ANSWER_SECONDS = 45
 """How long the first meeting of all processes may take."""
-_LONG = 7 * 24 * 3600.0
-"""Seconds to wait for work that may take long. A dead process is noticed long before."""
-
-_names = itertools.count()
-"""Each use of a barrier needs a new name. All processes come to the barriers in the same order."""
 
 
-def first() -> bool:
-    """Whether this process writes and prints: process 0, or the only one."""
-    return _index() == 0
-
-
-def several() -> bool:
+def is_multi_process() -> bool:
     """Whether this process trains together with others."""
-    return distributed.global_state.num_processes > 1
+    return jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def is_process_zero() -> bool:
+    """Whether this process writes and prints: process 0, or the only one."""
+    return not is_multi_process() or jax.process_index() == 0
 
 
 @contextmanager
-def joined(group: ProcessGroup) -> Iterator[None]:
-    """Within this block, this process belongs to the group. `None` is a process alone.
+def process_group(group: ProcessGroup) -> Iterator[None]:
+    """Within this block, this process belongs to the group.
 
-    Raises UserError if the coordinator's port is in use, or jax cannot connect the processes. Ends this process with
-    status 1 if the others do not answer within ANSWER_SECONDS.
+    Raises UserError if the coordinator's port is in use, or jax cannot connect the processes.
     """
     if not group.several:
         yield
@@ -83,31 +70,25 @@ def _connect(group: ProcessGroup) -> None:
             "process_id": group.process_id,
             "cluster_detection_method": "deactivate",
         }
-        if group.address.startswith(("127.0.0.1:", "localhost:", "[::1]:")):
+        if group.local:
             address["coordinator_bind_address"] = group.address
         if group.process_id == 0:
             _check_port(group)
-    named = "cluster" if group.detected else group.address
-    # jax would abort the process with a stack trace, so a line is printed before.
-    timer = threading.Timer(ANSWER_SECONDS, _end, [f"--coordinator-address {named}: not all processes have answered"])
-    timer.start()
     try:
-        with warnings.catch_warnings():  # about a cluster whose package is missing, in many lines
-            warnings.simplefilter("ignore")
-            jax.distributed.initialize(
-                **address,
-                initialization_timeout=2 * ANSWER_SECONDS,
-                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-                shutdown_timeout_seconds=HEARTBEAT_SECONDS,
-            )
+        jax.distributed.initialize(
+            **address,
+            initialization_timeout=ANSWER_SECONDS,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=HEARTBEAT_SECONDS,
+        )
     except (RuntimeError, ValueError) as error:
+        named = "cluster" if group.detected else group.address
         remedy = "start it by srun or mpirun, or give --num-processes, --process-id and an address"
         remedy = remedy if group.detected else "give every process the same free address, and start all again"
+        cause = " ".join(str(error).split())[:300]
         raise UserError(
-            f"--coordinator-address {named}: JAX cannot connect the processes ({_text(error)}); {remedy}"
+            f"--coordinator-address {named}: JAX cannot connect the processes ({cause}); {remedy}"
         ) from None
-    finally:
-        timer.cancel()
 
 
 def _check_port(group: ProcessGroup) -> None:
@@ -121,46 +102,27 @@ def _check_port(group: ProcessGroup) -> None:
         raise UserError(f"--coordinator-address {group.address}: {cause}") from None
 
 
-def _end(text: str) -> None:
-    print(f"error: {text} within {ANSWER_SECONDS} s; start all at about the same time", file=sys.stderr, flush=True)
-    os._exit(1)
-
-
-def _text(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def _client() -> Any:
-    return distributed.global_state.client
-
-
-def _index() -> int:
-    """`jax.process_index()`, which would start the devices if they were not started."""
-    return distributed.global_state.process_id
-
-
-def barrier(seconds: float = _LONG) -> None:
+def barrier() -> None:
     """Wait until every process is here."""
-    if several():
-        _client().wait_at_barrier(f"moe_jax/{next(_names)}", int(1000 * seconds))
+    if is_multi_process():
+        multihost_utils.sync_global_devices("moe_jax")
 
 
-def exchange(text: str, seconds: float = _LONG) -> list[str]:
-    """The texts that all processes give, in their order."""
-    if not several():
+def exchange_texts(text: str) -> list[str]:
+    """The texts that all processes give, in their order. All must call this together."""
+    if not is_multi_process():
         return [text]
-    folder = f"moe_jax/exchange/{next(_names)}"
-    _client().key_value_set(f"{folder}/{_index()}", text)
-    barrier(seconds)
-    texts = {int(name.rpartition("/")[2]): value for name, value in _client().key_value_dir_get(folder)}
-    return [texts[index] for index in sorted(texts)]
+    own = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(own.size))
+    padded = multihost_utils.process_allgather(np.pad(own, (0, int(sizes.max()) - own.size)))
+    return [row[:size].tobytes().decode() for row, size in zip(padded, sizes, strict=True)]
 
 
-def agree_on(facts: Mapping[str, Any], seconds: float = _LONG) -> None:
+def agree_on(facts: Mapping[str, Any]) -> None:
     """Raise ConfigError in every process unless all give the same values. A name is shown to the user."""
-    if not several():
+    if not is_multi_process():
         return
-    everyone = [json.loads(text) for text in exchange(json.dumps(facts), seconds)]
+    everyone = [json.loads(text) for text in exchange_texts(json.dumps(facts))]
     for name, expected in everyone[0].items():
         for index, values in enumerate(everyone):
             if values.get(name) != expected:
@@ -175,22 +137,24 @@ def check_same_program(config: RunConfig, resumed: bool) -> None:
 
     The folder of the run may differ: it may be mounted under another path.
     """
-    if not several():
+    if not is_multi_process():
         return
     facts = {flag_of(config.section(section), name): value for section, name, value in config.settings() if name != "out"}
     facts |= {"a run in --out": resumed}
-    agree_on(facts | {f"version of {name}": version for name, version in versions().items()}, ANSWER_SECONDS)
+    agree_on(facts | {f"version of {name}": version for name, version in versions().items()})
 
 
 def stop_reason(signal: int | None) -> int | None:
     """The signal that came to any process. All processes call this at the same step, and all get the same answer."""
-    return largest(signal or 0) or None if several() else signal
+    if not is_multi_process():
+        return signal
+    return int(multihost_utils.process_allgather(np.int32(signal or 0)).max()) or None
 
 
 # Arrays that lie on the devices of several processes
 
 
-def placed(x: Any, sharding: Sharding) -> Array:
+def place(x: Any, sharding: Sharding) -> Array:
     """An array that every process has whole, laid out on the devices of all processes."""
     if sharding.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
         return jax.device_put(x, sharding)
@@ -198,43 +162,8 @@ def placed(x: Any, sharding: Sharding) -> Array:
     return jax.make_array_from_callback(values.shape, sharding, lambda index: values[index])
 
 
-def is_here(x: Any) -> bool:
-    """Whether this process has all values of an array."""
-    return not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
-
-
-def whole(x: Any) -> np.ndarray:
-    """The values of an array, gathered from all processes if necessary.
-
-    The values of a sharded array exist only as long as the caller keeps them. `np.asarray` would keep them as long
-    as the array exists.
-    """
-    if not is_here(x):
-        x = _replicate(NamedSharding(x.sharding.mesh, PartitionSpec()))(x)  # pyright: ignore[reportAttributeAccessIssue]
-    if not isinstance(x, jax.Array) or x.is_fully_replicated:
-        return np.asarray(x)
-    values = np.empty(x.shape, x.dtype)
-    for part in x.addressable_shards:
-        if part.replica_id == 0:
-            # A new array with the same memory, because a part keeps a copy of its values too.
-            again = jax.make_array_from_single_device_arrays(part.data.shape, part.data.sharding, [part.data])
-            values[part.index] = np.asarray(again)
-    return values
-
-
-@cache
-def _replicate(sharding: NamedSharding) -> Callable[[Array], Array]:
-    return jax.jit(lambda x: x, out_shardings=sharding)
-
-
-def largest(number: int) -> int:
-    """The largest of the int32 numbers that the processes give. All processes must call this together."""
-    devices = NamedSharding(Mesh(np.array(jax.devices()), ("device",)), PartitionSpec("device"))
-    own = np.full(1, number, np.int32)
-    numbers = jax.make_array_from_callback((devices.mesh.size,), devices, lambda index: own)
-    return int(_maximum(devices)(numbers))
-
-
-@cache
-def _maximum(devices: NamedSharding) -> Callable[[Array], Array]:
-    return jax.jit(jnp.max, out_shardings=NamedSharding(devices.mesh, PartitionSpec()))
+def gather_to_host(x: Any) -> np.ndarray:
+    """The values of an array, gathered from all processes if necessary."""
+    if isinstance(x, jax.Array) and not (x.is_fully_addressable or x.is_fully_replicated):
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return np.asarray(x)

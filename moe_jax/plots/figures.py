@@ -14,7 +14,7 @@ import numpy as np
 
 from moe_jax.config import UserError
 from moe_jax.runs.records import load_entropy, read_metrics, read_summary
-from moe_jax.system.files import Folder
+from moe_jax.system.files import write_output
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc6fa3", "#e69f00", "#56b4e9", "#7a4fa3", "#737373")
 """Colours that colour-blind readers can distinguish (after Okabe and Ito)."""
@@ -52,8 +52,8 @@ def run_figures(folders: Sequence[Path]) -> dict[str, Any]:
     return {name: figure for name, figure in figures.items() if figure is not None}
 
 
-def save_figures(figures: dict[str, Any], out: Folder) -> list[Path]:
-    """Write every figure as PNG and SVG into a folder that is there; of several, overview.png with all of them too.
+def save_figures(figures: dict[str, Any], out: Path) -> list[Path]:
+    """Write every figure as PNG and SVG into a folder; of several, overview.png with all of them too.
 
     Returns the paths, the overview first.
     """
@@ -61,15 +61,15 @@ def save_figures(figures: dict[str, Any], out: Folder) -> list[Path]:
 
     paths = []
     if len(figures) > 1:
-        out.write("overview.png", _overview(list(figures.values())))
-        paths.append(out.path / "overview.png")
+        paths.append(out / "overview.png")
+        write_output(paths[-1], _overview(list(figures.values())))
     with mpl.rc_context({"svg.hashsalt": "moe-jax"}):  # so that the same picture gives the same file
         for name, figure in figures.items():
             for kind in FORMATS:
                 picture, metadata = io.BytesIO(), {"Date": None} if kind == "svg" else None
                 figure.savefig(picture, format=kind, dpi=150, metadata=metadata)
-                out.write(f"{name}.{kind}", picture.getvalue())
-                paths.append(out.path / f"{name}.{kind}")
+                paths.append(out / f"{name}.{kind}")
+                write_output(paths[-1], picture.getvalue())
     return paths
 
 

@@ -4,8 +4,9 @@ folder.py         its lock, its paths, and the files that training writes
 catalog.py        the runs that a name finds, and the models of the package
 records.py        metrics.jsonl, summary.json and the routing snapshots, read
 checkpoint.py     checkpoints: saved, listed, verified, restored
-manifest.py       the digests of a checkpoint
-arrays.py         the arrays of a checkpoint, by orbax, and files of safetensors
+manifest.py       the digests of a checkpoint's files
+arrays.py         arrays by name, and files of safetensors
+orbax_state.py    what orbax does: the state of training, the commit, the retention
 load.py           what a checkpoint belongs to, and a trained model opened from it
-doctor.py         every checkpoint verified, and repaired where that is possible (`doctor`)
+doctor.py         every checkpoint verified (`doctor`)
 """

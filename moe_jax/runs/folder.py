@@ -1,6 +1,6 @@
 """The folder of a run: its lock, its paths, and the files that training writes.
 
-config.json            the resolved configuration, the run's id, package versions, the changes at each resume, and how
+config.json            the resolved configuration, package versions, the changes at each resume, and how
                        the settings were fitted to the device
 tokenizer.json
 metrics.jsonl          one record a line                                (read by `records.py`)
@@ -10,15 +10,13 @@ traces/                the routing of the same tokens at each evaluation
 checkpoints/           see `checkpoint.py`
 .lock                  locked by the process that trains; holds its process id
 
-A run has an id in config.json, drawn at its start. So it is noticed if the folder is removed and made anew while a
-process still trains.
+Of several processes, process 0 alone writes these files.
 """
 
 import dataclasses
 import os
 import re
 import secrets
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
@@ -27,15 +25,12 @@ from typing import Any
 
 from moe_jax.config import RunConfig, UserError
 from moe_jax.data.tokenizers import Tokenizer
-from moe_jax.parallel.processes import exchange, first
+from moe_jax.parallel.processes import exchange_texts, is_process_zero
 from moe_jax.runs import records
-from moe_jax.system.files import Folder, json_text, locked, step_name
+from moe_jax.system.files import json_text, locked, read_json, step_name, steps_in, write_atomically
 from moe_jax.system.machine import versions
 
 LOCK = ".lock"
-_SHARED_SECONDS = 30.0
-"""How long a network file system may take to show a new file to another machine."""
-_MAX_SAMPLES_BYTES = 2**31
 _NO_SETTINGS = (("", "out"), ("", "resume"))
 """Fields that say where a run lies and how it was called."""
 
@@ -44,8 +39,7 @@ _NO_SETTINGS = (("", "out"), ("", "resume"))
 def locked_for_training(run: Path) -> Iterator[None]:
     """Hold the lock of a run's folder. Raises UserError if another process is training in the folder.
 
-    If the folder holds nothing but the lock at the end, as after a start that failed, the lock is removed, and so are
-    the folders that were made here.
+    If the folder holds nothing but the lock at the end, as after a start that failed, the folder is removed.
     """
     made = [folder for folder in (run, *run.parents) if not folder.exists()]
     run.mkdir(parents=True, exist_ok=True)
@@ -61,7 +55,7 @@ def locked_for_training(run: Path) -> Iterator[None]:
                         for folder in made:  # from the inner one to the outer one
                             folder.rmdir()
     except BlockingIOError:
-        holder = _lock_text(run).partition("\n")[0][:20]
+        holder = _lock_text(run).partition("\n")[0]
         raise UserError(
             f"--out {run}: process {holder} is training there; wait for it, or name another folder"
         ) from None
@@ -73,34 +67,26 @@ def locked_together(run: Path) -> Iterator[None]:
 
     Of several processes the first one holds the lock. The others raise UserError if they do not see its file.
     """
-    with locked_for_training(run) if first() else nullcontext():
-        expected, deadline = exchange(_lock_text(run))[0], time.monotonic() + _SHARED_SECONDS
-        while _lock_text(run) != expected:
-            if time.monotonic() > deadline:
-                raise UserError(
-                    f"--out {run}: does not hold the files that process 0 writes there; all processes need one folder, "
-                    "on a file system that they share"
-                )
-            time.sleep(0.1)
+    with locked_for_training(run) if is_process_zero() else nullcontext():
+        if exchange_texts(_lock_text(run))[0] != _lock_text(run):
+            raise UserError(
+                f"--out {run}: does not hold the files that process 0 writes there; all processes need one folder, "
+                "on a file system that they share"
+            )
         yield
 
 
 def _lock_text(run: Path) -> str:
     with suppress(FileNotFoundError, NotADirectoryError):
-        return Folder(run).read(LOCK).decode("ascii", "replace")
+        return (run / LOCK).read_text(encoding="ascii", errors="replace")
     return ""
 
 
-def new_run_id() -> str:
-    """A random id. It decides nothing else about the run."""
-    return secrets.token_hex(8)
-
-
-def read_entry(run: Folder, name: str) -> Any:
-    """A value in config.json beside the settings: `run_id`, or `fitted` (`Session.fitted`). None if there is none."""
+def read_entry(run: Path, name: str) -> Any:
+    """A value in config.json beside the settings: `history`, or `fitted` (`Session.fitted`). None if there is none."""
     try:
-        return run.read_json("config.json").get(name)
-    except (FileNotFoundError, ValueError, AttributeError):
+        return read_json(run / "config.json").get(name)
+    except (FileNotFoundError, ValueError):
         return None
 
 
@@ -111,11 +97,6 @@ class RunFolder:
     path: Path
 
     @property
-    def files(self) -> Folder:
-        """The folder's files. Only the first of several processes writes."""
-        return Folder(self.path, writes=first())
-
-    @property
     def samples(self) -> Path:
         return self.path / "samples.txt"
 
@@ -123,34 +104,26 @@ class RunFolder:
     def tokenizer(self) -> Path:
         return self.path / "tokenizer.json"
 
-    def check_run(self, run_id: str) -> None:
-        """Raise UserError if the folder does not hold this run any more."""
-        if first() and read_entry(self.files, "run_id") != run_id:
-            raise UserError(
-                f"--out {self.path}: the folder was removed or made anew while this process used it, so nothing more "
-                "is written there; start again with another --out"
-            )
+    @property
+    def metrics(self) -> Path:
+        return self.path / records.METRICS
 
-    def start(self, config: RunConfig, tokenizer: Tokenizer, history: list[dict[str, Any]], fitted: Any = None) -> str:
+    def start(self, config: RunConfig, tokenizer: Tokenizer, history: list[dict[str, Any]], fitted: Any = None) -> None:
         """Write the tokenizer and config.json of a new run. `history` says what an upcycled run started from.
 
-        Files of an earlier start that never reached a checkpoint are removed. Returns the id of the new run.
+        Files of an earlier start that never reached a checkpoint are removed.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        earlier = records.snapshot_steps(self.files).values()
-        for name in (records.METRICS, self.samples.name, records.SUMMARY, *earlier):
-            self.files.remove(name)
+        if is_process_zero():
+            for path in (self.metrics, self.samples, self.path / records.SUMMARY, *self._traces().values()):
+                path.unlink(missing_ok=True)
         self.save_tokenizer(tokenizer)
-        run_id = new_run_id()
-        self.write_config(config, history, run_id, fitted)
-        return run_id
+        self.write_config(config, history, fitted)
 
     def save_tokenizer(self, tokenizer: Tokenizer) -> None:
-        self.files.write(self.tokenizer.name, json_text(tokenizer.to_dict()))
+        self._write(self.tokenizer, json_text(tokenizer.to_dict()))
 
-    def record_resume(
-        self, saved: RunConfig, config: RunConfig, step: int, run_id: str, fitted: Any = None
-    ) -> list[str]:
+    def record_resume(self, saved: RunConfig, config: RunConfig, step: int, fitted: Any = None) -> list[str]:
         """Add to the history in config.json the settings that changed since the checkpoint that is resumed.
 
         `saved` is the configuration that the checkpoint holds, and not config.json: so a change by hand in config.json
@@ -162,17 +135,16 @@ class RunFolder:
             if (section, name) not in _NO_SETTINGS and old != new
         }
         entry = {"resumed_at_step": step, "changed": changes, "versions": versions()}
-        history = self.files.read_json("config.json").get("history")
-        self.write_config(config, [*(history if isinstance(history, list) else []), entry], run_id, fitted)
+        self.write_config(config, [*(read_entry(self.path, "history") or []), entry], fitted)
         return [f"{name} {old} -> {new}" for name, (old, new) in changes.items()]
 
-    def write_config(self, config: RunConfig, history: list[dict[str, Any]], run_id: str, fitted: Any = None) -> None:
+    def write_config(self, config: RunConfig, history: list[dict[str, Any]], fitted: Any = None) -> None:
         """Write config.json. `fitted` says how the settings were fitted to a device."""
         # `resume` says how the program was called, not what the run is.
         values = dataclasses.replace(config, resume=False).to_dict()
-        document = values | {"run_id": run_id, "versions": versions(), "history": history}
+        document = values | {"versions": versions(), "history": history}
         document |= {} if fitted is None else {"fitted": fitted}
-        self.files.write("config.json", json_text(document, indent=2) + "\n")
+        self._write(self.path / "config.json", json_text(document, indent=2) + "\n")
 
     def truncate_logs_after(self, step: int, evaluated: int) -> None:
         """Remove what was logged after a checkpoint: training records after `step`, evaluations after `evaluated`.
@@ -181,29 +153,34 @@ class RunFolder:
         that are no records are removed too.
         """
         last = {"train": step, "val": evaluated}
-        if self.files.exists(records.METRICS):
-            lines = records.record_lines(self.files)
-            kept = [line.rstrip(b"\r\n") for line, r in lines if r is not None and r["step"] <= last[r["split"]]]
-            self.files.write(records.METRICS, b"".join(line + b"\n" for line in kept))
-        if self.files.exists(self.samples.name):
-            samples = self.files.read(self.samples.name, _MAX_SAMPLES_BYTES)
-            self.files.write(self.samples.name, _samples_until(samples, evaluated))
-        for number, name in records.snapshot_steps(self.files).items():
-            if number > evaluated:
-                self.files.remove(name)
+        if self.metrics.exists():
+            kept = [line for line, r in records.record_lines(self.path) if r["step"] <= last[r["split"]]]
+            self._write(self.metrics, b"".join(line.rstrip(b"\r\n") + b"\n" for line in kept))
+        if self.samples.exists():
+            self._write(self.samples, _samples_until(self.samples.read_bytes(), evaluated))
+        for number, path in self._traces().items():
+            if number > evaluated and is_process_zero():
+                path.unlink(missing_ok=True)
 
     def add_sample(self, step: int, text: str) -> None:
         # Written as bytes, so that the text keeps its line ends. A line that looks like a header gets a space in front.
         sample = re.sub(r"^(?==== step \d)", " ", text.strip(), flags=re.MULTILINE)
-        with self.files.open_end(self.samples.name) as file:
+        with self.samples.open("ab") as file:
             file.write(f"=== step {step}\n{sample}\n\n".encode())
 
     def add_trace(self, step: int, trace: dict[str, Any]) -> None:
-        self.files.make(records.TRACES)
-        self.files.write(f"{records.TRACES}/{step_name(step)}.json", json_text({"step": step} | trace) + "\n")
+        (self.path / records.TRACES).mkdir(exist_ok=True)
+        self._write(self.path / records.TRACES / f"{step_name(step)}.json", json_text({"step": step} | trace) + "\n")
 
     def write_summary(self, values: dict[str, Any]) -> None:
-        self.files.write(records.SUMMARY, json_text(values, indent=2) + "\n")
+        self._write(self.path / records.SUMMARY, json_text(values, indent=2) + "\n")
+
+    def _write(self, path: Path, content: str | bytes) -> None:
+        if is_process_zero():
+            write_atomically(path, content)
+
+    def _traces(self) -> dict[int, Path]:
+        return steps_in(self.path / records.TRACES, ".json")
 
 
 def _samples_until(samples: bytes, evaluated: int) -> bytes:
@@ -214,5 +191,5 @@ def _samples_until(samples: bytes, evaluated: int) -> bytes:
     """
     headers = re.finditer(rb"^=== step (\d{1,18})\n", samples, re.MULTILINE)
     end = next((header.start() for header in headers if int(header[1]) > evaluated), len(samples))
-    whole, blank, _ = samples[:end].rpartition(b"\n\n")
-    return whole + blank
+    complete, blank, _ = samples[:end].rpartition(b"\n\n")
+    return complete + blank

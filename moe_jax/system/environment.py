@@ -26,8 +26,6 @@ CUDA_MIB = 400
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 """Parameters of glibc's `mallopt`."""
-_HUGE_PAGES, _HUGE_PAGE = 14, 2 * MIB
-"""The advice MADV_HUGEPAGE, and the size of a huge page."""
 
 
 def usable_cores() -> int:
@@ -142,11 +140,8 @@ def keep_freed_memory() -> None:
 
     XLA's CPU client allocates the temporary buffers of a program at each call. By default glibc gets them from the
     kernel and returns them, so in every training step the kernel maps and zeroes all their pages again: a third of the
-    time of a step of preset nano. All threads share one heap, because orbax starts new threads at each save. With a
-    heap for each thread, nano held 110 MB more, the amount grew with every save, and a step was 8 % slower.
-
-    The heap also gets huge pages. `mallopt` has no setting for them. So the heap grows once to half of the memory, the
-    kernel is told to use huge pages there, and the block is freed again. Pages that nobody writes take no memory.
+    time of a step of preset nano. All threads share one heap, because orbax starts new threads at each save: with a
+    heap for each thread, a step was 8 % slower.
     """
     if platform.libc_ver()[0] != "glibc" or "GLIBC_TUNABLES" in os.environ:
         return
@@ -156,12 +151,3 @@ def keep_freed_memory() -> None:
     libc.mallopt(_TRIM_THRESHOLD, -1)  # never give the top of the heap back
     libc.mallopt(_MMAP_MAX, 0)  # take large blocks from the heap too
     libc.mallopt(_ARENA_MAX, 1)
-    memory = machine_memory()
-    if memory is None:
-        return
-    libc.malloc.restype = ctypes.c_void_p
-    block = libc.malloc(ctypes.c_size_t(memory // 2))
-    if block:
-        begin = -(-block // _HUGE_PAGE) * _HUGE_PAGE
-        libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(block + memory // 2 - begin), _HUGE_PAGES)
-        libc.free(ctypes.c_void_p(block))

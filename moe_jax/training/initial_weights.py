@@ -61,7 +61,7 @@ def of_run(flag: str, folder: str) -> InitialWeights:
     check_full_weights(flag, path, checkpoint)
 
     def read(programs: Programs, store: TokenStore) -> Initial:
-        if upcycled and checkpoint.manifest["context"].get("data") != store.digest:
+        if upcycled and checkpoint.context.get("data") != store.digest:
             raise UserError(
                 f"--data {store.source}: not the text that the run in --upcycle was trained on, "
                 "whose validation text must stay unseen; leave the flag out, or name that text"
@@ -141,12 +141,12 @@ def _origin(kind: str, folder: str, checkpoint: Checkpoint, config: RunConfig) -
     `training_flops` are the operations of training up to the checkpoint, with those of the run that it started from.
     None where these are not known, as for an imported model.
     """
-    earlier = checkpoint.manifest["context"].get("origin")
+    earlier = checkpoint.context.get("origin")
     inherited = earlier.get("training_flops", 0) if isinstance(earlier, dict) else 0
     return {
         kind: folder,
         "step": checkpoint.step,
         "val_loss": checkpoint.val_loss,
-        "state": checkpoint.manifest["state"],
+        "weights_digest": checkpoint.weights_digest,
         "training_flops": None if inherited is None else inherited + training_flops(config, checkpoint.step),
     }

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Self
 
 import jax
@@ -14,7 +15,7 @@ from rich.table import Column
 
 from moe_jax.config import UserError
 from moe_jax.model.costs import adapter_parameters, count_parameters, duration, totals, training_flops
-from moe_jax.parallel.processes import first
+from moe_jax.parallel.processes import is_process_zero
 from moe_jax.runs import records
 from moe_jax.system.files import json_text
 from moe_jax.system.terminal import rich_console
@@ -39,7 +40,8 @@ class StepLogger:
 
     def __init__(self, session: Session) -> None:
         self._session = session
-        self._file = session.folder.files.open_end(records.METRICS)
+        path = session.folder.path / records.METRICS
+        self._file = (path if is_process_zero() else Path(os.devnull)).open("ab")
         self._pending: tuple[int, StepReport] | None = None
         self._begin = self._mark = time.monotonic()
         self._begin_step = self._mark_step = int(session.state.step)
@@ -73,7 +75,7 @@ class StepLogger:
 
     def sync(self) -> None:
         """Wait until all records are on the disk. After a power loss, no checkpoint is then newer than its records."""
-        if first():
+        if is_process_zero():
             os.fsync(self._file.fileno())
 
     def set_total(self, steps: int) -> None:
@@ -191,7 +193,7 @@ def summary(
     text, and `openings` those of three of its documents.
     """
     config, data = session.config, session.data
-    last = records.last_train_record(session.folder.files)
+    last = records.last_train_record(session.folder.path)
     steps = int(session.state.step)
     device = jax.devices()[0]
     compared, counters = data.baselines, session.counters

@@ -28,7 +28,7 @@ from moe_jax.inference.traced_pass import ShardMapWrapper
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import Params, merge
 from moe_jax.parallel.layout import AXES, Layout, gathered
-from moe_jax.parallel.processes import placed
+from moe_jax.parallel.processes import place
 from moe_jax.training.evaluate import EvaluationStep
 from moe_jax.training.loss import Metrics
 from moe_jax.training.step import gradients
@@ -125,8 +125,8 @@ def make_mesh_evaluation(layout: Layout, local: EvaluationStep) -> EvaluationSte
         arrays = [np.asarray(x) for x in batch]
         missing = -len(arrays[0]) % layout.devices
         filled = [np.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)]) for x in arrays]
-        whole = jax.tree.map(lambda x: placed(x, layout.sharding(REPLICATED)), params)
-        return step(whole, *(placed(x, layout.sharding(rows)) for x in filled))
+        whole = jax.tree.map(lambda x: place(x, layout.sharding(REPLICATED)), params)
+        return step(whole, *(place(x, layout.sharding(rows)) for x in filled))
 
     return evaluation
 

@@ -31,7 +31,7 @@ from moe_jax.model.precision import Card, Policy, choose_policy, cpu_bfloat16_un
 from moe_jax.model.transformer import Params, abstract_adapted, abstract_model
 from moe_jax.parallel.experts import ExpertParallelMoE
 from moe_jax.parallel.layout import Layout
-from moe_jax.parallel.processes import placed
+from moe_jax.parallel.processes import place
 from moe_jax.system.random_keys import Purpose, purpose_key
 from moe_jax.training.evaluate import EvaluationStep, Tracer, make_evaluation_step, make_tracer
 from moe_jax.training.on_mesh import make_mesh_evaluation, mesh_gradients, same_on_all_devices
@@ -131,7 +131,7 @@ class Programs:
         are moved to their places if they lie elsewhere."""
         if self.layout is None:
             return self._initial_state(params, self._adapter_key)
-        params = jax.tree.map(placed, params, self.param_places)
+        params = jax.tree.map(place, params, self.param_places)
         return dataclasses.replace(self.rest_of_state(params, self._adapter_key), params=params)
 
     @cached_property

@@ -5,6 +5,8 @@ reads a run opens it like any other.
 """
 
 import dataclasses
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,15 +17,12 @@ from moe_jax.model.costs import training_flops
 from moe_jax.model.quantized import Weights, quantize
 from moe_jax.model.transformer import Params
 from moe_jax.runs import records
+from moe_jax.runs.arrays import named_leaves, write_weights
 from moe_jax.runs.checkpoint import CheckpointStore
 from moe_jax.runs.folder import RunFolder, locked_for_training
 from moe_jax.runs.load import LoadedRun, check_full_weights, open_run
 from moe_jax.runs.records import read_summary
-from moe_jax.system.files import Folder
 from moe_jax.training.evaluate import Evaluation, evaluate_run
-
-_MOST_BYTES = 2**31
-"""Largest file of records that is copied."""
 
 
 class Quantized(NamedTuple):
@@ -66,20 +65,19 @@ def _write(loaded: LoadedRun, run: Path, out: Path, weights: Weights, params: Pa
     old = loaded.checkpoint
     train = dataclasses.replace(loaded.config.train, lora_rank=0, lora_alpha=0.0, train_router=False)
     config = dataclasses.replace(loaded.config, out=str(out), resume=False, train=train)
-    source = {"quantized_from": str(run), "step": old.step, "weights": weights, "state": old.manifest["state"]}
+    source = {"quantized_from": str(run), "step": old.step, "weights": weights, "weights_digest": old.weights_digest}
     with locked_for_training(out):
-        folder, there = RunFolder(out), Folder(run)
+        folder = RunFolder(out)
         folder.start(config, loaded.tokenizer, [source])
         for name in (records.METRICS, folder.samples.name):
-            if there.exists(name):
-                folder.files.write(name, there.read(name, _MOST_BYTES))
+            if (run / name).exists():
+                shutil.copyfile(run / name, out / name)
         folder.write_summary(summary | {"weights": weights})
         folder.truncate_logs_after(old.step, old.step)
-        context = old.manifest["context"] | {"config": config.to_dict()}
+        context = old.context | {"config": config.to_dict()}
         context |= {"quantized": {"weights": weights, "made_from": str(run)}}
-        return CheckpointStore(out).save(
-            {"params": params}, old.step, val_loss=None, elapsed=old.elapsed, context=context
-        )
+        write = partial(write_weights, leaves=named_leaves({"params": params}))
+        return CheckpointStore(out).save_weights(write, old.step, elapsed=old.elapsed, context=context)
 
 
 def _summary_at(loaded: LoadedRun, run: Path) -> dict[str, Any]:

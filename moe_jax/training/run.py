@@ -16,10 +16,9 @@ import jax
 
 from moe_jax.config import ProcessGroup, RunConfig, UserError
 from moe_jax.parallel.layout import mesh_of
-from moe_jax.parallel.processes import check_same_program, first, joined, stop_reason
+from moe_jax.parallel.processes import check_same_program, is_process_zero, process_group, stop_reason
 from moe_jax.runs.folder import locked_together
 from moe_jax.runs.load import restore_weights
-from moe_jax.system.files import Folder
 from moe_jax.system.signals import Signals
 from moe_jax.system.terminal import say
 from moe_jax.training.evaluate import Evaluation
@@ -43,7 +42,7 @@ def train(
     config: RunConfig,
     start: Start,
     fit: Fit,
-    report: Callable[[Folder], list[str]],
+    report: Callable[[Path], list[str]],
     group: ProcessGroup | None = None,
     resume: str = "--resume",
 ) -> int:
@@ -54,16 +53,16 @@ def train(
     """
     group = group or ProcessGroup()
     mesh_of(config.execution.mesh)  # refuses a mesh of other devices before anything is written
-    with joined(group):
+    with process_group(group):
         check_same_program(config, start.saved is not None)
         with locked_together(Path(config.run_dir)):
             session, stopped = _trained(config, start, fit, resume)
             if stopped is not None:
                 return 128 + stopped
             result = finish(session)
-            if first():
+            if is_process_zero():
                 print_result(session, result)
-                say(*report(session.folder.files))
+                say(*report(session.folder.path))
                 print_next_step(session)
     return 0
 
@@ -173,7 +172,7 @@ def _evaluate_and_sample(session: Session, step: int, logger: StepLogger) -> flo
     scored = session.score(session.data.subset())
     params = session.params  # with several processes, by all together
     sample, trace = session.sample(step, params), session.tracer(params) if session.tracer else None
-    if first():
+    if is_process_zero():
         _write_evaluation(session, step, scored, sample, trace, logger)
     return scored.loss
 
@@ -181,7 +180,6 @@ def _evaluate_and_sample(session: Session, step: int, logger: StepLogger) -> flo
 def _write_evaluation(
     session: Session, step: int, scored: Evaluation, sample: str, trace: dict[str, Any] | None, logger: StepLogger
 ) -> None:
-    session.folder.check_run(session.run_id)
     session.folder.add_sample(step, sample)
     if trace is not None:
         session.folder.add_trace(step, trace)
@@ -201,7 +199,6 @@ def _write_evaluation(
 
 def finish(session: Session) -> dict[str, Any]:
     """Score the best checkpoint on the whole validation stream, and write the summary of the run."""
-    session.folder.check_run(session.run_id)
     best = session.checkpoints.best()
     if best is None:
         raise UserError(f"{session.folder.path}: every checkpoint was damaged after it was saved; check the disk")

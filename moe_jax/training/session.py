@@ -22,10 +22,10 @@ from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.transformer import Params
 from moe_jax.parallel.layout import mesh_of
-from moe_jax.parallel.processes import agree_on, placed
+from moe_jax.parallel.processes import agree_on, place
 from moe_jax.runs.arrays import named_leaves
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointCorrupted, CheckpointStore, doctor_of
-from moe_jax.runs.folder import RunFolder, new_run_id, read_entry
+from moe_jax.runs.folder import RunFolder, read_entry
 from moe_jax.runs.load import check_full_weights, check_same_model, kept_precision, load_run_tokenizer, saved_config
 from moe_jax.system.random_keys import Purpose, purpose_key
 from moe_jax.training.data import SessionData
@@ -68,8 +68,6 @@ class Session:
     decoder: Decoder
     tracer: Tracer | None
     """Routes the beginning of the validation text; None for a model without routers."""
-    run_id: str = ""
-    """The id of the run (`runs/folder.py`)."""
     notes: list[str] = field(default_factory=list)
     """Lines to print about how the session was opened."""
     counters: RunCounters = field(default_factory=RunCounters)
@@ -104,16 +102,15 @@ class Session:
         checkpoints = CheckpointStore(folder.path)
         saved = start.saved if start else None
         weights = start.weights() if start else None
-        run_id, tokenizer, precision = "", weights.tokenizer if weights else None, ""
+        tokenizer, precision = weights.tokenizer if weights else None, ""
         if saved is not None:
             newest = next(reversed(checkpoints.list()), None)
             precision = kept_precision(newest) if newest else ""
-            run_id = read_entry(folder.files, "run_id") or new_run_id()
             tokenizer = load_run_tokenizer(folder.path, newest, saved.model)
         store = prepare_token_store(config.data, tokenizer=tokenizer, seq_len=config.model.seq_len)
         vocab_size = config.model.vocab_size or store.tokenizer.vocab_size
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
-        fitted = Fitted(config, read_entry(folder.files, "fitted") if saved else None)
+        fitted = Fitted(config, read_entry(folder.path, "fitted") if saved else None)
         if fit is not None:
             fitted = fit(config, precision, saved, fitted.record)
             config = fitted.config
@@ -132,7 +129,6 @@ class Session:
             state=programs.state_shapes,
             decoder=programs.decoder(store.tokenizer.vocab_size),
             tracer=programs.tracer(store.valid.tokens),
-            run_id=run_id,
             notes=[fitted.note] if fitted.note else [],
             fitted=fitted.record,
         )
@@ -150,7 +146,7 @@ class Session:
             self.notes.append(note)
         self.state = self.programs.state(params)
         history = [self.origin] if self.origin else []
-        self.run_id = self.folder.start(self.config, self.data.store.tokenizer, history, self.fitted)
+        self.folder.start(self.config, self.data.store.tokenizer, history, self.fitted)
 
     def _restore(self) -> None:
         """Restore the newest good checkpoint, and remove what was logged after it."""
@@ -161,11 +157,11 @@ class Session:
             run = self.folder.path
             raise UserError(f"{run}: every checkpoint is damaged; {doctor_of(run)} says how")
         newest, self.state = restored
-        context = newest.manifest["context"]
+        context = newest.context
         self.counters, self.origin = RunCounters.from_json(context["progress"]), context.get("origin")
         self.resumed_from, self.saved_step, self.elapsed_before = newest.step, newest.step, newest.elapsed
         self.folder.truncate_logs_after(newest.step, self.counters.evaluated)
-        changes = self.folder.record_resume(saved_config(newest), self.config, newest.step, self.run_id, self.fitted)
+        changes = self.folder.record_resume(saved_config(newest), self.config, newest.step, self.fitted)
         self.notes.append(f"resumed at step {newest.step}" + (": " + ", ".join(changes) if changes else ""))
 
     def set_steps(self, steps: int) -> None:
@@ -174,15 +170,15 @@ class Session:
         self.config = self.config.override({("train", "steps"): steps})
         mesh = mesh_of(self.config.execution.mesh)
         self.programs = Programs.of(self.config, mesh=mesh, kept_precision=self.programs.policy.compute)
-        history = read_entry(self.folder.files, "history") or []
-        self.folder.write_config(self.config, history, self.run_id, self.fitted)
+        history = read_entry(self.folder.path, "history") or []
+        self.folder.write_config(self.config, history, self.fitted)
 
     def batch(self, step: int) -> Any:
         """The batch of the step that follows `step` earlier steps, as `programs.step` takes it."""
         layout = self.programs.layout
         if layout is None or not layout.mesh.is_multi_process:
             return self.data.batch(step)
-        return jax.tree.map(lambda x: placed(x, layout.sharding(layout.batch)), self.data.batch(step))
+        return jax.tree.map(lambda x: place(x, layout.sharding(layout.batch)), self.data.batch(step))
 
     @property
     def params(self) -> Params:
@@ -221,7 +217,6 @@ class Session:
 
         Raises UserError if the state is not finite. Such a checkpoint would be the newest, and hide the last good one.
         """
-        self.folder.check_run(self.run_id)
         if bad := nonfinite_leaves(self.state):
             raise UserError(
                 f"step {step}: {bad[0]} is not finite, so it is not saved; lower --lr, and go on with --resume"
@@ -257,7 +252,7 @@ def check_same_data_and_model(checkpoint: Checkpoint, config: RunConfig, store: 
     older checkpoint.
     """
     check_full_weights("--out", Path(config.run_dir), checkpoint)
-    context = checkpoint.manifest["context"]
+    context = checkpoint.context
     if "data" not in context:
         raise CheckpointCorrupted("its manifest does not say what it belongs to")
     RunCounters.from_json(context.get("progress"))

@@ -8,7 +8,7 @@ import pytest
 from moe_jax.cli.main import main, run_as
 from moe_jax.cli.train import Train
 from tests.parallel.pairs import ended, free_port, start
-from tests.support import saved_run, short_form
+from tests.support import saved_run
 
 pytestmark = pytest.mark.parallel
 
@@ -20,7 +20,6 @@ def test_no_cluster(folder: Path) -> None:
     assert (process.returncode, out) == (1, "")
     assert errors.startswith("error: --coordinator-address cluster: JAX cannot connect the processes (")
     assert "start it by srun or mpirun, or give --num-processes" in errors
-    assert len(errors.splitlines()) == 1
     assert not (folder / "none").exists()
 
 
@@ -48,18 +47,6 @@ def test_processes_that_differ_are_refused(folder: Path, flags: tuple[str, ...],
     assert not (folder / "refused").exists()
 
 
-@pytest.mark.parametrize("index", short_form([0, 1], [0]))
-def test_nobody_answers(folder: Path, index: int) -> None:
-    """One line and status 1, once the time for answers is over."""
-    port = free_port()
-    process = start(folder, "alone", index, port, env={"MOE_JAX_TEST_ANSWER": "2"})
-    out, errors = process.communicate(timeout=60)
-    assert (process.returncode, out) == (1, "")
-    assert errors.startswith(f"error: --coordinator-address 127.0.0.1:{port}: not all processes have answered within")
-    assert len(errors.splitlines()) == 1
-    assert not (folder / "alone").exists()
-
-
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
@@ -82,12 +69,10 @@ def test_flags_that_name_no_group(flags: str, line: str, tmp_path: Path, capsys:
 
 
 def test_a_port_that_is_in_use(folder: Path) -> None:
-    """Process 0 says so; the other one says that not all have answered."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
-        both = ended([start(folder, "port", i, port, env={"MOE_JAX_TEST_ANSWER": "4"}) for i in range(2)])
-    assert both.status == (1, 1)
+        process = start(folder, "port", 0, port)
+        out, errors = process.communicate(timeout=60)
+    assert (process.returncode, out) == (1, "")
     named = f"error: --coordinator-address 127.0.0.1:{port}: "
-    assert both.errors[0] == f"{named}process 0 cannot listen there (Address already in use); name a free port\n"
-    assert both.errors[1] == f"{named}not all processes have answered within 4 s; start all at about the same time\n"
-    assert both.out == ("", "")
+    assert errors == f"{named}process 0 cannot listen there (Address already in use); name a free port\n"

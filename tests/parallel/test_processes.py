@@ -22,7 +22,7 @@ from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore, restore
 from moe_jax.runs.records import read_metrics
 from moe_jax.training.programs import Programs
 from tests.parallel.pairs import LIMIT, MESH, SETTINGS, Ended, ended, free_job, free_port, pair, slurm, start
-from tests.support import tuning
+from tests.support import saved_run, tuning
 
 pytestmark = pytest.mark.parallel
 
@@ -40,9 +40,12 @@ def one(folder: Path, out: str, *flags: str) -> int:
 
 
 def newest(folder: Path, out: str) -> Checkpoint:
-    found = CheckpointStore(folder / out).newest()
-    assert found is not None
-    return found
+    return saved_run.newest(folder / out)
+
+
+def arrays(folder: Path, out: str) -> dict[str, str]:
+    """The digest of every array of the newest checkpoint."""
+    return saved_run.array_digests(newest(folder, out))
 
 
 def records(folder: Path, out: str) -> list[tuple[int, float]]:
@@ -81,9 +84,8 @@ def test_saved_by_two_and_restored_by_one(folder: Path, two: Ended, tmp_path: Pa
         state = restore(checkpoint, state_shapes(folder, mesh))
         again = CheckpointStore(tmp_path / (mesh or "one"))
         again.save(state, checkpoint.step, val_loss=None, elapsed=1.0, context={})
-        found = again.newest()
-        assert found is not None
-        assert found.manifest["leaves"] == checkpoint.manifest["leaves"]
+        found = again.list()[-1]
+        assert saved_run.array_digests(found) == saved_run.array_digests(checkpoint)
         assert (found.path / "weights.safetensors").read_bytes() == (
             checkpoint.path / "weights.safetensors"
         ).read_bytes()
@@ -119,7 +121,7 @@ def test_two_tasks_of_slurm_as_two_processes(folder: Path, two: Ended) -> None:
     found = ended([start(folder, "tasks", i, 0, env=slurm(job, i), cluster=True) for i in range(2)])
     assert found.status == (0, 0), found.errors
     assert found.out[1] == ""
-    assert newest(folder, "tasks").manifest["leaves"] == newest(folder, "two").manifest["leaves"]
+    assert arrays(folder, "tasks") == arrays(folder, "two")
     assert records(folder, "tasks") == records(folder, "two")
 
 
@@ -143,21 +145,11 @@ def test_a_killed_process_ends_the_other_and_the_run_goes_on(folder: Path, two: 
     killed_and_resumed(folder, f"killed{victim}", victim, random.Random(victim).randrange(1, 20))
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(60 * 60 * 6)
-@pytest.mark.parametrize("seed", range(100))
-def test_a_hundred_kills(folder: Path, two: Ended, seed: int) -> None:
-    assert two.status == (0, 0)
-    draw = random.Random(1000 + seed)
-    killed_and_resumed(folder, f"kill{seed}", draw.randrange(2), draw.randrange(0, 20), draw.uniform(0, 1))
-
-
-def killed_and_resumed(folder: Path, out: str, victim: int, step: int, wait: float = 0.0) -> None:
-    """kill -9 of one process some time after a step. jax ends the other one. The seconds until then are printed.
+def killed_and_resumed(folder: Path, out: str, victim: int, step: int) -> None:
+    """kill -9 of one process after a step. jax ends the other one. The seconds until then are printed.
     Resumed by both, every array of the last state is that of the uninterrupted run."""
     processes = pair(folder, out)
     wait_for_step(folder / out, step, processes)
-    time.sleep(wait)
     processes[victim].kill()
     killed = time.monotonic()
     try:
@@ -168,7 +160,7 @@ def killed_and_resumed(folder: Path, out: str, victim: int, step: int, wait: flo
     print(f"process {victim} killed after step {step}: the other ended after {seconds:.1f} s with", found.status)
     resumed = ended(pair(folder, out, "--resume"))
     assert resumed.status == (0, 0), resumed.errors
-    assert newest(folder, out).manifest["leaves"] == newest(folder, "two").manifest["leaves"]
+    assert arrays(folder, out) == arrays(folder, "two")
     assert records(folder, out) == records(folder, "two")
     shutil.rmtree(folder / out)
 
@@ -194,25 +186,8 @@ def test_two_processes_resume_from_the_checkpoint_before_a_flipped_bit(folder: P
     assert line.startswith(f"{checkpoint.path}: skipped, arrays/ocdbt.process_1/d/")
     assert again.lines(1) == []
     assert f"resumed at step {checkpoint.step - 4}" in again.out[0]
-    assert newest(folder, "damaged").manifest["leaves"] == newest(folder, "two").manifest["leaves"]
+    assert arrays(folder, "damaged") == arrays(folder, "two")
     assert [p.name for p in (folder / "damaged" / "checkpoints").glob("damaged_*")] == ["damaged_00000020"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("victims", [(1,), (0,), (0, 1)])
-def test_a_disk_that_is_full_for_one_process_or_both(folder: Path, two: Ended, victims: tuple[int, ...]) -> None:
-    """In the second save, files cannot grow. The process says so, jax ends the other one, and the first save stays: the
-    run goes on from it by one process."""
-    assert two.status == (0, 0)
-    port, out = free_port(), f"full{sum(victims)}"
-    env = {"MOE_JAX_TEST_FULL": "2"}
-    found = ended([start(folder, out, i, port, env=env if i in victims else None) for i in range(2)])
-    assert 0 not in found.status, found.errors
-    for victim in victims:
-        assert any("step_00000008: the checkpoint could not be saved" in line for line in found.lines(victim))
-    assert [c.step for c in CheckpointStore(folder / out).list()] == [4]
-    assert restore(newest(folder, out), state_shapes(folder, "")).step == 4
-    shutil.rmtree(folder / out)
 
 
 @pytest.mark.slow
@@ -231,6 +206,6 @@ def test_two_processes_tune_as_one(folder: Path) -> None:
     losses = [loss for _, loss in records(folder, "tuned")]
     np.testing.assert_allclose(losses, [loss for _, loss in records(folder, "tuned1")], atol=5e-6, rtol=0)
     assert len(losses) == 6
-    tuned, before = newest(folder, "tuned").manifest["leaves"], newest(folder, "base/run").manifest["leaves"]
+    tuned, before = arrays(folder, "tuned"), arrays(folder, "base/run")
     params = {name: leaf for name, leaf in before.items() if name.startswith("params.")}
     assert {name: tuned[name] for name in params} == params

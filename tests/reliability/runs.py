@@ -9,6 +9,8 @@ from typing import IO, Any
 
 import numpy as np
 
+from tests.support import saved_run
+
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = "python -m moe_jax"
 VERIFY_RESUME = "benchmarks/verify_resume.py"
@@ -109,16 +111,15 @@ class Commands:
 
 
 def result(run: Path) -> dict[str, Any]:
-    """Everything that a finished run must share with an uninterrupted one: the digest of every leaf of its last
+    """Everything that a finished run must share with an uninterrupted one: the digest of every array of its last
     state, its records, its samples and its summary, without times."""
-    newest = max((run / "checkpoints").glob("step_*"))
-    manifest = json.loads((newest / "manifest.json").read_text())
+    newest = saved_run.newest(run)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     summary = json.loads((run / "summary.json").read_text())
     return {
-        "step": manifest["step"],
-        "leaves": manifest["leaves"],
-        "progress": manifest["context"]["progress"],
+        "step": newest.step,
+        "arrays": saved_run.array_digests(newest),
+        "progress": newest.context["progress"],
         "records": [{k: v for k, v in record.items() if k not in TIMES} for record in records],
         "traces": {p.name: p.read_text() for p in (run / "traces").glob("*")},
         "samples": (run / "samples.txt").read_text(),

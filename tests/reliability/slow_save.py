@@ -12,9 +12,9 @@ from moe_jax.cli.train import Train
 
 
 def program(argv: list[str]) -> int:
-    from moe_jax.runs import checkpoint
+    from moe_jax.runs import orbax_state
 
-    write, saves = checkpoint.write_weights, []
+    write, saves = orbax_state.write_weights, []
 
     def slow(*args: object) -> None:
         saves.append(1)
@@ -22,7 +22,7 @@ def program(argv: list[str]) -> int:
         if len(saves) > 2:
             time.sleep(float(os.environ.get("SLOW_SAVE_SECONDS", "1000")))
 
-    checkpoint.write_weights = slow
+    orbax_state.write_weights = slow
     return run_as(Train, argv, "train.py")
 
 

@@ -16,10 +16,8 @@ from moe_jax.data.token_store import stored_documents
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.inspection.report import write_report
 from moe_jax.interop.source import open_source
-from moe_jax.runs.folder import locked_for_training
 from moe_jax.runs.load import open_run
 from moe_jax.training import initial_weights
-from moe_jax.training.run import take_steps
 from moe_jax.training.session import Session
 from tests.support.saved_run import resuming
 
@@ -99,26 +97,6 @@ def test_another_validation_text_is_said(saved: Path, tmp_path: Path, capsys, mo
     write_report(run, tmp_path / "page.html", text="Once")
     assert "has changed since the run was trained" in capsys.readouterr().err
     assert "has changed since the run was trained" in (tmp_path / "page.html").read_text()
-
-
-# The folder
-
-
-def test_a_folder_made_anew_is_not_touched(trained: tuple[Path, RunConfig], tmp_path: Path) -> None:
-    """The first process goes on training while somebody removes the folder and trains there again."""
-    run, config = trained
-    longer = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=14))
-    with locked_for_training(run):
-        session = Session.open(longer, resuming(config))
-        run.rename(tmp_path / "away")
-        shutil.copytree(tmp_path / "away", run)
-        edit(run, run_id="0123456789abcdef")
-        with pytest.raises(UserError, match="was removed or made anew while this process used it"):
-            take_steps(session)
-        shutil.rmtree(run)
-        with pytest.raises(UserError, match="was removed or made anew while this process used it"):
-            session.save(14, None)
-    assert not run.exists()
 
 
 # The settings

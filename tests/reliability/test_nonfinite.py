@@ -12,9 +12,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import RunConfig, UserError, load_config
-from moe_jax.runs.arrays import read_arrays
-from moe_jax.runs.checkpoint import CheckpointStore
-from moe_jax.runs.manifest import leaves_of
+from moe_jax.runs.checkpoint import CheckpointStore, restore, stored_shapes
 from moe_jax.system.random_keys import Purpose
 from moe_jax.training import programs
 from moe_jax.training import step as step_module
@@ -51,7 +49,7 @@ def before_step(session: Session, step: int, change: Callable[[TrainState], Trai
 
 
 def finite_checkpoints(folder: Path) -> bool:
-    arrays = [read_arrays(c.path, leaves_of(c.manifest)) for c in CheckpointStore(folder).list()]
+    arrays = [restore(c, stored_shapes(c)) for c in CheckpointStore(folder).list()]
     return all(np.isfinite(np.asarray(x, np.float64)).all() for tree in arrays for x in tree.values())
 
 

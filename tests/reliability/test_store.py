@@ -1,12 +1,10 @@
-"""Token stores: preparations that are killed, files that are damaged, and a text of 3 GB."""
+"""Token stores: preparations that are killed, and files that are damaged."""
 
 import json
-import os
 import random
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -125,43 +123,3 @@ def test_a_run_makes_a_damaged_store_again_and_has_the_same_bits(
     again = runs.complete(runs.flags(text, tmp_path / "second"), cache)
     assert again.returncode == 0, again.stderr
     assert runs.result(tmp_path / "second") == whole[1]
-
-
-@pytest.fixture
-def three_gigabytes(tmp_path: Path) -> Iterator[tuple[Path, int]]:
-    size = int(os.environ.get("MOE_JAX_TEXT_BYTES", 3_000_000_000))
-    (folder := tmp_path / "text").mkdir()
-    write_words(folder / "train.txt", size)
-    runs.write_text(folder / "valid.txt")
-    yield folder, size
-    (folder / "train.txt").unlink()
-
-
-PEAK = """
-import sys
-exec(sys.argv.pop(1))
-(peak,) = (line.split()[1] for line in open("/proc/self/status") if "VmHWM" in line)
-read = dict(line.split(": ") for line in open("/proc/self/io").read().splitlines())
-print(int(peak) / 1024, int(read["rchar"]) / 1e6)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(60 * 60)
-@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="measures itself in /proc")
-@pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
-def test_three_gigabytes(tokenizer: str, three_gigabytes: tuple[Path, int], tmp_path: Path) -> None:
-    """Prepared in bounded memory. A start reads the ids and the text once, to compare their digests."""
-    (cache := tmp_path / "cache").mkdir()
-    text, size = three_gigabytes
-    found: list[dict[str, Any]] = []
-    for _ in range(2):
-        command = [sys.executable, "-c", PEAK, PREPARE, str(cache), str(text), tokenizer]
-        done = subprocess.run(command, env=runs.environment(cache), capture_output=True, text=True, check=True)
-        values, measured = done.stdout.splitlines()
-        found.append(json.loads(values) | dict(zip(("peak", "read"), map(float, measured.split()), strict=True)))
-    first, again = found
-    ids = sum(path.stat().st_size for path in Path(first["folder"]).glob("*.bin")) / 1e6
-    assert first["digest"] == again["digest"]
-    assert again["read"] < ids + size / 1e6 + 20
-    assert first["peak"] < (200 if tokenizer == "byte" else 2000)

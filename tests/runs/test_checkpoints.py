@@ -1,9 +1,6 @@
 """Checkpoints come back to the last bit or not at all, and a failed save costs no earlier one."""
 
-import gc
 import math
-import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +11,10 @@ import pytest
 
 from moe_jax.config import UserError
 from moe_jax.runs import checkpoint, manifest
-from moe_jax.runs.checkpoint import FOLDER, Checkpoint, CheckpointStore, restore
+from moe_jax.runs.arrays import WEIGHTS
+from moe_jax.runs.checkpoint import FOLDER, Checkpoint, CheckpointStore, restore, stored_shapes
 from moe_jax.runs.manifest import CheckpointCorrupted
-from tests.support import tiny
+from tests.support import saved_run, tiny
 
 
 def state(seed: int = 0) -> dict[str, Any]:
@@ -27,6 +25,9 @@ def state(seed: int = 0) -> dict[str, Any]:
         "half": jnp.asarray(rng.normal(size=5), jnp.bfloat16),
         "odd": jnp.array([np.nan, -0.0, np.inf, 1e-40], jnp.float32),
     }
+
+
+NAMES = {"params.blocks.0.router", "params.norm", "step", "half", "odd"}
 
 
 def save(store: CheckpointStore, step: int, val_loss: float | None = None) -> Path:
@@ -51,21 +52,19 @@ def names(store: CheckpointStore) -> list[str]:
     return sorted(p.name for p in store.folder.iterdir())
 
 
-def some(checkpoint: Checkpoint | None) -> Checkpoint:
-    assert checkpoint is not None
-    return checkpoint
-
-
 # Saved by orbax
 
 
-def test_everything_comes_back_to_the_last_bit(store: CheckpointStore) -> None:
+@pytest.mark.parametrize("version", [3, 4])
+def test_everything_comes_back_to_the_last_bit(version: int, store: CheckpointStore, tmp_path: Path) -> None:
     save(store, 7, 1.25)
-    newest = some(store.newest())
-    assert (newest.step, newest.val_loss, newest.elapsed) == (7, 1.25, 10.5)
-    assert newest.manifest["context"] == {"data": "d"}
+    if version == 3:
+        saved_run.as_version_3(store.at(7))
+    newest = saved_run.newest(tmp_path)
+    assert newest.manifest["version"] == version
+    assert (newest.step, newest.val_loss, newest.elapsed, newest.context) == (7, 1.25, 10.5, {"data": "d"})
     assert {"jax", "flax"} <= set(newest.manifest["versions"])
-    assert set(newest.manifest["leaves"]) == {"params.blocks.0.router", "params.norm", "step", "half", "odd"}
+    assert set(stored_shapes(newest)) == NAMES
     tiny.assert_same_bits(restore(newest, jax.eval_shape(lambda: state(7))), state(7))
     # A part alone, as for generation, which needs no optimizer.
     tiny.assert_same_bits(restore(newest, {"params": state()["params"]})["params"], state(7)["params"])
@@ -79,98 +78,92 @@ def test_everything_comes_back_to_the_last_bit(store: CheckpointStore) -> None:
             restore(newest, target)
 
 
-def test_a_step_that_is_saved_again_gets_a_new_manifest_or_is_replaced(store: CheckpointStore) -> None:
-    """A resumed run makes up an evaluation: the arrays are the same. Other arrays take the place of the old ones."""
+def test_every_array_is_stored_once(store: CheckpointStore) -> None:
+    """The names of the arrays in orbax's own list are those that are not in weights.safetensors."""
+    folder = save(store, 1)
+    assert sorted(p.name for p in folder.iterdir()) == ["_CHECKPOINT_METADATA", "arrays", manifest.NAME, WEIGHTS]
+    listed = (folder / "arrays" / "_METADATA").read_text()
+    assert [name in listed for name in ("params", "half", "step")] == [False, True, True]
+
+
+def test_a_step_that_is_saved_again_gets_a_new_manifest(store: CheckpointStore, tmp_path: Path) -> None:
+    """A resumed run makes up an evaluation: the arrays are the same."""
     folder = save(store, 3)
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file() and p.name != manifest.NAME}
     save(store, 3, 2.0)
     assert {p: p.stat().st_mtime_ns for p in before} == before
-    assert (some(store.newest()).val_loss, names(store)) == (2.0, ["step_00000003"])
-    store.save(state(99), 3, val_loss=1.0, elapsed=0, context={})
-    assert (some(store.newest()).val_loss, names(store)) == (1.0, ["step_00000003"])
-    tiny.assert_same_bits(restore(some(store.newest()), jax.eval_shape(state)), state(99))
+    assert (saved_run.newest(tmp_path).val_loss, names(store)) == (2.0, ["step_00000003"])
 
 
-def test_saves_leave_nothing_behind_in_memory(store: CheckpointStore) -> None:
-    """Orbax 0.11.39 and later leave four of Python's blocks an array and 270 a save: see pyproject.toml."""
-    arrays = {f"{i}": jnp.zeros(2) for i in range(100)}
+@pytest.mark.parametrize(
+    ("losses", "best", "kept"),
+    [
+        ({1: None, 2: None, 3: None}, 3, [2, 3]),
+        ({1: 2.0, 2: 1.0, 3: 3.0, 4: 4.0}, 2, [2, 3, 4]),
+        ({1: 1.0, 2: 1.0, 3: None, 4: None}, 1, [1, 3, 4]),  # of equal ones the earlier
+        ({1: 2.0, 2: 3.0, 3: 1.0}, 3, [2, 3]),
+        ({99_999_998: None, 99_999_999: None, 10**8: 1.0}, 10**8, [99_999_999, 10**8]),
+    ],
+)
+def test_the_best_has_the_lowest_loss_and_stays_with_the_newest_two(
+    losses: dict[int, float | None], best: int, kept: list[int], store: CheckpointStore
+) -> None:
+    for step, loss in losses.items():
+        store.save({"params": {"w": np.zeros(1)}, "step": np.int32(0)}, step, val_loss=loss, elapsed=0.0, context={})
+    found = store.best()
+    assert found is not None
+    assert found.step == best
+    assert steps(store) == kept
 
-    def save(steps: range) -> int:
-        for step in steps:
-            store.save(arrays, step, val_loss=None, elapsed=0.0, context={})
-        gc.collect()
-        return sys.getallocatedblocks()
 
-    before = save(range(3))  # what the first saves keep for the later ones
-    assert save(range(3, 8)) - before < 5 * len(arrays)
+def test_a_loss_that_is_not_finite_is_none(tmp_path: Path) -> None:
+    store = CheckpointStore(tmp_path / "new" / "run")
+    for step, (loss, known) in enumerate([(0.0, 0.0), (math.nan, None), (math.inf, None)]):
+        path = save(store, step, loss)
+        assert path == tmp_path / "new" / "run" / FOLDER / f"step_0000000{step}"
+        assert store.at(step).val_loss == known
+
+
+def test_what_a_killed_save_left_is_no_checkpoint_and_goes_with_the_next(store: CheckpointStore) -> None:
+    save(store, 1)
+    (store.folder / "step_00000002.orbax-checkpoint-tmp" / "arrays").mkdir(parents=True)
+    (store.folder / "damaged_00000004").mkdir()
+    assert steps(store) == [1]
+    save(store, 3)
+    assert names(store) == ["damaged_00000004", "step_00000001", "step_00000003"]
 
 
 # Saved without orbax
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A save without orbax."""
-    monkeypatch.setattr(checkpoint, "write_arrays", lambda folder, _: (folder / "file").write_text("content"))
-    monkeypatch.setattr(checkpoint, "write_weights", lambda *_: None)
-
-
 def put(store: CheckpointStore, step: int, val_loss: float | None = None) -> Path:
-    """A checkpoint of one file, not by `save`."""
-    folder = store.folder / f"step_{step:08d}"
-    folder.mkdir(parents=True)
-    (folder / "file").write_text("content")
-    document = {"version": 3, "step": step, "val_loss": val_loss, "elapsed": 1.5, "state": "s"}
-    document |= {"files": manifest.describe_files(folder), "leaves": {}, "context": {}, "versions": {}}
-    (folder / manifest.NAME).write_text(manifest.render(document))
-    return folder
+    """A checkpoint of one file."""
+
+    def write(folder: Path) -> None:
+        (folder / WEIGHTS).write_text("content")
+
+    path = store.save_weights(write, step, elapsed=1.5, context={})
+    manifest.write(path, manifest.read(path) | {"val_loss": val_loss})
+    return path
 
 
 def change_file(folder: Path) -> None:
-    (folder / "file").write_text("CONTENT")
+    (folder / WEIGHTS).write_text("CONTENT")
 
 
 def cut_manifest(folder: Path) -> None:
     (folder / manifest.NAME).write_text("{")
 
 
-@pytest.mark.usefixtures("quick")
-def test_a_loss_that_is_not_finite_is_none(tmp_path: Path) -> None:
-    store = CheckpointStore(tmp_path / "new" / "run")
-    for step, (loss, known) in enumerate([(0.0, 0.0), (None, None), (math.nan, None), (math.inf, None)]):
-        path = store.save({"a": np.zeros(3)}, step, val_loss=loss, elapsed=2.5, context={})
-        assert path == tmp_path / "new" / "run" / FOLDER / f"step_0000000{step}"
-        assert store.at(step).val_loss == known
+def test_weights_alone_are_whole_or_absent(store: CheckpointStore) -> None:
+    def fail(folder: Path) -> None:
+        (folder / WEIGHTS).write_text("half")
+        raise OSError(28, "No space left on device")
 
-
-@pytest.mark.usefixtures("quick")
-def test_everything_is_on_the_disk_before_the_draft_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The files, their folder, and after the rename the folder above it."""
-    synced: list[str] = []
-    true = checkpoint._sync
-
-    def sync(*paths: Path) -> None:
-        for path in paths:
-            draft = path.name.startswith("tmp_") or path.parent.name.startswith("tmp_")
-            synced.append("draft" if path.name.startswith("tmp_") else path.name)
-            assert (tmp_path / FOLDER / "step_00000001").exists() != draft
-        true(*paths)
-
-    monkeypatch.setattr(checkpoint, "_sync", sync)
-    save(CheckpointStore(tmp_path), 1)
-    assert sorted(synced[:-2]) == ["file", "manifest.json"]
-    assert synced[-2:] == ["draft", FOLDER]
-
-
-@pytest.mark.usefixtures("quick")
-def test_what_a_killed_save_left_is_no_checkpoint_and_goes_with_the_next(store: CheckpointStore) -> None:
     put(store, 1)
-    (store.folder / "tmp_00000002" / "arrays").mkdir(parents=True)
-    (store.folder / "damaged_00000004").mkdir()
-    assert some(store.newest()).step == 1
-    assert store.interrupted_saves() == ("tmp_00000002",)
-    save(store, 3)
-    assert names(store) == ["damaged_00000004", "step_00000001", "step_00000003"]
+    with pytest.raises(UserError, match=r"step_00000002: the checkpoint could not be saved \(the disk is full\); "):
+        store.save_weights(fail, 2, elapsed=0.0, context={})
+    assert names(store) == ["step_00000001"]
 
 
 # Listed and chosen
@@ -188,49 +181,17 @@ def test_steps_are_listed_by_their_number(store: CheckpointStore) -> None:
         store.at(4)
 
 
-@pytest.mark.parametrize(
-    ("losses", "best", "kept"),
-    [
-        ({1: None}, 1, [1]),
-        ({1: None, 2: None, 3: None}, 3, [2, 3]),
-        ({1: 2.0, 2: 1.0, 3: 3.0, 4: 4.0}, 2, [2, 3, 4]),
-        ({1: 1.0, 2: 1.0, 3: None, 4: None}, 1, [1, 3, 4]),  # of equal ones the earlier
-        ({1: 2.0, 2: 3.0, 3: 1.0}, 3, [2, 3]),
-        ({1: 0.0, 2: -1.0, 3: None, 4: None}, 2, [2, 3, 4]),
-        ({99_999_998: None, 99_999_999: None, 10**8: 1.0}, 10**8, [99_999_999, 10**8]),
-    ],
-)
-def test_the_best_has_the_lowest_loss_and_stays_with_the_newest_two(
-    losses: dict[int, float | None], best: int, kept: list[int], store: CheckpointStore
-) -> None:
-    folders = [put(store, step, loss) for step, loss in losses.items()]
-    assert some(store.best()).step == best
-    store._remove_old(folders[-1])
-    assert steps(store) == kept
-
-
 def test_the_next_best_where_the_best_is_damaged(store: CheckpointStore, said: list[str]) -> None:
     """Then the ones that were not evaluated, the newest first."""
     folders = {step: put(store, step, loss) for step, loss in ((1, None), (2, 1.0), (3, 2.0), (4, None), (5, None))}
     cut_manifest(folders[5])
     for step in (2, 3, 4, 1):
-        assert some(store.best()).step == step
+        found = store.best()
+        assert found is not None
+        assert found.step == step
         change_file(folders[step])
     assert store.best() is None
     assert said[0] == f"{folders[5]}: skipped, its manifest was changed", "it may be the best, so it is said first"
-
-
-def test_nothing_is_removed_before_the_newest_reads_back(store: CheckpointStore) -> None:
-    folders = [put(store, step) for step in (1, 2, 3, 4)]
-    cut_manifest(folders[0])
-    change_file(folders[3])
-    with pytest.raises(UserError, match=rf"^{folders[3]}: file was changed between writing and reading it back; "):
-        store._remove_old(folders[3])
-    assert steps(store) == [2, 3, 4]
-    shutil.rmtree(folders[3])
-    put(store, 4)
-    store._remove_old(folders[3])
-    assert names(store) == ["step_00000001", "step_00000003", "step_00000004"], "damaged ones are not removed"
 
 
 # Restored
@@ -261,8 +222,6 @@ def test_a_resume_renames_what_is_newer_and_damaged(
     assert newest.step == 2
     assert names(store) == ["damaged_00000003", "damaged_00000004", "step_00000001", "step_00000002"]
     assert [line.rpartition(", ")[2] for line in said] == ["its manifest was changed", "its arrays do not open"]
-    for expected in ("damaged_00000003.2", "damaged_00000003.3"):  # all of them are kept
-        assert store.mark_damaged(put(store, 3)).name == expected
 
 
 def test_where_none_is_good_or_one_is_of_another_run_nothing_is_renamed(

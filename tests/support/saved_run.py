@@ -3,6 +3,7 @@ folder. And quick training."""
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xxhash
 
 from moe_jax.config import DataConfig, ExecutionConfig, ModelConfig, RunConfig, TrainConfig
 from moe_jax.data.token_store import TokenStore, prepare_token_store
 from moe_jax.data.tokenizers import Tokenizer, train_tokenizer
 from moe_jax.model.precision import choose_policy
 from moe_jax.runs import manifest
-from moe_jax.runs.checkpoint import CheckpointStore
+from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore, restore, stored_shapes, verify
 from moe_jax.runs.folder import RunFolder
 from moe_jax.runs.load import LoadedRun
 from moe_jax.training.evaluate import make_tracer
@@ -134,4 +136,33 @@ def edit_manifest(run: Path, name: str = NAME, /, **context: object) -> None:
     path = run / "checkpoints" / name / manifest.NAME
     document = json.loads(path.read_text())
     document["context"] |= context
-    path.write_text(manifest.render(document))
+    manifest.write(path.parent, document)
+
+
+def newest(run: Path) -> Checkpoint:
+    """The newest checkpoint of a run, whose files are undamaged."""
+    checkpoint = CheckpointStore(run).list()[-1]
+    assert verify(checkpoint) is None
+    return checkpoint
+
+
+def array_digests(checkpoint: Checkpoint) -> dict[str, str]:
+    """Name -> digest of the bytes of each array of a checkpoint, without its sharding."""
+    arrays = restore(checkpoint, stored_shapes(checkpoint))
+    return {name: xxhash.xxh3_128_hexdigest(np.asarray(array).tobytes()) for name, array in arrays.items()}
+
+
+def as_version_3(checkpoint: Checkpoint) -> None:
+    """Write a checkpoint in the layout of a manifest of version 3: `arrays/` holds the parameters too."""
+    import orbax.checkpoint as ocp
+
+    arrays, digests = restore(checkpoint, stored_shapes(checkpoint)), array_digests(checkpoint)
+    shutil.rmtree(checkpoint.path / "arrays")
+    with ocp.PyTreeCheckpointer(use_compression=False) as checkpointer:
+        checkpointer.save((checkpoint.path / "arrays").resolve(), arrays)
+    leaves = {name: [list(x.shape), str(x.dtype), digests[name]] for name, x in sorted(arrays.items())}
+    paths = [path for path in checkpoint.path.rglob("*") if path.is_file() and path.name != manifest.NAME]
+    document = {key: checkpoint.manifest[key] for key in ("step", "val_loss", "elapsed")}
+    document |= {"files": manifest.describe_files(checkpoint.path, paths), "leaves": leaves, "state": "s"}
+    document |= {key: checkpoint.manifest[key] for key in ("context", "versions")}
+    manifest.write(checkpoint.path, {"version": 3} | document)

@@ -1,5 +1,4 @@
-"""A signal ends a process that has nothing to save, also where nobody reads what it prints. Ctrl-C is never lost, and
-never shown as a traceback."""
+"""The first signal is noted while steps are unsaved; the second ends the process. Without such steps the first does."""
 
 import signal
 import subprocess
@@ -9,89 +8,56 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-FULL = """
-import os, time
-from moe_jax.system.signals import Signals
-
-os.set_blocking(2, False)
-try:
-    while True:
-        os.write(2, b"x")  # until the pipe is full
-except BlockingIOError:
-    os.set_blocking(2, True)
-with Signals():
-    print("ready", flush=True)
-    time.sleep(60)
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
-def test_a_full_pipe_does_not_keep_the_process_alive() -> None:
-    with subprocess.Popen([sys.executable, "-c", FULL], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-        process.send_signal(signal.SIGTERM)
-        try:
-            assert process.wait(30) == 128 + signal.SIGTERM
-        finally:
-            process.kill()
-
-
 PROGRAM = """
 import signal, sys, time
-from moe_jax.system.signals import interruptible, unwinding
+from moe_jax.system.signals import Signals, Stopped
 
-def tidying(work):
-    try:
-        work()
-    except KeyboardInterrupt:
-        print("tidied")
+def send(number):
+    signal.raise_signal(number)
 
-def ctrl_c():
-    signal.raise_signal(signal.SIGINT)
-
-def importing():
-    import interrupts_itself
-
-class Removed:
-    def __del__(self):  # as in a callback of the garbage collector
-        raise KeyboardInterrupt
-
-def losing():
-    Removed()
-    for _ in range(500):  # a long sleep would not be interrupted
-        time.sleep(0.01)
-
+with Signals(resume="`again`") as signals:
+{}
+print("end")
 """
-INTERRUPTED = (130, "", "error: interrupted\n")
-INTERRUPTS = {
-    "at work": ("with interruptible(): ctrl_c()", INTERRUPTED),
-    "in an import": ("with interruptible(): importing()", INTERRUPTED),
-    "before it tidies": ("with interruptible(), unwinding(): tidying(ctrl_c)", (0, "tidied\n", "")),
-    "after it has tidied": ("with interruptible():\n with unwinding(): tidying(int)\n ctrl_c()", INTERRUPTED),
-    "in an import, before it tidies": ("with interruptible(), unwinding(): tidying(importing)", INTERRUPTED),
-    "where it cannot spread": ("with interruptible(), unwinding(): tidying(losing)", (0, "tidied\n", "")),
-    "ignored": ("signal.signal(2, signal.SIG_IGN)\nwith interruptible(), unwinding(): ctrl_c()", (0, "", "")),
-    "at the end": ("import atexit; atexit.register(ctrl_c)\nwith interruptible(): pass", (-2, "", "")),
-    "with another handler": (
-        "with interruptible():\n signal.signal(2, lambda *_: print('own'))\n with unwinding(): ctrl_c()",
-        (0, "own\n", ""),
+CASES = {
+    "nothing unsaved": (["send(15)"], -15, "", "left at SIGTERM; no step was saved, so the same command starts"),
+    "unsaved": (["signals.unsaved = True", "send(2)", "print(signals.stop_signal)"], 0, "2\nend\n", "SIGINT: stopping"),
+    "twice": (
+        ["signals.unsaved = signals.saved = True", "send(2)", "time.sleep(0.6)", "send(15)"],
+        -15,
+        "",
+        "left at SIGTERM; go on from the newest checkpoint with `again`",
+    ),
+    "an echo": (["signals.unsaved = True", "send(2)", "send(2)"], 0, "end\n", "SIGINT: stopping"),
+    "in work that can be repeated": (
+        [
+            "signals.unsaved = True",
+            "try:",
+            "    with signals.interruptible(): send(15)",
+            "except Stopped as stop: print(stop.status)",
+        ],
+        0,
+        "143\nend\n",
+        "SIGTERM: stopping",
     ),
 }
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
-@pytest.mark.parametrize("when", INTERRUPTS)
-def test_an_interrupt(when: str, tmp_path: Path) -> None:
-    code, expected = INTERRUPTS[when]
-    (tmp_path / "interrupts_itself.py").write_text("import signal\nsignal.raise_signal(signal.SIGINT)\n")
-    program = f"import sys; sys.path.append({str(tmp_path)!r})\n{PROGRAM}{code}"
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=60)
-    assert (ended.returncode, ended.stdout, ended.stderr) == expected
+@pytest.mark.parametrize("when", CASES)
+def test_signals(when: str) -> None:
+    lines, status, printed, said = CASES[when]
+    program = PROGRAM.format("\n".join(f"    {line}" for line in lines))
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (ended.returncode, ended.stdout) == (status, printed), ended.stderr
+    assert said in ended.stderr.splitlines()[-1]
+    assert len(ended.stderr.splitlines()) == (2 if when == "twice" else 1)
 
 
-def test_the_package_imports_nothing() -> None:
-    """`python -m moe_jax` imports it before `__main__` can listen. Ctrl-C in such an import prints a traceback."""
-    code = "import sys; before = {*sys.modules}; import moe_jax; print({*sys.modules} - before)"
-    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert done.stdout == "{'moe_jax'}\n"
+def test_earlier_handlers_apply_again() -> None:
+    from moe_jax.system.signals import HANDLED, Signals
+
+    before = [signal.getsignal(number) for number in HANDLED]
+    with Signals():
+        assert [signal.getsignal(number) for number in HANDLED] != before
+    assert [signal.getsignal(number) for number in HANDLED] == before
