@@ -40,7 +40,6 @@ COMMANDS = {
     "doctor": ("inspect", "Doctor", "verify every checkpoint of a run, and repair what can be"),
     "certify": ("certify", "Certify", "test causality, arithmetic and memory of a model"),
     "plot": ("inspect", "Plot", "draw pictures of one run, or of several compared"),
-    "benchmark": ("benchmark", "Benchmark", "measure what the model costs on this machine"),
 }
 """Name -> (module, class in it, one line of help)."""
 

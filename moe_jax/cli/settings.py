@@ -1,25 +1,17 @@
-"""The settings of a run. They start from a preset, a run or a model (`training/start.py`), and flags change them. With
-`--preset auto` the preset is chosen for the text.
-"""
+"""The settings of a run. They start from a preset, a run or a model (`training/start.py`), and flags change them."""
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from moe_jax.cli.arguments import Argument, Values, arguments_of, perhaps, read
-from moe_jax.cli.command import Command, check_range
-from moe_jax.config import SECTIONS, ConfigError, DataConfig, PresetName, RunConfig
-from moe_jax.config.presets import PRESETS, preset
-from moe_jax.config.section import flag_of
+from moe_jax.cli.command import Command
+from moe_jax.config import SECTIONS, ConfigError, PresetName, RunConfig
+from moe_jax.config.presets import preset
 from moe_jax.data.corpora import check_source
-from moe_jax.system.terminal import working
 from moe_jax.training.start import Start, start_of
 
 OUT, PRESET, SOURCE, VOCABULARY = ("", "out"), ("", "preset"), ("data", "source"), ("model", "vocab_size")
-AUTO = "auto"
-"""The value of --preset with which the preset and its steps are chosen for the text."""
 COMMON = (
     *("--preset", "--data", "--tokenizer", "--out", "--resume"),
     *("--steps", "--batch-size", "--lr", "--seed", "--precision", "--set"),
@@ -39,8 +31,6 @@ class RunCommand(Command):
     """A command that takes every setting of a run."""
 
     usual: ClassVar[Sequence[str]] = (*COMMON, "--dry-run", "--run")
-    takes_auto: ClassVar[bool] = False
-    """Whether --preset auto is allowed."""
     preset: ClassVar[PresetName] = RunConfig.preset
     """The preset whose defaults help shows."""
 
@@ -51,7 +41,7 @@ class RunCommand(Command):
     @classmethod
     def settable(cls) -> list[Argument]:
         """The settings that the command takes."""
-        return run_arguments(preset(cls.preset), cls.takes_auto)
+        return run_arguments(preset(cls.preset))
 
     @classmethod
     def arguments(cls) -> list[Argument]:
@@ -75,12 +65,10 @@ class RunCommand(Command):
         """Check the command's own arguments, and add the settings that they stand for to `flags`."""
 
 
-def run_arguments(start: RunConfig, takes_auto: bool = False) -> list[Argument]:
+def run_arguments(start: RunConfig) -> list[Argument]:
     """Every field of a run's configuration, with the defaults of `start`."""
     sections = ((section, start.section(section)) for section in ("", *SECTIONS))
-    fields = [a for section, owner in sections for a in arguments_of(type(owner), section, owner)]
-    names = Literal[(*PRESETS, AUTO)]
-    return [dataclasses.replace(a, annotation=names) if takes_auto and a.key == PRESET else a for a in fields]
+    return [a for section, owner in sections for a in arguments_of(type(owner), section, owner)]
 
 
 def resolve_settings(values: Values) -> Settings:
@@ -130,52 +118,3 @@ def read_set(texts: Iterable[str], arguments: Iterable[Argument]) -> Values:
             raise ConfigError(f"--set {text}: must be SECTION.NAME=VALUE with a field of the configuration{hint}")
         values[argument.key] = argument.from_text(value)
     return values
-
-
-# The preset and the steps for a text: `--preset auto`
-
-
-def auto_flags(values: Values, minutes: float) -> Values | None:
-    """What the user has typed with --preset auto. None with another preset.
-
-    The arguments are accepted with the first preset that they fit. It stands in until `choose_preset` has read the
-    text. The run is then like any other: its config.json holds the name and the settings of a plain preset.
-
-    Raises ConfigError if other flags do not go with --preset auto, or --minutes does not go without it.
-    """
-    if values.get(PRESET) != AUTO:
-        if minutes:
-            raise ConfigError(f"--minutes {minutes:g}: works only with --preset auto; add that, or give --steps")
-        return None
-    folder = values.get(OUT, f"runs/{Path(values.get(SOURCE, DataConfig.source)).resolve().stem or 'text'}")
-    for name in ("resume", "upcycle", "init_from"):  # the run would not start from a preset's own shape
-        if values.get(("", name)):
-            named = f", and name the run: --out {folder}" * (name == "resume")
-            raise ConfigError(f"--preset auto: chooses for a new model; leave it out with {flag_of('', name)}{named}")
-    check_range("--minutes", minutes, 0, 1e6)
-    return {OUT: folder} | {key: value for key, value in values.items() if key != PRESET}
-
-
-def fitting(typed: Values, names: Iterable[str]) -> list[Settings]:
-    """The settings with each of the presets that they fit. Raises ConfigError if they fit none."""
-    found, refused = [], []
-    for name in names:
-        try:
-            found.append(resolve_settings({PRESET: name} | typed))
-        except ConfigError as error:
-            refused.append(error)
-    if not found:
-        raise refused[0]
-    return found
-
-
-def choose_preset(typed: Values, minutes: float) -> tuple[Settings, list[str]]:
-    """The settings with the preset and the steps that suit the text and the time, and the reasons."""
-    with working("counting the tokens of the text"):
-        from moe_jax.planning import auto
-
-        source = typed.get(SOURCE, DataConfig.source)
-        size = auto.text_bytes(source)
-        starts = [settings.config for settings in fitting(typed, auto.presets_for(source, size))]
-        chosen, reasons = auto.choose(starts, size, minutes, typed)
-    return resolve_settings({PRESET: chosen.preset, auto.STEPS: chosen.train.steps} | typed), reasons

@@ -10,13 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 from moe_jax.cli.arguments import Values
 from moe_jax.cli.command import check_memory, check_out_folder
-from moe_jax.cli.settings import RunCommand, Settings, auto_flags, choose_preset, fitting, resolve_settings
+from moe_jax.cli.settings import RunCommand, Settings, resolve_settings
 from moe_jax.config import ConfigError, MeshShape, RunConfig, holds_run
-from moe_jax.config.presets import PRESETS
 from moe_jax.config.train import ProcessGroup
 from moe_jax.data.corpora import skipped_files
 from moe_jax.runs.catalog import run_folder
@@ -112,38 +111,12 @@ class Train(TrainingCommand):
     """Train a sparse mixture-of-experts language model.
 
     Settings start from a preset, or from the run or model that --resume, --upcycle or --init-from names. Flags change
-    them. --no-x turns a switch --x off. With --preset auto, the largest preset that suits your text and --minutes is
-    chosen, and the reasons are printed. The defaults below are those of preset nano.
+    them. --no-x turns a switch --x off. The defaults below are those of preset nano.
     """
 
-    takes_auto: ClassVar[bool] = True
-
     minutes: float = 0.0
-    """With --preset auto, chooses the number of steps for about that time. The speed is measured, so the number may
-    differ from call to call. If the first steps take too long, the run starts again with fewer. 0: as long as it
+    """Train for about this long: if the first steps take too long, the run starts again with fewer. 0: as long as it
     takes."""
-    auto: Values | None = None
-    """What the user has typed with --preset auto, until the preset is chosen."""
-
-    @classmethod
-    def resolve(cls, own: dict[str, Any], flags: Values) -> Settings:
-        """The settings; with --preset auto those that stand in until the preset is chosen."""
-        own["auto"] = typed = auto_flags(flags, own.get("minutes", 0.0))
-        return resolve_settings(flags) if typed is None else fitting(typed, PRESETS)[0]
-
-    def execute(self) -> int:
-        """Choose the preset if that is asked for; then train."""
-        if self.auto is None:
-            return super().execute()
-        if self.group is not None:
-            raise ConfigError("--preset auto: chooses for one process; name the preset that all processes train")
-        for note in environment.prepare_environment(self.settings.config.execution.deterministic):
-            say(note)
-        settings, reasons = choose_preset(self.auto, self.minutes)
-        config = settings.config
-        say(f"--preset auto: {config.preset}, {config.train.steps:,} steps", *reasons, "")
-        minutes = 0.0 if ("train", "steps") in self.auto else self.minutes
-        return dataclasses.replace(self, settings=settings, auto=None, minutes=minutes).execute()
 
     @property
     def seconds(self) -> float:
