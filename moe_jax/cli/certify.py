@@ -1,10 +1,9 @@
 """`moe-jax certify`."""
 
-import itertools
 from dataclasses import dataclass
 
 from moe_jax.cli.command import Command, check_range, check_run_folder, print_json
-from moe_jax.config import MeshShape, PresetName
+from moe_jax.config import PresetName
 from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.runs.catalog import run_folder, title
 from moe_jax.system import environment
@@ -36,10 +35,7 @@ class Certify(Command):
     run: str = ""
     """Folder of a run. Its model and its trained parameters are tested instead."""
     batch_size: int = 2
-    """Sequences of the training step that is compiled and run. On a mesh, those of each device."""
-    mesh: str = ""
-    """Test the training step of several devices too, such as data=2,expert=4: what each computes, and what they send
-    each other."""
+    """Sequences of the training step that is compiled and run."""
     json: bool = False
     """Print the results as JSON too."""
 
@@ -49,12 +45,9 @@ class Certify(Command):
         if self.run:
             check_run_folder(str(run))
         what = f"run {title(run)}" if self.run else f"preset {self.preset}, initial parameters"
-        MeshShape.parse(self.mesh)
         environment.prepare_environment()
         with working(f"loading {what}"):
-            from moe_jax.certify.mesh import certify_mesh
             from moe_jax.certify.model import certify, initial_params
-            from moe_jax.parallel.layout import mesh_of
             from moe_jax.runs.load import open_run
 
             if self.run:
@@ -64,9 +57,6 @@ class Certify(Command):
                 config = with_vocabulary(preset(self.preset))
                 params = initial_params(config)
         remaining = certify(config, params, self.batch_size)
-        if (mesh := mesh_of(self.mesh)) is not None:
-            on_mesh = certify_mesh(config.on_mesh(self.mesh, self.batch_size, micro_batches=2), params, mesh)
-            remaining = itertools.chain(remaining, on_mesh)
         say(f"certificates of {what}", TRIED, NOT_TRIED, "")
         results = []
         while True:
