@@ -22,7 +22,7 @@ class Inspect(ModelCommand):
     """Write the routing report: one HTML file that shows where every token of a text went.
 
     With --trace, write instead every decision on a whole text of any length, for programs of your own, and say what
-    was counted: the hot set, and with --versus the share of choices that two forms of a model have in common.
+    was counted, such as the hot set.
     """
 
     text: str = ""
@@ -36,13 +36,9 @@ class Inspect(ModelCommand):
     """Write the data behind the page to this file as well. With --trace: the counts."""
     trace: str = ""
     """Write every decision to this file: one line of JSON a token, or arrays if it ends in .npz. No page is written."""
-    versus: str = ""
-    """With --trace: a second run of the same model, such as one with quantised weights, whose choices are compared."""
 
     def execute(self) -> int:
         self.check()
-        if self.versus and not self.trace:
-            raise ConfigError(f"--versus {self.versus}: needs --trace FILE")
         if self.trace and self.out:
             raise ConfigError(f"--out {self.out}: --trace {self.trace} writes no page; leave one of them out")
         for flag, value in (("--trace", self.trace), ("--out", self.out), ("--json", self.json)):
@@ -86,10 +82,9 @@ class Inspect(ModelCommand):
             from moe_jax.runs.load import open_run
 
             run = open_run(self.run, self.step)
-            other = open_run(run_folder(self.versus)) if self.versus else None
             texts = [(kind, [run.tokenizer.separator_id, *run.tokenizer.encode(text)]) for kind, text in named]
             texts = texts or [("validation", run.validation_text(progress=False).store.valid.tokens.tolist())]
-        counts = write_decisions(run, texts, Path(self.trace), other)
+        counts = write_decisions(run, texts, Path(self.trace))
         say(f"{self.trace}: {counts.tokens:,} tokens", *counts.describe())
         if self.json:
             write_output(Path(self.json), json_text(counts.to_json()) + "\n")
