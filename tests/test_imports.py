@@ -25,7 +25,6 @@ LAYERS = (
     ("training",),
     ("plots", "serving"),
     ("certify", "inspection", "planning"),
-    ("benchmarks",),
     ("api",),
     ("cli",),
     ("__main__",),

@@ -32,7 +32,7 @@ COMMANDS = {
     "plot": "draw pictures of one run, or of several compared",
 }
 """Name -> one line of help. `NAME.py` has a function of that name; of `import`, `import_model`."""
-TAKES_SETTINGS = ("train", "sft", "plan")
+TAKES_SETTINGS = ("train", "sft")
 """Commands that take every setting of a run. Their functions parse argv by `settings.parse_settings`."""
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it: 128 + SIGINT."""

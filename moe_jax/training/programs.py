@@ -70,7 +70,7 @@ class Programs:
         mesh: Mesh | None = None,
         kept_precision: str = "",
     ) -> "Programs":
-        """The programs for a device, or for a description of one (`planning.target.Target`). Unless given, for the
+        """The programs for a device, or for what describes a card (`precision.Card.of`). Unless given, for the
         first device of this machine. With a `mesh`, step and evaluation are for all its devices together.
 
         `kept_precision` is that of a resumed run (`choose_policy`).

@@ -1,12 +1,18 @@
 """The model, the meshes and the programs of the tests on eight devices. Programs are shared: they compile slowly."""
 
+import dataclasses
 import functools
 from typing import Any
 
+import jax
 import numpy as np
 
+from moe_jax.certify import Certificate
+from moe_jax.certify.causality import perturbed, tight
 from moe_jax.config import ExecutionConfig, RunConfig, TrainConfig
+from moe_jax.model.transformer import Params
 from moe_jax.parallel.layout import mesh_of
+from moe_jax.training.on_mesh import make_mesh_forward
 from moe_jax.training.programs import Programs
 from tests.support import tiny
 
@@ -52,3 +58,17 @@ def train(programs: Programs, steps: int, first: int = 0, state: Any = None) -> 
         state, report = programs.step(state, batch(step, programs.config.train.grad_accum))
         losses.append(float(report.metrics.loss))
     return state, losses
+
+
+def mesh_causality(config: RunConfig, params: Params) -> Certificate:
+    """The causality of the whole model in training mode on the mesh of `config`. Each device has two sequences, so that
+    a sequence that is left alone has a neighbour that changes."""
+    model, mesh = tight(config.model), mesh_of(config.execution.mesh)
+    programs = Programs.of(dataclasses.replace(config, model=model), mesh=mesh)
+    layout = programs.layout
+    assert layout is not None
+    placed = jax.device_put(params, layout.shardings(params, layout.params))
+    forward = make_mesh_forward(layout, programs.training_graphdef, programs.param_shapes)
+    slots = model.device_rows(layout.mesh.shape["expert"]) if model.dropless else model.capacity
+    before, other = np.random.default_rng(0).integers(0, V, (2, 2 * DEVICES, T)).astype(np.int32)
+    return perturbed("mesh", "", lambda tokens: forward(placed, tokens)[:2], before, other, 1.0, slots)

@@ -11,7 +11,6 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.certify.mesh import mesh_causality
 from moe_jax.certify.model import initial_params
 from moe_jax.model.moe.dispatch import Blocks, Dispatch, QueuedPairs
 from moe_jax.model.moe.layer import Mode, MoE, build_layer
@@ -74,9 +73,7 @@ def test_the_causality_certificate_sees_other_orders(
     """`alone_changes`: whether outputs of the sequence change whose tokens stay the same."""
     monkeypatch.setattr(DeviceQueues, "trace", planted)
     config = made.config("expert=8", dispatch="blocks")
-    mesh = mesh_of("expert=8")
-    assert mesh is not None
-    found = mesh_causality(config, initial_params(config), mesh)
+    found = made.mesh_causality(config, initial_params(config))
     assert not found.passed
     assert " 0 earlier outputs changed" not in found.found
     assert ("and 0 of the sequence that was left alone" not in found.found) == alone_changes

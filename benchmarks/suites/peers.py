@@ -20,9 +20,8 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+from rich.console import Console
 
-from moe_jax.benchmarks import decoding
-from moe_jax.benchmarks.mixtral import Shape
 from moe_jax.config import ComputeDtype, ModelConfig, RoutingConfig, RunConfig, UserError
 from moe_jax.model.costs import count_parameters, totals
 from moe_jax.model.precision import choose_policy
@@ -30,6 +29,10 @@ from moe_jax.system.environment import usable_cores
 from moe_jax.system.files import json_text
 from moe_jax.system.machine import Measured, Times, alternate
 from moe_jax.training.programs import RandomTokenTrainer
+
+from . import decoding, mixtral
+from .mixtral import Shape
+from .request import WORDS, BenchmarkRequest, print_numbers, times_table
 
 PROMPT = 128
 PAUSE_SECONDS = 0.2
@@ -124,7 +127,7 @@ class Peer:
 @contextmanager
 def peer(shape: Shape) -> Iterator[Peer]:
     """Start the peer. Its process ends with the `with` block."""
-    command = [sys.executable, "-W", "ignore::FutureWarning", "-m", "moe_jax.benchmarks.mixtral"]
+    command = [sys.executable, "-P", "-W", "ignore::FutureWarning", mixtral.__file__]
     process = subprocess.Popen(
         [*command, json_text(shape._asdict())], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -180,3 +183,11 @@ def compare(config: RunConfig, batch_size: int, rounds: int) -> tuple[dict[str, 
 def _in(config: RunConfig, precision: str) -> RunConfig:
     execution = dataclasses.replace(config.execution, compute_dtype=cast(ComputeDtype, precision))
     return dataclasses.replace(config, execution=execution)
+
+
+def against_mixtral(console: Console, request: BenchmarkRequest) -> dict[str, Any]:
+    """The suite: our model compared with Mixtral of transformers."""
+    numbers, times = compare(request.config, request.batch_size, request.rounds)
+    console.print(times_table("our model, and Mixtral in PyTorch with its two implementations of experts", times))
+    print_numbers(console, {name: value for name, value in numbers.items() if name in WORDS and value is not None})
+    return numbers

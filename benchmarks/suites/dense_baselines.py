@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from moe_jax.benchmarks.request import BenchmarkRequest, matmul_rate_in, print_numbers, times_table
 from moe_jax.config import Dense, RunConfig
 from moe_jax.config.presets import DENSE_BASELINES, dense_baseline
 from moe_jax.model.costs import (
@@ -25,6 +24,8 @@ from moe_jax.system.environment import runs_on_cpu
 from moe_jax.system.hlo import read_program
 from moe_jax.system.machine import Times, alternate
 from moe_jax.training.programs import Programs, RandomTokenTrainer
+
+from .request import BenchmarkRequest, matmul_rate_in, print_numbers, times_table
 
 SCOPES = {"attention": "attention", "experts and router": "ffn", "head": "head"}
 """Group of the cost table -> the named scope of its operations in the program."""

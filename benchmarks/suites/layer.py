@@ -11,14 +11,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from rich.console import Console
 
-from moe_jax.benchmarks.request import matmul_rate_in
 from moe_jax.config import ModelConfig
 from moe_jax.model.costs import expert_flops, router_flops
 from moe_jax.model.kernels.matmul import matmul
 from moe_jax.model.moe.layer import AllExpertsMoE, layer_function, with_gradients
 from moe_jax.system import machine
 from moe_jax.system.machine import Times, alternate, with_reused_output
+
+from .request import BenchmarkRequest, matmul_rate_in, print_numbers, times_table
 
 BATCH = 8
 
@@ -88,3 +90,13 @@ def benchmark_layer(config: ModelConfig, rounds: int = 15) -> tuple[dict[str, fl
         "layer_share_of_matmul_peak": 3 * active_flops(config, BATCH * config.seq_len) / moe / rate,
         "matmul_flops_per_second": rate,
     }, times
+
+
+def moe(console: Console, request: BenchmarkRequest) -> dict[str, Any]:
+    """The suite: one MoE layer beside dense layers, by time."""
+    model = request.config.model
+    numbers, times = benchmark_layer(model, request.rounds)
+    title = f"one MoE layer on {BATCH} x {model.seq_len} tokens, forward and backward, in float32"
+    console.print(times_table(title, times), "MoE:")
+    print_numbers(console, numbers)
+    return numbers

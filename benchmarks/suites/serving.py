@@ -9,7 +9,6 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from moe_jax.benchmarks.request import BenchmarkRequest, print_numbers, times_table
 from moe_jax.config import ModelConfig
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.inference.decode import Decoder
@@ -18,6 +17,8 @@ from moe_jax.model.transformer import Params, abstract_model, create, split
 from moe_jax.serving.engine import Engine, in_parallel
 from moe_jax.serving.texts import TextRequest
 from moe_jax.system.machine import Measured, Times, alternate
+
+from .request import BenchmarkRequest, print_numbers, times_table
 
 STREAMS = 16
 TOKENS = 64

@@ -1,20 +1,14 @@
 """The command in a row of the leaderboard starts the same run again."""
 
 import dataclasses
-import importlib.util
 from pathlib import Path
 
+import leaderboard
 import pytest
 
 from moe_jax.cli.train import Train
 from moe_jax.config import ExecutionConfig
 from moe_jax.config.presets import preset
-
-spec = importlib.util.spec_from_file_location("leaderboard", Path(__file__).parents[1] / "benchmarks/leaderboard.py")
-assert spec is not None
-assert spec.loader is not None
-leaderboard = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(leaderboard)
 
 
 @pytest.mark.parametrize("changed", [False, True])

@@ -1,4 +1,4 @@
-"""Calls to time: prefill, cached decoding, and uncached forward passes; and the memory that decoding must read."""
+"""`benchmark.py decode`: prefill, cached decoding, uncached forward passes, and the memory that decoding must read."""
 
 import time
 from collections.abc import Callable
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+from rich.console import Console
 
 from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.inference.decode import NOTHING_GIVEN, TOKENS_AT_ONCE, Decoder, cast_once
@@ -16,8 +17,11 @@ from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.slots import advance, prefill
 from moe_jax.model.costs import count_parameters, totals
 from moe_jax.model.moe.layer import Mode
-from moe_jax.model.transformer import Params, abstract_model, merge
-from moe_jax.system.machine import Measured
+from moe_jax.model.transformer import Params, abstract_model, create, merge, split
+from moe_jax.system import machine
+from moe_jax.system.machine import Measured, alternate
+
+from .request import BenchmarkRequest, print_numbers, times_table
 
 
 def token_call(model: ModelConfig, params: Params) -> Callable[[], Measured]:
@@ -87,3 +91,34 @@ def uncached_call(model: ModelConfig, params: Params, length: int = 4) -> Callab
 def active_bytes(config: RunConfig) -> int:
     """Bytes of the parameters that one token touches, in float32. Decoding one token must read at least these bytes."""
     return 4 * totals(count_parameters(config.model)).active
+
+
+def decode(console: Console, request: BenchmarkRequest) -> dict[str, Any]:
+    """The suite: prefill, cached decoding, and an uncached forward pass of four tokens."""
+    config = request.config
+    _, params = split(create(config.model, jax.random.key(0)))
+    model = config.model
+    read, read_bytes = machine.memory_read_benchmark()
+    times = alternate(
+        {
+            "memory read": read,
+            "decode, batch 1": token_call(model, params),
+            "decode, batch 32": batch_call(model, params, 32),
+            "prefill, 128 tokens": prefill_call(model, params, 128),
+            "uncached forward, 4 tokens": uncached_call(model, params),
+        },
+        3 * request.rounds,
+    )
+    bandwidth = read_bytes / times["memory read"].median
+    bound = active_bytes(config) / bandwidth
+    console.print(times_table("decoding", times))
+    numbers = {
+        "decode_share_of_bandwidth_bound": bound / times["decode, batch 1"].median,
+        "memory_bytes_per_second": bandwidth,
+    }
+    print_numbers(console, numbers)
+    return numbers | {
+        **{f"decode_ms_per_token_batch{b}": times[f"decode, batch {b}"].median * 1e3 for b in (1, 32)},
+        "prefill_128_ms": times["prefill, 128 tokens"].median * 1e3,
+        "uncached_4_token_ms": times["uncached forward, 4 tokens"].median * 1e3,
+    }

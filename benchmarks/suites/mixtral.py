@@ -4,7 +4,7 @@ Two frameworks in one process would compete for threads and memory, and the wait
 other. So this program is separate, and it does not import jax. It builds the model and reads names of candidates from
 its standard input. For each name it runs the candidate once and prints the seconds. Between runs it sleeps.
 
-    python -m moe_jax.benchmarks.mixtral '{"width": 512, ...}'
+    python benchmarks/suites/mixtral.py '{"width": 512, ...}'
 """
 
 import copy
