@@ -23,7 +23,8 @@ from moe_jax.system import machine
 from moe_jax.system.environment import runs_on_cpu
 from moe_jax.system.hlo import read_program
 from moe_jax.system.machine import Times, alternate
-from moe_jax.training.programs import Programs, RandomTokenTrainer
+from moe_jax.training.programs import Programs
+from .random_tokens import RandomTokenTrainer
 
 from .request import BenchmarkRequest, matmul_rate_in, print_numbers, times_table
 

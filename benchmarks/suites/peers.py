@@ -28,7 +28,7 @@ from moe_jax.model.precision import choose_policy
 from moe_jax.system.environment import usable_cores
 from moe_jax.system.files import json_text
 from moe_jax.system.machine import Measured, Times, alternate
-from moe_jax.training.programs import RandomTokenTrainer
+from .random_tokens import RandomTokenTrainer
 
 from . import decoding, mixtral
 from .mixtral import Shape

@@ -22,7 +22,7 @@ from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.transformer import Params, abstract_model, create, split
 from moe_jax.training.evaluate import evaluate, make_evaluation_step
-from moe_jax.training.programs import RandomTokenTrainer
+from moe_jax.training.programs import Programs
 
 LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
 """The event that jax records once for each program that it compiles or takes from its cache on the disk."""
@@ -87,10 +87,12 @@ def compilations(config: RunConfig, params: Params, batch_size: int) -> Certific
             evaluate(evaluation, params, stream, seq_len=length, token_bytes=np.ones(vocabulary, np.int64))
             prompt = [int(t) for t in rng.integers(0, vocabulary, n)]
             list(decoder.stream(params, prompt, settings=Sampling(), key=jax.random.key(n), stop=-1, limit=3))
-    trainer = RandomTokenTrainer.of(config, batch_size)
+    programs = Programs.of(config)
+    state, tokens = programs.state(programs.initial_params()), rng.integers(0, vocabulary, (1, batch_size, length + 1))
     with compilations_counted() as trained:
         for _ in range(2):
-            jax.block_until_ready(trainer())
+            state, report = programs.step(state, tokens.astype(np.int32))
+            jax.block_until_ready(report)
     counts = {
         "step": trained["step"],
         "evaluation": written["step"],

@@ -110,7 +110,7 @@ class StepLogger:
             seconds = time.monotonic() - self._session.begin
             self.say(f"first step done {seconds:.1f} s after the start, data and compilation included")
         config, counters = self._session.config, self._session.counters
-        finite, spike = bool(report.finite), bool(report.spike)
+        finite = bool(report.finite)
         starved = counters.add_step(np.asarray(report.metrics.load), float(report.metrics.drop_fraction), finite)
         by_loss = config.model.routing.balancing == "loss"
         cure = "--train.aux-loss-coef" if by_loss else "--train.router-bias-lr"
@@ -119,9 +119,7 @@ class StepLogger:
                 f"step {step} | expert {expert} of layer {layer} got almost no tokens for {STARVED_STEPS} steps; "
                 f"a larger {cure} brings it back"
             )
-        if spike:
-            self.say(f"step {step} | loss spike: {float(report.metrics.loss):.3f}")
-        if step % config.train.log_every == 0 or step == config.train.steps or not finite or spike or starved:
+        if step % config.train.log_every == 0 or step == config.train.steps or not finite or starved:
             self._log(step, report)
         if counters.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise UserError(
@@ -144,7 +142,6 @@ class StepLogger:
             "drop_fraction": float(metrics.drop_fraction),
             "grad_norm": float(report.grad_norm),
             "skipped": not bool(report.finite),
-            "spike": bool(report.spike),
             "starved": session.counters.starved_now(),
             "lr": float(report.lr),
             "tokens_seen": step * session.config.tokens_per_step,

@@ -26,13 +26,6 @@ INITIAL_SCALE = 2.0**15
 GROWTH_STEPS = 2000
 """Finite steps in a row after which the loss scale doubles."""
 
-SPIKE_DECAY = 1 - 1 / 128
-"""Weight of the former mean and variance of the loss when a step is added."""
-SPIKE_AFTER = 128
-"""Number of first steps in which no loss is called a spike, because the mean is not yet known well."""
-SPIKE_SIGMAS = 6.0
-"""Standard deviations above the mean from which a loss is a spike."""
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -48,21 +41,6 @@ class LossScale:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class LossTrack:
-    """Running mean and variance of the loss, with exponential decay: the half-life is 88 steps."""
-
-    mean: Float[Array, ""]
-    variance: Float[Array, ""]
-    steps: Int[Array, ""]
-
-    def limit(self) -> Float[Array, ""]:
-        """The loss above which a step is a spike; infinite for the first SPIKE_AFTER steps."""
-        limit = self.mean + SPIKE_SIGMAS * jnp.sqrt(self.variance)
-        return jnp.where(self.steps >= SPIKE_AFTER, limit, jnp.inf)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
 class TrainState:
     """The state of training. A checkpoint holds all of it. The position in the data is a function of `step` alone."""
 
@@ -71,7 +49,6 @@ class TrainState:
     params: Params
     optimizer: Any
     loss_scale: LossScale
-    loss_track: LossTrack
     skipped: Int[Array, ""]
     """Number of skipped steps. A skipped step changes no bit of parameters and optimizer: its loss or gradient was not
     finite."""
@@ -111,7 +88,6 @@ def initial_state(
         params=params,
         optimizer=optimizer.init(jax.tree.map(lambda p: p.astype(at_least_float32(p.dtype)), trained)),
         loss_scale=LossScale(jnp.asarray(scale, jnp.float32), jnp.zeros((), jnp.int32)),
-        loss_track=LossTrack(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)),
         skipped=jnp.zeros((), jnp.int32),
         adapters=adapters,
     )
@@ -123,22 +99,6 @@ def next_scale(old: LossScale, finite: Bool[Array, ""]) -> LossScale:
     grow = good >= GROWTH_STEPS
     scale = jnp.where(finite, jnp.where(grow, old.scale * 2, old.scale), jnp.maximum(old.scale / 2, 1))
     return LossScale(scale, jnp.where(grow, 0, good))
-
-
-def next_track(old: LossTrack, loss: Float[Array, ""], finite: Bool[Array, ""]) -> LossTrack:
-    """The track after a step.
-
-    A loss above the limit enters the mean as the limit. So a single spike changes the mean little, but a loss that
-    stays high raises the mean and the limit in time. A step that was not finite does not count.
-    """
-    loss = jnp.minimum(loss.astype(jnp.float32), old.limit())
-    # The first steps have equal weights (1/1, 1/2, ...), so that the mean does not begin at 0.
-    share = jnp.maximum(1 / (old.steps + 1), 1 - SPIKE_DECAY).astype(jnp.float32)
-    difference = loss - old.mean
-    mean = old.mean + share * difference
-    variance = (1 - share) * (old.variance + share * difference**2)
-    new = LossTrack(mean, variance, old.steps + 1)
-    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
 
 # The progress of a run on the host

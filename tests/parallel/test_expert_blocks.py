@@ -18,7 +18,6 @@ from moe_jax.model.moe.router import Routing, route
 from moe_jax.model.transformer import abstract_model, merge
 from moe_jax.parallel.experts import DeviceQueues, ExpertParallelMoE
 from moe_jax.parallel.layout import AXES, mesh_of
-from moe_jax.training.on_mesh import make_mesh_forward
 from moe_jax.training.programs import Programs
 from tests.parallel import made
 from tests.support import oracles, tiny
@@ -232,6 +231,6 @@ def test_hidden_states_drops_and_load_have_the_bits_of_one_device(factor: float,
     assert (np.asarray(expected[1]).mean() > 0.02) == (moe is BoundedMoE)
     layout = programs.layout
     assert layout is not None
-    on_mesh = make_mesh_forward(layout, programs.training_graphdef, programs.param_shapes)
+    on_mesh = made.make_mesh_forward(layout, programs.trained_graphdef, programs.param_shapes)
     placed = jax.device_put(params, layout.shardings(programs.param_shapes, layout.params))
     tiny.assert_same_bits(on_mesh(placed, tokens), expected)

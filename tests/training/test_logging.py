@@ -69,11 +69,11 @@ class Seen:
     def records(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.path.read_text().splitlines()]
 
-    def add(self, step: int, finite: bool = True, spike: bool = False, load: Any = LOAD, drops: float = 0.5) -> None:
+    def add(self, step: int, finite: bool = True, load: Any = LOAD, drops: float = 0.5) -> None:
         metrics = SimpleNamespace(
             answers=None, loss=2.0, balance_loss=1.5, z_loss=0.25, drop_fraction=drops, load=np.array(load, np.float32)
         )
-        report: Any = SimpleNamespace(finite=finite, spike=spike, metrics=metrics, grad_norm=3.0, lr=0.125)
+        report: Any = SimpleNamespace(finite=finite, metrics=metrics, grad_norm=3.0, lr=0.125)
         self.logger.add(step, report)
 
 
@@ -95,7 +95,6 @@ def test_a_record_of_a_step(clock: list[float], tmp_path: Path) -> None:
             "drop_fraction": 0.5,
             "grad_norm": 3.0,
             "skipped": False,
-            "spike": False,
             "starved": [],
             "lr": 0.125,
             "tokens_seen": 300,
@@ -114,12 +113,11 @@ def test_which_steps_are_written(clock: list[float], tmp_path: Path) -> None:
     """Every third, the last, and those at which something happened."""
     seen = Seen(tmp_path)
     for step in range(1, 11):
-        seen.add(step, finite=step != 4, spike=step == 8)
+        seen.add(step, finite=step != 4)
     seen.logger.flush()
-    assert [record["step"] for record in seen.records] == [3, 4, 6, 8, 9, 10]
+    assert [record["step"] for record in seen.records] == [3, 4, 6, 9, 10]
     assert (seen.counters.drop_steps, seen.counters.drop_sum) == (9, 4.5), "all finite steps"
     assert seen.said[0] == "first step done 2.5 s after the start, data and compilation included"
-    assert "step 8 | loss spike: 2.000" in seen.said
 
 
 @pytest.mark.parametrize(

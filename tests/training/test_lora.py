@@ -27,7 +27,8 @@ from moe_jax.training.quantize import quantize_run
 from moe_jax.training.session import Session
 from moe_jax.training.start import new_start
 from moe_jax.training.state import initial_state
-from moe_jax.training.step import gradients, make_step
+from moe_jax.training.gradients import gradients
+from moe_jax.training.step import make_step
 from tests.support import short_form, tiny, tuning
 
 SHAPE = LoraShape(4, 0.75, train_router=True)

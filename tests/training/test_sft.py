@@ -26,7 +26,7 @@ from moe_jax.training.evaluate import evaluate, make_evaluation_step
 from moe_jax.training.run import finish, take_steps
 from moe_jax.training.session import Session
 from moe_jax.training.start import new_start
-from moe_jax.training.step import gradients
+from moe_jax.training.gradients import gradients
 from tests.support.commands import sft_settings
 from tests.support import tiny, tuning
 from tests.support.saved_run import resuming
