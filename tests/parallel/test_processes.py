@@ -196,7 +196,7 @@ def test_two_processes_tune_as_one(folder: Path) -> None:
     of the run that is tuned."""
     base, data = tuning.base_run(folder / "base"), tuning.write_conversations(folder / "chats.jsonl")
     words = ["sft", "--run", str(base), "--data", str(data), "--lora", "4", "--steps", "6", "--batch-size", "8"]
-    words += ["--eval-every", "6", "--save-every", "6", "--set", "train.log_every=1", "--precision", "float32"]
+    words += ["--eval-every", "6", "--save-every", "6", "--train.log-every", "1", "--precision", "float32"]
     port = free_port()
     found = ended([start(folder, "tuned", index, port, words=words) for index in range(2)])
     assert found.status == (0, 0), found.errors

@@ -30,6 +30,7 @@ from moe_jax.training.quantize import _scores_in_summary, _summary_at, quantize_
 from moe_jax.training.session import Session
 from tests.serving import made as serving
 from tests.support import saved_run
+from tests.support.commands import refusal
 from tests.support.saved_run import resuming
 
 pytestmark = pytest.mark.runs
@@ -68,7 +69,7 @@ def test_the_result_says_what_the_rounding_changed(
 def test_a_quantised_run_opens_like_any_other(run: Path, made: Path) -> None:
     there, here = moe_jax.load_run(run), moe_jax.load_run(made)
     assert isinstance(here.params["blocks"][0]["attention"]["qkv"], QuantizedMatrix)
-    assert {f.state for f in examine(made, repair=False)} == {"good"}
+    assert {f.state for f in examine(made)} == {"good"}
     assert here.generate("Once", max_tokens=5, temperature=0).startswith("Once")
     assert here.trace("the cat").probs.shape == there.trace("the cat").probs.shape
     assert load_config(made) is not None
@@ -109,8 +110,7 @@ def test_commands_that_need_the_full_weights_refuse_it(made: Path, tmp_path: Pat
 def test_wrong_values(run: Path, made: Path) -> None:
     with pytest.raises(ConfigError, match="is not empty; name a new folder"):
         run_command(["quantize", "--run", str(run), "--to", "int4", "--out", str(made)])
-    with pytest.raises(ConfigError, match="--to int2"):
-        run_command(["quantize", "--run", str(run), "--to", "int2"])
+    assert "--to" in refusal(run_command, ["quantize", "--run", str(run), "--to", "int2"])
 
 
 def test_without_the_text_the_run_is_made_and_not_scored(
@@ -172,8 +172,8 @@ def test_the_new_run_says_what_it_was_made_of(run: Path, made: Path) -> None:
         False,
     )
     (origin,) = json.loads((made / "config.json").read_text())["history"]
-    state = open_run(run).checkpoint.manifest["state"]
-    named = {"quantized_from": str(run), "step": saved_run.STEP, "weights": "int4", "state": state}
+    digest = open_run(run).checkpoint.weights_digest
+    named = {"quantized_from": str(run), "step": saved_run.STEP, "weights": "int4", "weights_digest": digest}
     assert origin | named == origin
     manifest = json.loads((checkpoint / "manifest.json").read_text())
     assert manifest["context"]["quantized"] == {"weights": "int4", "made_from": str(run)}

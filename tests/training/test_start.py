@@ -181,7 +181,7 @@ def test_a_run_that_is_not_there(there: str) -> None:
     with pytest.raises(ConfigError, match=rf"^--upcycle {there}: has experts already; name a run made with"):
         new_start(RunConfig(upcycle=there))
     Path("there/config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"^--run there: .*config\.json cannot be read"):
+    with pytest.raises(ConfigError, match=r"^--run there: .*config\.json: cannot be read"):
         new_start(RunConfig(base=there))
 
 
