@@ -25,8 +25,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 import xxhash
-
 from moe_jax.cli.command import check_memory
+
 from moe_jax.cli.main import main, run_as
 from moe_jax.cli.settings import RunCommand
 from moe_jax.config import RunConfig, UserError

@@ -20,6 +20,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from suites.random_tokens import RandomTokenTrainer
+
 from comparison.plots import comparison_figures
 from comparison.report import IN_BRACKETS, Interval, Report, apart, difference_in_words, paired, t_interval
 from comparison.study_runs import BITS, run_config
@@ -30,7 +32,6 @@ from moe_jax.model.costs import training_flops
 from moe_jax.system import machine
 from moe_jax.system.files import json_text, write_atomically
 from moe_jax.system.machine import alternate
-from suites.random_tokens import RandomTokenTrainer
 
 ROUNDS = 9
 """Steps of each model that are timed."""

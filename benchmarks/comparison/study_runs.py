@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from moe_jax.training.loop import finish, train
 
 from moe_jax.config import RunConfig, load_config
 from moe_jax.data.token_store import prepare_token_store
 from moe_jax.runs.folder import locked_for_training
 from moe_jax.runs.records import read_summary
 from moe_jax.system.signals import Signals
-from moe_jax.training.loop import finish, train
 from moe_jax.training.session import Session
 from moe_jax.training.start import resumed_run
 

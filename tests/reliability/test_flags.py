@@ -8,9 +8,9 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from moe_jax.cli.arguments import arguments_of
 from moe_jax.cli.command import COMMANDS, command
+
 from moe_jax.config import SECTIONS
 from moe_jax.config.presets import preset
 from moe_jax.config.section import SHORT_FLAGS, flag_of

@@ -119,9 +119,7 @@ def test_which_steps_are_written(clock: list[float], tmp_path: Path) -> None:
     assert seen.said[0] == "first step done 2.5 s after the start, data and compilation included"
 
 
-@pytest.mark.parametrize(
-    ("balancing", "flag"), [("loss", "--train.aux-loss-coef"), ("bias", "--train.router-bias-lr")]
-)
+@pytest.mark.parametrize(("balancing", "flag"), [("loss", "--train.aux-loss-coef"), ("bias", "--train.router-bias-lr")])
 def test_a_starved_expert_is_said_when_it_has_starved_long_enough(
     balancing: Any, flag: str, clock: list[float], tmp_path: Path
 ) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from moe_jax.cli.main import run_command
-from moe_jax.config import ConfigError, RunConfig, TrainConfig, UserError, load_config
+from moe_jax.config import RunConfig, TrainConfig, UserError, load_config
 from moe_jax.data.batches import MaskedBatch
 from moe_jax.inference.chat import RoleChat
 from moe_jax.inference.generate import TextGenerator
@@ -23,12 +23,12 @@ from moe_jax.model.kernels.cross_entropy import mean_cross_entropy, token_losses
 from moe_jax.runs.doctor import examine
 from moe_jax.runs.load import open_run
 from moe_jax.training.evaluate import evaluate, make_evaluation_step
+from moe_jax.training.gradients import gradients
 from moe_jax.training.run import finish, take_steps
 from moe_jax.training.session import Session
 from moe_jax.training.start import new_start
-from moe_jax.training.gradients import gradients
-from tests.support.commands import refusal, sft_settings
 from tests.support import tiny, tuning
+from tests.support.commands import refusal, sft_settings
 from tests.support.saved_run import resuming
 
 SAMPLES = True

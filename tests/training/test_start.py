@@ -195,7 +195,9 @@ def test_a_vocabulary_has_room_for_the_tokenizer(tokenizer: Any, entries: int, s
     for size in (0, entries, entries + 1):
         check(RunConfig(model=ModelConfig(vocab_size=size), data=data, init_from="hf"))
     if entries > 1:
-        with pytest.raises(ConfigError, match=rf"--model.vocab-size {entries - 1}: {said} entries; give at least that, or 0"):
+        with pytest.raises(
+            ConfigError, match=rf"--model.vocab-size {entries - 1}: {said} entries; give at least that, or 0"
+        ):
             check(RunConfig(model=ModelConfig(vocab_size=entries - 1), data=data))
 
 
