@@ -1,6 +1,5 @@
 """Causal multi-head attention (Vaswani et al. 2017, section 3.2), whole or one token at a time with a cache."""
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -12,6 +11,7 @@ from moe_jax.config import ModelConfig
 from moe_jax.model.kernels.cached_attention import cached_attention
 from moe_jax.model.kernels.causal_attention import Implementation, attention_weights, causal_attention
 from moe_jax.model.kernels.matmul import matmul
+from moe_jax.model.kernels.processor import split_heads
 from moe_jax.model.layers import Normalisation, apply_rope, matrix_init
 from moe_jax.model.low_rank import LowRank
 
@@ -80,7 +80,7 @@ class Attention(nnx.Module):
         qkv = qkv if self.qkv_lora is None else qkv + self.qkv_lora(rows)
         if self.config.bias or self.config.qkv_bias:
             qkv = qkv + self.qkv_bias[...].astype(x.dtype)
-        query, key, value = _split(qkv.reshape(*x.shape[:2], -1, self.config.head_width), self.config.heads)
+        query, key, value = split_heads(qkv.reshape(*x.shape[:2], -1, self.config.head_width), self.config.heads)
         if self.config.qk_norm == "head":
             query, key = self.query_norm(query), self.key_norm(key)
         elif self.config.qk_norm == "full":
@@ -130,45 +130,6 @@ class Attention(nnx.Module):
         # and copies the whole cache.
         cache = KeyValue(*jax.lax.optimization_barrier(written))
         return self._output(cached_attention(query, *cache, jnp.atleast_2d(positions))), cache
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _split(
-    qkv: Float[Array, "B T heads A"], queries: int
-) -> tuple[Float[Array, "B T H A"], Float[Array, "B T KV A"], Float[Array, "B T KV A"]]:
-    """The heads of the queries, the keys and the values: the first `queries` heads, and two halves of the others.
-
-    On a CPU the gradient is written as the concatenation that it is. By autodiff it is a sum of padded arrays. A GPU
-    computes this sum in one kernel, but a CPU computes it number by number.
-    """
-    return _slices(qkv, queries)
-
-
-def _slices(qkv: Array, queries: int) -> tuple[Array, Array, Array]:
-    keys = (qkv.shape[2] - queries) // 2
-    if queries == keys:  # an axis of three, for which a GPU has fewer kernels
-        parts = qkv.reshape(*qkv.shape[:2], 3, queries, -1)
-        return parts[:, :, 0], parts[:, :, 1], parts[:, :, 2]
-    return qkv[:, :, :queries], qkv[:, :, queries : queries + keys], qkv[:, :, queries + keys :]
-
-
-def _split_forward(qkv: Array, queries: int) -> tuple[tuple[Array, Array, Array], None]:
-    return _slices(qkv, queries), None
-
-
-def _split_backward(queries: int, residuals: None, d_parts: tuple[Array, Array, Array]) -> tuple[Array]:
-    def joined(*d_parts: Array) -> Array:
-        return jnp.concatenate(d_parts, axis=2)
-
-    def padded(*d_parts: Array) -> Array:
-        whole = jax.eval_shape(joined, *d_parts)
-        (d_qkv,) = jax.linear_transpose(lambda qkv: _slices(qkv, queries), whole)(d_parts)
-        return d_qkv
-
-    return (jax.lax.platform_dependent(*d_parts, cpu=joined, default=padded),)
-
-
-_split.defvjp(_split_forward, _split_backward)
 
 
 def _write(cache: Float[Array, "B KV _ _"], new: Float[Array, "B KV _ _"], index: Int[Array, "*B"], axis: int) -> Array:

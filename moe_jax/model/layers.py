@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.config import Norm
 from moe_jax.config.rope import scaled_rotation
+from moe_jax.model.kernels.processor import rotated_pairs
 from moe_jax.model.precision import at_least_float32
 
 
@@ -77,45 +78,7 @@ def apply_rope(
         factors, size = scaled_rotation(scaling, theta, 2 * half)
         frequency = frequency * jnp.asarray(factors, dtype)
     angle = positions.astype(dtype)[..., None, None] * frequency
-    return _rotated(x, size * jnp.cos(angle), size * jnp.sin(angle))
-
-
-@jax.custom_vjp
-def _rotated(
-    x: Float[Array, "B T H A"], cos: Float[Array, "*#B T 1 half"], sin: Float[Array, "*#B T 1 half"]
-) -> Float[Array, "B T H A"]:
-    """Each pair (a, b) of a head as (a cos - b sin, b cos + a sin).
-
-    The gradient is the rotation back. By autodiff it would be a sum of padded arrays, which XLA computes number by
-    number on a CPU: a tenth of a training step of `story-cpu`.
-    """
-    return jax.lax.platform_dependent(x, cos, sin, cpu=_rotated_on_cpu, default=_rotated_by_halves)
-
-
-def _rotated_by_halves(x: Array, cos: Array, sin: Array) -> Array:
-    half = x.shape[-1] // 2
-    a, b = x[..., :half].astype(cos.dtype), x[..., half:].astype(cos.dtype)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-def _rotated_on_cpu(x: Array, cos: Array, sin: Array) -> Array:
-    """The same, as (a, b) * (cos, cos) + (b, a) * (-sin, sin). The barrier makes XLA write (b, a) to memory. What
-    remains is one loop over whole heads. In bfloat16 this takes a third of the time, in float32 two thirds."""
-    other = jax.lax.optimization_barrier(jnp.roll(x, x.shape[-1] // 2, axis=-1))
-    cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
-    return (x.astype(cos.dtype) * cos + other.astype(cos.dtype) * sin).astype(x.dtype)
-
-
-def _rotate_forward(x: Array, cos: Array, sin: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _rotated(x, cos, sin), (cos, sin)
-
-
-def _rotate_backward(residuals: tuple[Array, Array], d_y: Array) -> tuple[Array, None, None]:
-    cos, sin = residuals
-    return _rotated(d_y, cos, -sin), None, None
-
-
-_rotated.defvjp(_rotate_forward, _rotate_backward)
+    return rotated_pairs(x, size * jnp.cos(angle), size * jnp.sin(angle))
 
 
 def dropout(x: Float[Array, "B ..."], rate: float, keys: Key[Array, " B"] | None) -> Float[Array, "B ..."]:

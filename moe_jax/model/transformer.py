@@ -18,13 +18,14 @@ from moe_jax.model.attention import Attention, KeyValue
 from moe_jax.model.kernels.causal_attention import Implementation
 from moe_jax.model.kernels.embedding_lookup import embedding_lookup
 from moe_jax.model.kernels.matmul import matmul_wide
+from moe_jax.model.kernels.quantized import quantized_matmul
 from moe_jax.model.layers import Normalisation, dropout, embedding_init, matrix_init
 from moe_jax.model.low_rank import Adapters, LoraShape, adapters_in, add_adapters
 from moe_jax.model.moe.experts import Experts
 from moe_jax.model.moe.layer import Mode, MoE, RouterStats
 from moe_jax.model.moe.router import DECISIONS
 from moe_jax.model.precision import at_least_float32, to_param_dtype
-from moe_jax.model.quantized import QuantizedMatrix, quantized_matmul
+from moe_jax.model.quantized import QuantizedMatrix
 from moe_jax.system.random_keys import sequence_keys, split_each
 
 type Params = dict[str, Any]

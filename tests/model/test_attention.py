@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.model import attention
 from moe_jax.model.kernels import causal_attention as kernel
-from moe_jax.model.kernels import query_blocks
+from moe_jax.model.kernels import processor, query_blocks
 from moe_jax.model.kernels.causal_attention import causal_attention
 
 BLOCK = 4
@@ -42,13 +41,13 @@ def test_the_gradient_of_the_heads_is_their_concatenation(key_heads: int) -> Non
     """As numbers, on any device; and on a CPU also in the program, where padded arrays would be slow."""
     heads = 4 + 2 * key_heads
     qkv = jnp.arange(2 * 3 * heads * 5, dtype=jnp.float32).reshape(2, 3, heads, 5)
-    parts, pull = jax.vjp(lambda qkv: attention._split(qkv, 4), qkv)
+    parts, pull = jax.vjp(lambda qkv: processor.split_heads(qkv, 4), qkv)
     assert [part.shape[2] for part in parts] == [4, key_heads, key_heads]
     np.testing.assert_array_equal(jnp.concatenate(parts, axis=2), qkv)
     np.testing.assert_array_equal(pull(parts)[0], qkv)
 
     def back(*parts: jax.Array) -> jax.Array:
-        return attention._split_backward(4, None, parts)[0]
+        return processor._split_backward(4, None, parts)[0]
 
     exported = {on: jax.jit(back).trace(*parts).lower(lowering_platforms=(on,)).as_text() for on in ("cpu", "cuda")}
     assert "stablehlo.pad" not in exported["cpu"]

@@ -12,18 +12,11 @@ from moe_jax.config import UserError
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model import quantized as module
+from moe_jax.model.kernels import quantized as kernels
 from moe_jax.model.kernels.grouped_matmul import grouped_matmul
 from moe_jax.model.kernels.matmul import matmul, vector_matmul
-from moe_jax.model.quantized import (
-    WEIGHTS,
-    QuantizedMatrix,
-    Weights,
-    group_size,
-    packed,
-    quantize,
-    quantized_matmul,
-    quantized_shapes,
-)
+from moe_jax.model.kernels.quantized import quantized_matmul
+from moe_jax.model.quantized import WEIGHTS, QuantizedMatrix, Weights, group_size, packed, quantize, quantized_shapes
 from moe_jax.model.transformer import Params
 from moe_jax.runs.arrays import named_leaves
 from tests.support import tiny
@@ -66,7 +59,7 @@ def test_four_inputs_by_hand() -> None:
     np.testing.assert_array_equal(packed(codes).reshape(-1), [185, 22])
     matrix = QuantizedMatrix(packed(codes).reshape(2, 1), jnp.full((1, 1), 0.5, jnp.bfloat16))
     assert (matrix.bits, matrix.shape, matrix.ndim) == (4, (4, 1), 2)
-    np.testing.assert_array_equal(matrix.astype("float32").reshape(-1), [0.5, -1, 1.5, -3.5])
+    np.testing.assert_array_equal(matrix.dequantized("float32").reshape(-1), [0.5, -1, 1.5, -3.5])
     assert float(quantized_matmul(jnp.asarray([[1.0, 2, 4, 8]]), matrix)[0, 0]) == -23.5
 
 
@@ -74,7 +67,7 @@ def test_four_inputs_by_hand() -> None:
 def test_the_matrix_that_codes_stand_for(bits: int) -> None:
     matrix, values = random_matrix(bits, 2, 64, 3)
     assert matrix.shape == values.shape
-    found = np.asarray(matrix.astype("float32"), np.float64)
+    found = np.asarray(matrix.dequantized("float32"), np.float64)
     np.testing.assert_allclose(found, values, rtol=2**-24)  # one rounding
 
 
@@ -85,13 +78,13 @@ def compiled(dtype: str | None = None):
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize(
-    ("count", "inputs", "many"), [(1, 64, 4), (1, 64, 5), (3, 6, 4), (3, 6, 5), (module.FEW_ROWS + 1, 64, 5)]
+    ("count", "inputs", "many"), [(1, 64, 4), (1, 64, 5), (3, 6, 4), (3, 6, 5), (kernels.FEW_ROWS + 1, 64, 5)]
 )
 def test_products_of_few_and_of_many_rows(
     bits: int, many: int, count: int, inputs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also with groups of 2 inputs, which 6 inputs have, with more than one group, and with five outputs as many."""
-    monkeypatch.setattr(module, "MANY", many)
+    monkeypatch.setattr(kernels, "MANY", many)
     matrix, values = random_matrix(bits, inputs, 5)
     x = rows(count, inputs)
     y = jax.jit(lambda x, matrix: quantized_matmul(x, matrix))(x, matrix)
@@ -117,9 +110,9 @@ def test_activations_in_bfloat16_are_summed_in_float32(bits: int) -> None:
 @pytest.mark.parametrize("bits", BITS)
 def test_a_wide_matrix_by_columns(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 4 columns of 10, of 6 inputs: the last block begins at column 6 and overlaps the one before."""
-    monkeypatch.setattr(module, "BLOCK", 4)
+    monkeypatch.setattr(kernels, "BLOCK", 4)
     matrix, values = random_matrix(bits, 6, 10)
-    x = rows(module.FEW_ROWS + 1, 6)
+    x = rows(kernels.FEW_ROWS + 1, 6)
     y = jax.jit(lambda x, matrix: quantized_matmul(x, matrix))(x, matrix)
     assert tiny.relative_error(y, x @ values) < 1e-6
 
@@ -135,7 +128,7 @@ def test_products_with_the_matrices_of_experts(bits: int) -> None:
         y = one(x[0, 0], matrix, jnp.int32(expert))
         assert tiny.relative_error(y, x[0, 0] @ values[expert]) < 1e-6
     chosen = np.array([2, 0, 2, 1])  # of rows that differ
-    several = jax.jit(module.quantized_vectors_matmul)(rows(4, 64), matrix, jnp.asarray(chosen))
+    several = jax.jit(kernels.quantized_vectors_matmul)(rows(4, 64), matrix, jnp.asarray(chosen))
     assert tiny.relative_error(several, np.einsum("kd,kdf->kf", rows(4, 64), values[chosen])) < 1e-6
 
 
@@ -162,7 +155,8 @@ def test_codes_in_tiles_stand_for_the_same_matrix(monkeypatch: pytest.MonkeyPatc
     product. Blocks of eight columns of 20: the last one overlaps the one before. Matrices that do not fall into tiles
     stay as they are."""
     monkeypatch.setattr(module, "TILE", 4)
-    monkeypatch.setattr(module, "BLOCK", 8)
+    monkeypatch.setattr(kernels, "TILE", 4)
+    monkeypatch.setattr(kernels, "BLOCK", 8)
     plain, values = random_matrix(4, 3, 256, 20)
     others = {"eight": random_matrix(8, 64, 20)[0], "odd": random_matrix(4, 64, 5)[0], "vector": jnp.ones(20)}
     kept = {name: jax.tree.map(np.asarray, other) for name, other in others.items()}
@@ -171,13 +165,13 @@ def test_codes_in_tiles_stand_for_the_same_matrix(monkeypatch: pytest.MonkeyPatc
     experts, one = made.pop("experts"), made.pop("one")
     assert experts.tiled
     assert jax.tree.all(jax.tree.map(np.array_equal, kept, made))
-    np.testing.assert_allclose(experts.astype("float32"), values, rtol=2**-24)
+    np.testing.assert_allclose(experts.dequantized("float32"), values, rtol=2**-24)
     ids = np.array([[3, 19], [0, 4]])
     np.testing.assert_array_equal(one.columns(jnp.asarray(ids)), values[1].T[ids].astype(np.float32))
-    for count in (1, 3, module.FEW_ROWS + 1):
+    for count in (1, 3, kernels.FEW_ROWS + 1):
         assert tiny.relative_error(compiled()(rows(count, 256), one), rows(count, 256) @ values[1]) < 1e-6
     chosen = np.array([2, 0, 2])
-    several = jax.jit(module.quantized_vectors_matmul)(rows(3, 256), experts, jnp.asarray(chosen))
+    several = jax.jit(kernels.quantized_vectors_matmul)(rows(3, 256), experts, jnp.asarray(chosen))
     assert tiny.relative_error(several, np.einsum("kd,kdf->kf", rows(3, 256), values[chosen])) < 1e-6
     x = rows(3, 7, 256)
     assert tiny.relative_error(jax.jit(grouped_matmul)(x, experts), np.einsum("gnd,gdf->gnf", x, values)) < 1e-6
@@ -206,13 +200,13 @@ def test_which_products_read_the_codes_in_place(bits: int, monkeypatch: pytest.M
     taken: list[str] = []
 
     def noted(name: str) -> None:
-        form = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *given: taken.append(name) or form(*given))
+        form = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *given: taken.append(name) or form(*given))
 
     for name in ("_few_rows", "_by_columns", "_sum_of_groups"):
         noted(name)
-    monkeypatch.setattr(module, "BLOCK", 4096)
-    monkeypatch.setattr(module, "MANY", 2047)
+    monkeypatch.setattr(kernels, "BLOCK", 4096)
+    monkeypatch.setattr(kernels, "MANY", 2047)
 
     def forms(count: int, outputs: int, experts: int = 0) -> list[str]:
         taken.clear()
@@ -225,13 +219,13 @@ def test_which_products_read_the_codes_in_place(bits: int, monkeypatch: pytest.M
             jax.eval_shape(quantized_matmul, x, matrix)
         return list(taken)
 
-    assert forms(module.FEW_ROWS, 2049) == ["_few_rows", "_sum_of_groups"]
+    assert forms(kernels.FEW_ROWS, 2049) == ["_few_rows", "_sum_of_groups"]
     of_4_bits = ["_sum_of_groups"] if bits == 4 else []
-    assert forms(module.FEW_ROWS, 2047) == forms(1, 2047) == ["_few_rows", *of_4_bits]
+    assert forms(kernels.FEW_ROWS, 2047) == forms(1, 2047) == ["_few_rows", *of_4_bits]
     assert forms(1, 2048) == forms(2, 2048) == forms(2, 3072) == ["_few_rows", *of_4_bits]
     assert forms(1, 2049, experts=2) == of_4_bits
-    assert forms(module.FEW_ROWS + 1, 4096) == []
-    assert forms(module.FEW_ROWS + 1, 4097) == ["_by_columns"]
+    assert forms(kernels.FEW_ROWS + 1, 4096) == []
+    assert forms(kernels.FEW_ROWS + 1, 4097) == ["_by_columns"]
 
 
 @pytest.mark.parametrize("bits", BITS)
@@ -290,7 +284,7 @@ def test_every_entry_is_the_nearest_code(weights: Weights, kind: str) -> None:
     assert found.scale.dtype == (jnp.float32 if weights == "int8" else jnp.bfloat16)
     expected = expected.astype(found.scale.dtype)
     assert tiny.relative_error(found.scale, expected) <= (2**-8 if weights == "int4" else 2**-22)
-    values = np.asarray(found.astype("float32"), np.float64)
+    values = np.asarray(found.dequantized("float32"), np.float64)
     np.testing.assert_array_less(np.abs(values - matrix), 0.5001 * scale)
     codes = np.rint(values / scale)
     np.testing.assert_array_equal(codes, np.rint(matrix / scale).clip(-LARGEST[weights], LARGEST[weights]))
@@ -312,7 +306,7 @@ def test_zeros_stay_zeros(weights: Weights) -> None:
     matrix = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
     matrix[:, 1] = 0
     found, scale = rounded(matrix, weights)
-    assert not np.asarray(found.astype("float32"))[:, 1].any()
+    assert not np.asarray(found.dequantized("float32"))[:, 1].any()
     assert not scale[:, 1].any()
 
 
@@ -328,7 +322,7 @@ def models(case: str, weights: Weights) -> tuple[Any, Params, Params]:
     quantised = quantize(params, weights)
     plain = jax.tree_util.tree_map_with_path(
         lambda path, q: (
-            (q.astype("float32").T if "embedding" in str(path) else q.astype("float32"))
+            (q.dequantized("float32").T if "embedding" in str(path) else q.dequantized("float32"))
             if isinstance(q, QuantizedMatrix)
             else q
         ),

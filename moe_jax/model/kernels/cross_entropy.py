@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.model.kernels.matmul import transposed_product
 from moe_jax.model.precision import at_least_float32, dot_precision
-from moe_jax.model.quantized import QuantizedMatrix
+from moe_jax.model.quantized import QuantizedMatrix, as_array
 
 Implementation = Literal["blocked", "reference"]
 
@@ -125,7 +125,7 @@ def mean_cross_entropy(
     reference   all logits at once, differentiated by jax; the tests compare `blocked` with it
     """
     if implementation == "reference":
-        losses = token_losses(_logits(hidden, head.astype(hidden.dtype), head.shape[1]), targets)
+        losses = token_losses(_logits(hidden, as_array(head, hidden.dtype), head.shape[1]), targets)
         return losses.mean() if weights is None else (losses * weights.astype(losses.dtype)).sum()
     return _blocked_mean(hidden, head, targets, loss_scale, weights)
 
@@ -133,7 +133,8 @@ def mean_cross_entropy(
 def _padded_head(head: Float[Array, "D V"] | QuantizedMatrix, dtype: jnp.dtype, form: Form) -> Float[Array, "D _"]:
     """The head in the dtype of the product, with zeros up to a multiple of `form.columns`."""
     missing = -head.shape[1] % form.columns
-    return jnp.pad(head.astype(dtype), ((0, 0), (0, missing))) if missing else head.astype(dtype)
+    narrow = as_array(head, dtype)
+    return jnp.pad(narrow, ((0, 0), (0, missing))) if missing else narrow
 
 
 def _logits(hidden: Float[Array, "N D"], weight: Float[Array, "D P"], vocabulary: int) -> Float[Array, "N P"]:

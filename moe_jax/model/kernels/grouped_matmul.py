@@ -50,7 +50,7 @@ def grouped_matmul(
     if isinstance(weights, QuantizedMatrix):
         if further_expert is None or len(further_expert) == 0:
             return matmul(rows, weights)
-        weights = weights.astype(rows.dtype)
+        weights = weights.dequantized(rows.dtype)
     experts, width, hidden = weights.shape
     if implementation == "reference":
         further = [] if further_expert is None else list(further_expert)

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
+from moe_jax.model.kernels.quantized import quantized_matmul, quantized_vectors_matmul
 from moe_jax.model.kernels.row_sum import row_at, row_sum
 from moe_jax.model.precision import at_least_float32, dot_precision
-from moe_jax.model.quantized import QuantizedMatrix, quantized_matmul, quantized_vectors_matmul
+from moe_jax.model.quantized import QuantizedMatrix
 
 
 def transpose_contiguous(x: Float[Array, "*G N D"]) -> Float[Array, "*G D N"]:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +11,12 @@ from jaxtyping import Array, Bool, Float, Int
 from moe_jax.config import Activation
 from moe_jax.model.kernels.grouped_matmul import grouped_matmul
 from moe_jax.model.kernels.matmul import vector_matmul
+from moe_jax.model.kernels.processor import rounded_once
+from moe_jax.model.kernels.quantized import quantized_vectors_matmul
 from moe_jax.model.layers import matrix_init
 from moe_jax.model.low_rank import LowRank
 from moe_jax.model.precision import at_least_float32, dot_precision
-from moe_jax.model.quantized import QuantizedMatrix, quantized_vectors_matmul
+from moe_jax.model.quantized import QuantizedMatrix, as_array
 
 
 class Experts(nnx.Module):
@@ -124,7 +125,7 @@ class Experts(nnx.Module):
         wide = at_least_float32(rows.dtype)
 
         def matmul(x: Array, param: nnx.Param) -> Array:
-            matrices = jax.tree.map(lambda w: w[group_expert], param[...]).astype(x.dtype)
+            matrices = as_array(jax.tree.map(lambda w: w[group_expert], param[...]), x.dtype)
             return (x.astype(wide)[:, :, None] * matrices.astype(wide)).sum(1).astype(x.dtype)
 
         return matmul(self._activate([matmul(rows, w) for w in self._input_matrices()]), self.w_out)
@@ -138,7 +139,7 @@ class Experts(nnx.Module):
             if x.ndim == 1:
                 return vector_matmul(x, param[...], expert)
             chosen = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, expert, keepdims=False), param[...])
-            return jnp.matmul(x, chosen.astype(x.dtype), precision=dot_precision(x.dtype))
+            return jnp.matmul(x, as_array(chosen, x.dtype), precision=dot_precision(x.dtype))
 
         return matmul(self._activate([matmul(x, w) for w in self._input_matrices()]), self.w_out)
 
@@ -148,7 +149,7 @@ class Experts(nnx.Module):
     def _activate(self, hidden: list[Array], gate: Array | None = None) -> Array:
         """The input of the last product, from the first products. With a `gate`, each row is multiplied with it."""
         function = partial(_activated, _swiglu if self.activation == "swiglu" else _gelu)
-        return function(gate, *hidden) if hidden[0].dtype.itemsize >= 4 else _rounded_once(function, gate, *hidden)
+        return function(gate, *hidden) if hidden[0].dtype.itemsize >= 4 else rounded_once(function, gate, *hidden)
 
 
 def _swiglu(hidden: Array, gate: Array) -> Array:
@@ -161,34 +162,6 @@ def _gelu(hidden: Array) -> Array:
 
 def _activated(function: Callable[..., Array], gate: Array | None, *hidden: Array) -> Array:
     return function(*hidden) if gate is None else gated(function(*hidden), gate)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _rounded_once(
-    function: Callable[..., Array], gate: Float[Array, "*G"] | None, *hidden: Float[Array, "*G F"]
-) -> Float[Array, "*G F"]:
-    """function(gate, *hidden), where `hidden` are narrower than float32. On a CPU it is computed in float32 and rounded
-    at the end: there XLA would round the result of each operation, which takes twice as long."""
-    return jax.lax.platform_dependent(gate, *hidden, cpu=partial(_in_float32, function), default=function)
-
-
-def _in_float32(function: Callable[..., Array], gate: Array | None, *hidden: Array) -> Array:
-    return function(gate, *(h.astype(jnp.float32) for h in hidden)).astype(hidden[0].dtype)
-
-
-def _rounded_once_forward(function: Callable[..., Array], *arguments: Any) -> tuple[Array, tuple[Any, ...]]:
-    return _rounded_once(function, *arguments), arguments
-
-
-def _rounded_once_backward(function: Callable[..., Array], arguments: tuple[Any, ...], d_y: Array) -> tuple[Any, ...]:
-    def gradients(function: Callable[..., Array], d_y: Array, *arguments: Any) -> tuple[Any, ...]:
-        return jax.vjp(function, *arguments)[1](d_y)
-
-    on_cpu = partial(gradients, partial(_in_float32, function))
-    return jax.lax.platform_dependent(d_y, *arguments, cpu=on_cpu, default=partial(gradients, function))
-
-
-_rounded_once.defvjp(_rounded_once_forward, _rounded_once_backward)
 
 
 def _add(y: Array, adapter: LowRank | None, rows: Array, further_expert: Array | None) -> Array:

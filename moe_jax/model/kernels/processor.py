@@ -1,0 +1,117 @@
+"""Small operations in the form that one kind of processor computes fastest, with their gradients.
+
+The value is the same on all of them, up to rounding. `benchmarks/performance.md` has the gain of each.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+@jax.custom_vjp
+def rotated_pairs(
+    x: Float[Array, "B T H A"], cos: Float[Array, "*#B T 1 half"], sin: Float[Array, "*#B T 1 half"]
+) -> Float[Array, "B T H A"]:
+    """Each pair (a, b) of a head as (a cos - b sin, b cos + a sin).
+
+    The gradient is the rotation back. By autodiff it would be a sum of padded arrays, which XLA computes number by
+    number on a CPU: a tenth of a training step of `story-cpu`.
+    """
+    return jax.lax.platform_dependent(x, cos, sin, cpu=_rotated_on_cpu, default=_rotated_by_halves)
+
+
+def _rotated_by_halves(x: Array, cos: Array, sin: Array) -> Array:
+    half = x.shape[-1] // 2
+    a, b = x[..., :half].astype(cos.dtype), x[..., half:].astype(cos.dtype)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+def _rotated_on_cpu(x: Array, cos: Array, sin: Array) -> Array:
+    """The same, as (a, b) * (cos, cos) + (b, a) * (-sin, sin). The barrier makes XLA write (b, a) to memory. What
+    remains is one loop over whole heads. In bfloat16 this takes a third of the time, in float32 two thirds."""
+    other = jax.lax.optimization_barrier(jnp.roll(x, x.shape[-1] // 2, axis=-1))
+    cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
+    return (x.astype(cos.dtype) * cos + other.astype(cos.dtype) * sin).astype(x.dtype)
+
+
+def _rotate_forward(x: Array, cos: Array, sin: Array) -> tuple[Array, tuple[Array, Array]]:
+    return rotated_pairs(x, cos, sin), (cos, sin)
+
+
+def _rotate_backward(residuals: tuple[Array, Array], d_y: Array) -> tuple[Array, None, None]:
+    cos, sin = residuals
+    return rotated_pairs(d_y, cos, -sin), None, None
+
+
+rotated_pairs.defvjp(_rotate_forward, _rotate_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def split_heads(
+    qkv: Float[Array, "B T heads A"], queries: int
+) -> tuple[Float[Array, "B T H A"], Float[Array, "B T KV A"], Float[Array, "B T KV A"]]:
+    """The heads of the queries, the keys and the values: the first `queries` heads, and two halves of the others.
+
+    On a CPU the gradient is written as the concatenation that it is. By autodiff it is a sum of padded arrays. A GPU
+    computes this sum in one kernel, but a CPU computes it number by number.
+    """
+    return _slices(qkv, queries)
+
+
+def _slices(qkv: Array, queries: int) -> tuple[Array, Array, Array]:
+    keys = (qkv.shape[2] - queries) // 2
+    if queries == keys:  # an axis of three, for which a GPU has fewer kernels
+        parts = qkv.reshape(*qkv.shape[:2], 3, queries, -1)
+        return parts[:, :, 0], parts[:, :, 1], parts[:, :, 2]
+    return qkv[:, :, :queries], qkv[:, :, queries : queries + keys], qkv[:, :, queries + keys :]
+
+
+def _split_forward(qkv: Array, queries: int) -> tuple[tuple[Array, Array, Array], None]:
+    return _slices(qkv, queries), None
+
+
+def _split_backward(queries: int, residuals: None, d_parts: tuple[Array, Array, Array]) -> tuple[Array]:
+    def joined(*d_parts: Array) -> Array:
+        return jnp.concatenate(d_parts, axis=2)
+
+    def padded(*d_parts: Array) -> Array:
+        whole = jax.eval_shape(joined, *d_parts)
+        (d_qkv,) = jax.linear_transpose(lambda qkv: _slices(qkv, queries), whole)(d_parts)
+        return d_qkv
+
+    return (jax.lax.platform_dependent(*d_parts, cpu=joined, default=padded),)
+
+
+split_heads.defvjp(_split_forward, _split_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def rounded_once(
+    function: Callable[..., Array], gate: Float[Array, "*G"] | None, *hidden: Float[Array, "*G F"]
+) -> Float[Array, "*G F"]:
+    """function(gate, *hidden), where `hidden` are narrower than float32. On a CPU it is computed in float32 and rounded
+    at the end: there XLA would round the result of each operation, which takes twice as long."""
+    return jax.lax.platform_dependent(gate, *hidden, cpu=partial(_in_float32, function), default=function)
+
+
+def _in_float32(function: Callable[..., Array], gate: Array | None, *hidden: Array) -> Array:
+    return function(gate, *(h.astype(jnp.float32) for h in hidden)).astype(hidden[0].dtype)
+
+
+def _rounded_once_forward(function: Callable[..., Array], *arguments: Any) -> tuple[Array, tuple[Any, ...]]:
+    return rounded_once(function, *arguments), arguments
+
+
+def _rounded_once_backward(function: Callable[..., Array], arguments: tuple[Any, ...], d_y: Array) -> tuple[Any, ...]:
+    def gradients(function: Callable[..., Array], d_y: Array, *arguments: Any) -> tuple[Any, ...]:
+        return jax.vjp(function, *arguments)[1](d_y)
+
+    on_cpu = partial(gradients, partial(_in_float32, function))
+    return jax.lax.platform_dependent(d_y, *arguments, cpu=on_cpu, default=partial(gradients, function))
+
+
+rounded_once.defvjp(_rounded_once_forward, _rounded_once_backward)
