@@ -182,7 +182,7 @@ def test_foundation_is_made_of_jax_numpy_alone() -> None:
         assert used <= own | further.get(module, set()), module
 
 
-@pytest.mark.parametrize("name", ["router", "dispatch", "balance", "queues"])
+@pytest.mark.parametrize("name", ["router", "dispatch"])
 def test_the_pure_cores_of_the_layer_import_no_flax(modules: dict[str, str], name: str) -> None:
     used = {n.partition(".")[0] for n in imported_names(modules[f"moe_jax.model.moe.{name}"])}
     assert used.isdisjoint({"flax", "optax", "orbax"})
