@@ -20,6 +20,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # compiling for a described card must not occupy a real one
 
@@ -115,7 +116,7 @@ def record(pairs: Sequence[str]) -> int:
     return 0
 
 
-def write(document: dict[str, dict[str, object]]) -> None:
+def write(document: dict[str, dict[str, Any]]) -> None:
     """Write plans.json, a card or a pair a line."""
     parts = []
     for part, entries in document.items():
