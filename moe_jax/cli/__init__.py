@@ -3,7 +3,7 @@
     main.py           starts a program: argv becomes a command, an error becomes one line and an exit status
     command.py        Command, the base class of commands, their list, and what they check
     arguments.py      argv becomes values; a wrong argument becomes one sentence
-    settings.py       the settings of a run: preset (`--preset auto` too), file, flags
+    settings.py       the settings of a run: preset, file, flags
     help.py           help
 
     train.py          train, fine-tune (`sft`)
