@@ -20,8 +20,7 @@ night:  ## the long forms of all suites, for hours
 	uv run --extra plots --extra serve --extra gguf --extra lessons --group serving --group interop --group browser \
 	  pytest -m "slow and not parallel and not plan"
 	XLA_FLAGS=--xla_force_host_platform_device_count=8 uv run pytest -m "slow and parallel"
-	uv run --isolated --extra gpu-plan --group tpu-plan pytest -m "slow and plan"
-	uv run --with cosmic-ray benchmarks/mutation.py --out mutants.jsonl
+	uv run --isolated --extra gpu-plan pytest -m "slow and plan"
 
 site:  ## landing page with the model inside, report, museum and book: book/build/site/index.html
 	uv run --group book python -m book.build

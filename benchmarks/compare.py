@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from presets import changes_of
+from changes import changes_of
 
 from moe_jax.cli.main import main
 from moe_jax.config import ConfigError, Dense, RunConfig, UserError

@@ -1,6 +1,5 @@
 """What it costs to import a public mixture and to write with it, on this machine, and beside llama.cpp.
 
-    uv run python benchmarks/public_shapes.py olmoe models/olmoe
     uv run --group interop --extra gguf python benchmarks/microscope.py models/olmoe int4
 
 Three rates in turn: reading the folder's tensors and nothing else, rounding parts that are in memory, and the import,
@@ -14,27 +13,29 @@ disk, for a while.
 """
 
 import importlib
+import importlib.util
 import resource
 import shutil
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, cast
 
 import jax
-import llama_cpp
 import numpy as np
 import xxhash
 from suites import decoding
 
-from moe_jax.config import ModelConfig
+from moe_jax.config import ModelConfig, RunConfig, UserError
 from moe_jax.inference.decode import NOTHING_GIVEN, Decoder, cast_once
 from moe_jax.inference.sampling import Sampling
+from moe_jax.interop.architectures import architecture_of
 from moe_jax.interop.export import export
 from moe_jax.interop.imported_run import Form, import_run, rounded_part
 from moe_jax.interop.pretrained import Pretrained
@@ -46,6 +47,13 @@ from moe_jax.system.files import json_text
 from moe_jax.system.machine import alternate, memory_read_benchmark, processor
 
 PARTS = 400
+REST_SECONDS, TURN_SECONDS = 0.02, 0.1
+"""llama.cpp's threads spin for a while after each call: they get time to sleep before the next candidate."""
+PACKAGES = {"llama_cpp_py_sync": "llama-cpp-py-sync", "gguf": "gguf"}
+"""Module -> the package that has it."""
+THREADS = 2
+_FLOAT32 = 0
+"""`ggml_type` of the cache of keys and values, as ours."""
 
 
 def seconds(work: Callable[[], Any], times: int = 3) -> float:
@@ -120,6 +128,71 @@ def bytes_per_token(model: ModelConfig, params: Params) -> int:
     return total
 
 
+def why_not(config: RunConfig) -> str:
+    """Why llama.cpp cannot be measured here with a model of this configuration; empty if it can."""
+    missing = [package for module, package in PACKAGES.items() if not importlib.util.find_spec(module)]
+    if missing:
+        return f"{' and '.join(missing)} not installed (`uv run --group interop --extra gguf`)"
+    try:
+        return architecture_of(config.model).gguf_problem
+    except UserError as error:
+        return str(error)
+
+
+@cache
+def silence() -> Any:
+    """llama.cpp prints hundreds of lines for each model that it opens. The result must outlive all models: cached."""
+    bindings = importlib.import_module("llama_cpp_py_sync._cffi_bindings")
+    ffi, lib = bindings.get_ffi(), bindings.get_lib()
+    nothing = ffi.callback("void(enum ggml_log_level, const char *, void *)", lambda *_: None)
+    lib.llama_log_set(nothing, ffi.NULL)
+    return nothing
+
+
+class LlamaCpp:
+    """A GGUF file in llama.cpp, with a context of `context` tokens."""
+
+    def __init__(self, path: Path, context: int, use_mmap: bool = True) -> None:
+        package = importlib.import_module("llama_cpp_py_sync")
+        silence()
+        cache = {"n_ctx": context, "n_batch": context, "type_k": _FLOAT32, "type_v": _FLOAT32}
+        self._llama = package.Llama(str(path), n_threads=THREADS, verbose=False, use_mmap=use_mmap, **cache)
+        self._lib = self._llama._lib  # the package's own functions sample and convert to text as well
+        self._context = self._llama._ctx
+        self._lib.llama_set_embeddings(self._context, False)  # else it computes the logits after every token
+        self._memory = self._lib.llama_get_memory(self._context)
+
+    def prompt(self, tokens: Sequence[int]) -> Callable[[], None]:
+        """A call that reads a prompt into the empty cache, and computes the logits after it."""
+
+        def read() -> None:
+            self._lib.llama_memory_clear(self._memory, True)
+            self._decode(tokens, 0)
+
+        return read
+
+    def token(self, position: int) -> Callable[[], None]:
+        """A call that reads one token at this position, after a prompt, and computes the logits after it."""
+        self.prompt([1] * position)()
+
+        def read() -> None:
+            self._lib.llama_memory_seq_rm(self._memory, 0, position, -1)
+            self._decode([1], position)
+
+        return read
+
+    def _decode(self, tokens: Sequence[int], position: int) -> None:
+        batch = self._lib.llama_batch_init(len(tokens), 0, 1)
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i], batch.pos[i] = token, position + i
+            batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, 0, i == len(tokens) - 1
+        status = self._lib.llama_decode(self._context, batch)
+        self._lib.llama_batch_free(batch)
+        if status:
+            raise RuntimeError(f"llama_decode returned {status}")
+
+
 def gguf(source: Path, form: Form) -> Path:
     """The source as llama.cpp rounds it, in a folder beside it. The export has the model in memory as bfloat16."""
     bindings: Any = importlib.import_module("llama_cpp_py_sync._cffi_bindings")
@@ -130,9 +203,9 @@ def gguf(source: Path, form: Form) -> Path:
     import_run(Pretrained.open(source, "SOURCE"), "bfloat16", 1024, whole)
     export(open_source(whole), "gguf", "bfloat16", out, "")
     shutil.rmtree(whole)
-    llama_cpp.silence()
+    silence()
     settings = ffi.new("struct llama_model_quantize_params *", library.llama_model_quantize_default_params())
-    settings.nthread, settings.ftype = llama_cpp.THREADS, 2 if form == "int4" else 7
+    settings.nthread, settings.ftype = THREADS, 2 if form == "int4" else 7
     made = out / "rounded.gguf"
     assert library.llama_model_quantize(bytes(out / "model.gguf"), bytes(made), settings) == 0
     (out / "model.gguf").unlink()
@@ -144,8 +217,8 @@ def beside_llama_cpp(run: LoadedRun, made: Path) -> dict[str, float]:
     time."""
     model, params = run.config.model, cast_once(run.writer, run.params)
 
-    def llama() -> llama_cpp.LlamaCpp:
-        return llama_cpp.LlamaCpp(made, model.seq_len, use_mmap=False)
+    def llama() -> LlamaCpp:
+        return LlamaCpp(made, model.seq_len, use_mmap=False)
 
     token = in_turn("token", decoding.token_call(model, params), llama().token(model.seq_len // 2))
     return token | in_turn("prompt of 512", decoding.prefill_call(model, params, 512), llama().prompt([1] * 512))
@@ -153,7 +226,7 @@ def beside_llama_cpp(run: LoadedRun, made: Path) -> dict[str, float]:
 
 def in_turn(what: str, ours: Callable[[], Any], theirs: Callable[[], Any]) -> dict[str, float]:
     """Median seconds of both, the rate of ours over theirs, and the larger spread."""
-    times = alternate({"ours": ours, "theirs": theirs}, 7, rest=llama_cpp.REST_SECONDS, turn=llama_cpp.TURN_SECONDS)
+    times = alternate({"ours": ours, "theirs": theirs}, 7, rest=REST_SECONDS, turn=TURN_SECONDS)
     return {
         f"{what}, s": times["ours"].median,
         f"llama.cpp, {what}, s": times["theirs"].median,
@@ -167,7 +240,7 @@ if __name__ == "__main__":
     out = source.with_name(f"{source.name}-{form}-measured")
     shutil.rmtree(out, ignore_errors=True)
     found = importing(source, form, out)
-    reason, made = llama_cpp.why_not(find_checkpoint(out, None)[0]), None
+    reason, made = why_not(find_checkpoint(out, None)[0]), None
     if not reason:  # in a process that ends before the run is in memory
         with ProcessPoolExecutor(1, get_context("spawn")) as process:
             made = process.submit(gguf, source, form).result()

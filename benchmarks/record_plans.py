@@ -20,12 +20,13 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # compiling for a described card must not occupy a real one
 
 import described_gpu
+from changes import changes_of
 from described_gpu import Target, bound
-from presets import preset_with
 
 from moe_jax.cli.main import main
 from moe_jax.config import ConfigError, MeshShape, RunConfig
@@ -38,6 +39,7 @@ from moe_jax.system.environment import MIB
 from moe_jax.system.files import json_text
 from moe_jax.system.terminal import say
 from moe_jax.training.programs import Programs
+from moe_jax.training.start import start_of
 
 CARDS_PER_HOST = 8
 """Cards of one machine, in plans for more of them than this."""
@@ -74,11 +76,13 @@ def mesh_mib(config: RunConfig, target: Target) -> float:
 
 def plan(asked: argparse.Namespace) -> int:
     """Plan the settings that were asked for, and print the result."""
-    target, mesh = Target.load(asked.gpu), ""
-    config = preset_with(asked.preset, asked.set)
+    target = Target.load(asked.gpu)
+    config = start_of({("", name): getattr(asked, name) for name in ("preset", "init_from", "upcycle")}).defaults
+    sequences = config.train.batch_size * config.train.grad_accum
+    config = config.override(changes_of(config, asked.set))
     budget = config.execution.memory_bytes / MIB or target.facts().budget
     if mesh := config.execution.mesh:
-        config = config.on_mesh(mesh, preset(asked.preset).train.batch_size * preset(asked.preset).train.grad_accum)
+        config = config.on_mesh(mesh, sequences)
     config = with_vocabulary(with_adapters(config) if config.train.lora_rank else config)
     say(f"{asked.preset} on {target.device_kind}: a run may use {budget:,.0f} MiB")
     if mesh:
@@ -103,7 +107,7 @@ def record(pairs: Sequence[str]) -> int:
         del card["name"]
     for pair in pairs or [f"{name}:{gpu}" for name in PRESETS for gpu in cards]:
         name, _, gpu = pair.partition(":")
-        config, target = with_vocabulary(preset_with(name, [])), Target.load(gpu)
+        config, target = with_vocabulary(preset(name)), Target.load(gpu)
         plans = [plan.to_json() for plan in walk(config, target, target.facts().budget)]
         found = json.loads(RECORDED.read_text())["plans"]
         found[f"{name} {gpu}"] = {"jaxlib": importlib.metadata.version("jaxlib"), "plans": plans}
@@ -112,7 +116,7 @@ def record(pairs: Sequence[str]) -> int:
     return 0
 
 
-def write(document: dict[str, dict[str, object]]) -> None:
+def write(document: dict[str, dict[str, Any]]) -> None:
     """Write plans.json, a card or a pair a line."""
     parts = []
     for part, entries in document.items():
@@ -127,6 +131,8 @@ def run(argv: Sequence[str]) -> int:
         description=about, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--preset", default="seed-158m", choices=list(PRESETS), help="the settings to start from")
+    parser.add_argument("--init-from", default="", help="a public model, in place of a preset")
+    parser.add_argument("--upcycle", default="", help="a dense run or model that gets experts, in place of a preset")
     parser.add_argument("--set", action="append", default=[], help="SECTION.NAME=VALUE, as for train.py")
     parser.add_argument("--gpu", default=DEFAULT_GPU, help="name of a described GPU, or a file that describes one")
     parser.add_argument("--record", nargs="*", metavar="PRESET:GPU", help="write the plans for `moe-jax plan`")

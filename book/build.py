@@ -31,7 +31,6 @@ PAGES = (
     "README.md",
     "benchmarks/*.md",
     "benchmarks/*.png",
-    "benchmarks/*.svg",
     "docs/*.md",
     "docs/*.html",
     "docs/images/*",

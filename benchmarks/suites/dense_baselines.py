@@ -56,11 +56,6 @@ class CostTable(NamedTuple):
         all_experts = (whole - formula["experts and router"] + every) / whole if c.dense == "none" else 1.0
         return cls(count_parameters(c), formula, compiled, all_experts)
 
-    @property
-    def difference(self) -> float:
-        """Largest relative difference between the formula and the compiled program, over the groups."""
-        return max(abs(self.compiled[group] / flops - 1) for group, flops in self.formula.items())
-
 
 def flops_by_group(config: RunConfig, batch_size: int) -> dict[str, float]:
     """Operations of one token in a training step of `batch_size` sequences, by group, without the optimizer's."""

@@ -41,15 +41,8 @@ MIN_TURN_SECONDS = 0.5
 """Shortest turn in seconds. After the pause the processor was slow for a tenth of a second: one decoded token of our
 model took 17 ms at first, and 9 ms later."""
 SHARED_MODEL = (
-    "vocab_size",
-    "seq_len",
-    "layers",
-    "width",
-    "heads",
-    "kv_heads",
-    "head_size",
-    "experts",
-    "expert_hidden",
+    *("vocab_size", "seq_len", "layers", "width", "heads", "kv_heads", "head_size"),
+    *("experts", "expert_hidden"),
 )
 SHARED_ROUTING = ("top_k", "capacity_factor", "dispatch")
 """Fields of the preset's model and of its routing that are kept."""

@@ -65,7 +65,7 @@ def compilations_counted() -> Iterator[Counter[str]]:
     """How often jax compiles each function while the context is open, by the function's name."""
     counts: Counter[str] = Counter()
 
-    def note(event: str, seconds: float, **about: Any) -> None:
+    def note(event: str, duration_secs: float, **about: Any) -> None:
         if event == LOWERED:
             counts[str(about.get("fun_name")).removeprefix("jit(").removesuffix(")")] += 1
 

@@ -9,11 +9,9 @@
 The passes drop nothing, as evaluation and generation.
 """
 
-import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -162,35 +160,29 @@ class LinesWriter:
 
 
 class ArraysWriter:
-    """An .npz file with `token` [N], `expert` [N, L, K] and `gate` [N, L, K]. Their parts wait in temporary files, so
-    the memory does not grow with the text."""
+    """An .npz file with `token` int32 [N], `expert` int16 [N, L, K] and `gate` float32 [N, L, K]. Until the end they
+    lie in temporary files, so the memory does not grow with the text."""
 
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self._parts, self._heads, self._open = file, {}, {}, ExitStack()
+    def __init__(self, file: IO[bytes], count: int, config: ModelConfig) -> None:
+        self._file, self._folder = file, tempfile.TemporaryDirectory()
+        shape = (count, config.layers, config.routing.top_k)
+        shapes = {"token": (np.int32, (count,)), "expert": (np.int16, shape), "gate": (np.float32, shape)}
+        self._arrays = {
+            f"{name}.npy": np.lib.format.open_memmap(Path(self._folder.name, f"{name}.npy"), "w+", dtype, own)
+            for name, (dtype, own) in shapes.items()
+        }
 
     def write(self, made: Decisions) -> None:
-        arrays = {
-            "token": made.tokens.astype(np.int32),
-            "expert": made.expert.swapaxes(0, 1).astype(np.int16),
-            "gate": made.gate.swapaxes(0, 1).astype(np.float32),
-        }
-        for name, array in arrays.items():
-            if name not in self._parts:
-                file = tempfile.TemporaryFile()  # noqa: SIM115, the stack closes it
-                self._parts[name] = self._open.enter_context(file)
-                self._heads[name] = [array.dtype, array.shape[1:], 0]
-            self._parts[name].write(np.ascontiguousarray(array).data)
-            self._heads[name][2] += len(array)
+        rows = slice(made.first, made.first + len(made.tokens))
+        parts = made.tokens, made.expert.swapaxes(0, 1), made.gate.swapaxes(0, 1)
+        for array, part in zip(self._arrays.values(), parts, strict=True):
+            array[rows] = part
 
     def close(self) -> None:
-        with self._open, zipfile.ZipFile(self._file, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name, part in self._parts.items():
-                dtype, shape, count = self._heads[name]
-                part.seek(0)
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as entry:
-                    head = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False}
-                    np.lib.format.write_array_header_1_0(entry, head | {"shape": (count, *shape)})
-                    shutil.copyfileobj(part, entry)
+        with self._folder as folder, zipfile.ZipFile(self._file, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, array in self._arrays.items():
+                array.flush()
+                archive.write(Path(folder, name), name)
 
 
 def write_decisions(run: LoadedRun, texts: Sequence[tuple[str, Sequence[int]]], out: Path) -> Counts:
@@ -200,7 +192,7 @@ def write_decisions(run: LoadedRun, texts: Sequence[tuple[str, Sequence[int]]], 
     tokens = np.concatenate([np.asarray(ids, np.int32) for _, ids in texts])
     kind = np.concatenate([np.full(len(ids), kinds.index(name)) for name, ids in texts])
     with open_output(out) as file:
-        writer = ArraysWriter(file) if out.suffix == ".npz" else LinesWriter(file)
+        writer = ArraysWriter(file, len(tokens), run.config.model) if out.suffix == ".npz" else LinesWriter(file)
         counts = count_decisions(run, tokens, kind, kinds, writer)
         writer.close()
     return counts

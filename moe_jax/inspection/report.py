@@ -2,8 +2,7 @@
 
 The page is made from `page/` in this package and from `moe_jax/pages/parts/`: markup, style and scripts, inlined. It
 loads nothing and sends nothing. Its content security policy allows one style and one script, by their digests, and no
-network address. The page holds
-all the numbers that it shows as one JSON object (`<script type="application/json" id="routing-data">`):
+network address. The page holds all the numbers that it shows as one JSON object (the element `routing-data`):
 
     schema            1
     run, model        names, sizes, scores; the shape of the model
@@ -36,7 +35,7 @@ from moe_jax.inference.traced_pass import check_routed
 from moe_jax.inspection.ablation import ablation, ablation_data
 from moe_jax.inspection.corpus_routing import CORPUS_TOKENS, CorpusRouting, corpus_data, corpus_routing
 from moe_jax.inspection.specialisation import group_preferences, specialisation
-from moe_jax.inspection.trace import RoutingTrace, routing_trace, trace_tokens
+from moe_jax.inspection.trace import RoutingTrace, attention_data, routing_trace, trace_tokens
 from moe_jax.model.costs import count_parameters, totals
 from moe_jax.pages.assembly import filled, page_file, page_script, page_style, security_policy
 from moe_jax.plots.figures import run_figures, save_figures
@@ -52,10 +51,6 @@ REPORT, PAGE, TEXT_PAGE = "report", "routing.html", "routing-of-a-text.html"
 DEFAULT_TOKENS = 512
 """Tokens of validation text that the page shows if no text is given."""
 SCRIPTS = ("base", "charts", "text", "experts", "ablation", "capacity", "training", "inside", "main")
-ATTENTION_ENTRIES = 200_000
-"""Most attention weights of a page. Each token, head and layer keeps a few of them, fewer in a long text."""
-MOST_PER_TOKEN = 8
-LEAST_PERCENT = 2
 MOST_POINTS = 160
 MOST_TRACES = 12
 """Most saved traces whose choices the page shows. The curves show all traces."""
@@ -233,24 +228,6 @@ def next_data(run: LoadedRun, trace: RoutingTrace) -> dict[str, Any]:
         "index": (index.reshape(-1) - unused).tolist(),
         "permille": np.rint(1000 * trace.next_prob[:-1].astype(float)).astype(int).reshape(-1).tolist(),
     }
-
-
-def attention_data(trace: RoutingTrace) -> dict[str, Any]:
-    """The largest attention weights of each token and head, in whole percent, and not below LEAST_PERCENT."""
-    heads, layers = trace.config.heads, trace.config.layers
-    shown = sum(window.shape[2] for window in trace.attention)
-    most = max(1, min(MOST_PER_TOKEN, ATTENTION_ENTRIES // (shown * heads * layers)))
-    weights: list[list[list[list[int]]]] = [[[] for _ in range(heads)] for _ in range(layers)]
-    for window in trace.attention:
-        percent = np.rint(100 * window).astype(int)
-        order = np.argsort(-percent, axis=-1, kind="stable")[..., :most]
-        top = np.take_along_axis(percent, order, axis=-1)
-        back = np.arange(window.shape[2])[:, None] - order
-        for layer, head, i in np.ndindex(order.shape[:3]):
-            chosen = top[layer, head, i] >= LEAST_PERCENT
-            pairs = np.stack([back[layer, head, i][chosen], top[layer, head, i][chosen]], axis=1)
-            weights[layer][head].append(pairs.reshape(-1).tolist())
-    return {"heads": heads, "tokens": shown, "weights": weights}
 
 
 def training_curves(folder: Path, run: LoadedRun) -> dict[str, Any]:

@@ -15,6 +15,7 @@ In a notebook:
 import html
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -36,6 +37,10 @@ ATTENTION_TOKENS = 1_024
 one window."""
 MOST_ATTENTION = 2**29
 """Most bytes of the attention weights of one window, in float32."""
+ATTENTION_ENTRIES = 200_000
+"""Most attention weights of a page. Each token, head and layer keeps a few of them, fewer in a long text."""
+MOST_PER_TOKEN = 8
+LEAST_PERCENT = 2
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,24 @@ def trace_tokens(run: LoadedRun, tokens: np.ndarray, step: TracedStep | None = N
     joined["loss"][-1] = np.nan
     pieces = token_pieces(run.tokenizer, tokens)
     return RoutingTrace(run.config.model, tokens, pieces, attention=attention, **joined, **layered)
+
+
+def attention_data(trace: RoutingTrace) -> dict[str, Any]:
+    """The largest attention weights of each token and head, in whole percent, and not below LEAST_PERCENT."""
+    heads, layers = trace.config.heads, trace.config.layers
+    shown = sum(window.shape[2] for window in trace.attention)
+    most = max(1, min(MOST_PER_TOKEN, ATTENTION_ENTRIES // (shown * heads * layers)))
+    weights: list[list[list[list[int]]]] = [[[] for _ in range(heads)] for _ in range(layers)]
+    for window in trace.attention:
+        percent = np.rint(100 * window).astype(int)
+        order = np.argsort(-percent, axis=-1, kind="stable")[..., :most]
+        top = np.take_along_axis(percent, order, axis=-1)
+        back = np.arange(window.shape[2])[:, None] - order
+        for layer, head, i in np.ndindex(order.shape[:3]):
+            chosen = top[layer, head, i] >= LEAST_PERCENT
+            pairs = np.stack([back[layer, head, i][chosen], top[layer, head, i][chosen]], axis=1)
+            weights[layer][head].append(pairs.reshape(-1).tolist())
+    return {"heads": heads, "tokens": shown, "weights": weights}
 
 
 def window_width(config: ModelConfig, tokens: int, attention: bool = False) -> int:

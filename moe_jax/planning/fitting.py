@@ -9,7 +9,6 @@ config.json holds the chosen settings, and under "fitted" the device, the memory
 keeps its settings on the same device. On another one the ladder is walked again, from what was asked for.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config import OptimizerKind, ParamDtype, RunConfig, TrainConfig, UserError
+from moe_jax.config import OptimizerKind, RunConfig, TrainConfig, UserError
 from moe_jax.config.presets import PRESETS, preset, with_vocabulary
 from moe_jax.data.batches import evaluation_windows
 from moe_jax.inference.decode import NOTHING_GIVEN
@@ -34,7 +33,8 @@ from moe_jax.training.session import Fitted
 
 OPTIMIZERS_BY_STATE: tuple[OptimizerKind, ...] = ("adamw", "adamw-bf16", "adamw-8bit", "adafactor")
 """Optimizers in descending order of state."""
-MAY_CHANGE = [("train", "batch_size"), ("train", "grad_accum"), ("execution", "remat")]
+BATCH, ACCUMULATION, REMAT = ("train", "batch_size"), ("train", "grad_accum"), ("execution", "remat")
+MAY_CHANGE = [BATCH, ACCUMULATION, REMAT]
 """The settings that the ladder chooses at a resume too. The state of a run belongs to one optimizer."""
 FIT = ("execution", "fit")
 
@@ -71,28 +71,23 @@ def settings_to_try(config: RunConfig) -> list[RunConfig]:
         micro = next(size for size in range(micro // 2, 0, -1) if sizes[0] % size == 0)
         sizes.append(micro)
     remats = (True,) if config.execution.remat else (False, True)
-    trains = leaner(config.train) if config.execution.fit == "any" else [config.train]
+    lean = leaner(config.train) if config.execution.fit == "any" else [{}]
     return [
-        dataclasses.replace(
-            config,
-            train=dataclasses.replace(train, batch_size=size, grad_accum=sizes[0] // size),
-            execution=dataclasses.replace(config.execution, remat=remat),
-        )
-        for train in trains
+        config.override({**saving, BATCH: size, ACCUMULATION: sizes[0] // size, REMAT: remat})
+        for saving in lean
         for size in sizes
         for remat in remats
     ]
 
 
-def leaner(train: TrainConfig) -> list[TrainConfig]:
-    """The training, and the same with ever less memory for weights and optimizer state. With adapters, whose state is
+def leaner(train: TrainConfig) -> list[dict[tuple[str, str], str]]:
+    """Changes with ever less memory for weights and optimizer state, beginning with none. With adapters, whose state is
     small, the frozen weights in bfloat16."""
     if train.lora_rank:
-        dtypes: tuple[ParamDtype, ...] = ("float32", "bfloat16") if train.param_dtype == "float32" else ("bfloat16",)
-        return [dataclasses.replace(train, param_dtype=dtype) for dtype in dtypes]
+        return [{("train", "param_dtype"): dtype} for dtype in dict.fromkeys((train.param_dtype, "bfloat16"))]
     known = train.optimizer in OPTIMIZERS_BY_STATE
     kinds = OPTIMIZERS_BY_STATE[OPTIMIZERS_BY_STATE.index(train.optimizer) :] if known else OPTIMIZERS_BY_STATE
-    return [dataclasses.replace(train, optimizer=kind) for kind in dict.fromkeys((train.optimizer, *kinds))]
+    return [{("train", "optimizer"): kind} for kind in dict.fromkeys((train.optimizer, *kinds))]
 
 
 def settings_after(config: RunConfig, failed: RunConfig) -> list[RunConfig]:
@@ -130,8 +125,7 @@ def plans_until_one_fits(config: RunConfig, device: Device, failed: RunConfig | 
 def plan_step(config: RunConfig, device: Device, which: str = "") -> Plan:
     """Compile the training step of a configuration for the device, unless it cannot fit."""
     precision = choose_policy(config.execution.compute_dtype, device.device, device.kept_precision).compute
-    computed = dataclasses.replace(config, execution=dataclasses.replace(config.execution, compute_dtype=precision))
-    least = least_step_bytes(computed) / MIB
+    least = least_step_bytes(config.override({("execution", "compute_dtype"): precision})) / MIB
     if least > device.budget:
         return Plan(config, precision, least, {})
     with working(f"compiling the training step, {named(config)}{which}"):

@@ -13,8 +13,8 @@ import described_gpu
 import jax
 import pytest
 import record_plans
+from changes import changes_of
 from described_gpu import GPUS, Target, compile_for_gpu
-from presets import preset_with
 
 from moe_jax.cli.main import main
 from moe_jax.config import ConfigError, RunConfig, TrainConfig, UserError
@@ -70,11 +70,14 @@ def test_a_target_is_a_name_or_a_file(tmp_path: Path) -> None:
 
 
 def test_changes_of_a_preset_have_the_types_of_their_fields() -> None:
-    found = preset_with("nano", ["model.layers=3", "train.lr=0.5", "routing.top_k=1", "execution.remat=true"])
+    config = preset("nano")
+    found = config.override(
+        changes_of(config, ["model.layers=3", "train.lr=0.5", "routing.top_k=1", "execution.remat=true"])
+    )
     assert (found.model.layers, found.train.lr, found.model.routing.top_k, found.execution.remat) == (3, 0.5, 1, True)
     for text, said in (("model.size=3", "must be SECTION.NAME=VALUE"), ("model.layers=x", "is no int")):
         with pytest.raises(ConfigError, match=f"^--set {text}: {said}"):
-            preset_with("nano", [text])
+            changes_of(config, [text])
 
 
 def compiled(text: str) -> Any:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+import suites.command
 
 from tests.docs.pages import COMMAND_LINES, OTHERS, PAGES, ROOT, blocks, links, sentences, words_of
 from tests.support.commands import accept
@@ -94,6 +95,8 @@ def test_every_command_line_is_accepted(
         accept(words[3], words[4:])
     elif words[0] == "moe-jax":
         accept(words[1], words[2:])
+    elif words[0] == "benchmark.py":
+        suites.command.parse(words[1:], "")
     elif words[0] == "python" and words[1].startswith("benchmarks/"):
         assert (ROOT / words[1]).exists()
     elif words[:2] == ["python", "-c"]:

@@ -14,13 +14,13 @@ from tests.reliability import runs
 pytestmark = pytest.mark.reliability
 
 NOT_RUN = {
-    "--extra gpu-plan": "needs the extra gpu-plan; tests/planning runs it",
+    "--extra gpu-plan": "needs the extra gpu-plan; tests/benchmarks/test_record_plans.py runs it",
     "--extra gguf": "needs the package gguf; tests/interop runs it",
     "--extra peers": "needs PyTorch; tests/interop runs it",
     "pytest": "is what runs this",
     "python -m foundation": "takes minutes; tests/foundation runs the same checks",
     "moe-jax serve": "does not end by itself; tests/reliability/test_serve.py runs it",
-    "certify": "takes minutes; tests/reliability/test_terminal.py runs it, and tests/parallel tests a mesh",
+    "certify": "takes minutes; tests/reliability/test_terminal.py runs it",
     "--num-processes": "needs a second process; tests/parallel/test_processes.py runs two",
     "benchmark.py": "takes minutes; tests/benchmarks runs each suite on a tiny model",
     "compare.py": "trains for half an hour; tests/benchmarks/test_compare.py compares tiny models",
@@ -28,7 +28,6 @@ NOT_RUN = {
     "--run runs/book": "opens the run that the line above it trains; the same command is run on runs/nano",
     "moe-jax import": "downloads 13.8 GB; tests/interop/test_hub.py imports a tiny model from a server of its own",
     "--run olmoe": "opens the model that `import` makes; tests/interop/test_imported_run.py opens tiny ones",
-    "predict_card.py": "takes minutes; tests/benchmarks/test_predict_card.py measures a tiny model",
     "doctor --gpu": "fails without an NVIDIA card; tests/planning/test_card.py invents one",
     "--resume": "resumes the real run; tests/reliability/test_kills.py resumes tiny ones",
     "--upcycle": "trains for minutes; tests/training/test_upcycle.py does it on a tiny model",

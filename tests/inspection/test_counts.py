@@ -14,7 +14,7 @@ from moe_jax.inspection import corpus_routing, report, trace
 from moe_jax.inspection import specialisation as specialised
 from moe_jax.inspection.corpus_routing import CorpusRouting, corpus_data, dead_experts
 from moe_jax.inspection.specialisation import specialisation
-from moe_jax.inspection.trace import RoutingTrace
+from moe_jax.inspection.trace import RoutingTrace, attention_data
 from tests.inspection.test_trace import opened
 from tests.support import tiny
 
@@ -172,7 +172,7 @@ def test_the_stream_of_the_score_is_said(summary: dict[str, Any], stream: str, t
 
 def attention(window: np.ndarray) -> Any:
     config = tiny.config(layers=window.shape[0], heads=window.shape[1])
-    return report.attention_data(dataclasses.replace(traced(4), config=config, attention=[window]))
+    return attention_data(dataclasses.replace(traced(4), config=config, attention=[window]))
 
 
 def test_attention_weights_by_hand() -> None:

@@ -16,7 +16,6 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import moe_jax
-from benchmarks import public_shapes
 from moe_jax.config import UserError
 from moe_jax.interop.export import export
 from moe_jax.interop.imported_run import Form, import_run
@@ -25,6 +24,7 @@ from moe_jax.interop.source import open_source
 from moe_jax.model.quantized import in_tiles, quantize
 from moe_jax.model.transformer import abstract_model
 from moe_jax.runs.arrays import named_leaves
+from tests.interop import public_shapes
 from tests.interop.made import byte_tokenizer
 from tests.reliability import runs
 from tests.reliability.test_save import quota
@@ -45,7 +45,7 @@ SMALLER = {
 
 
 def published(folder: Path, name: str = "olmoe", shard_bytes: int = 100_000, **changes: Any) -> Path:
-    """A folder as `benchmarks/public_shapes.py` writes it, of a small model in several shards, with a tokenizer of
+    """A folder as a public mixture is published, of a small model in several shards, with a tokenizer of
     bytes, and with norms and routers that are no ones."""
     config = public_shapes.CONFIGS[name] | SMALL | SMALLER[name] | changes
     folder.mkdir()

@@ -31,7 +31,7 @@ NAMES += ("model.rope_scaling",)
 def bad_values(name: str, kind: Any, setting: bool) -> st.SearchStrategy[str]:
     """Values that a field of a command or of the configuration cannot have, as typed."""
     if get_origin(kind) is Literal:
-        return WORDS.filter(lambda word: word not in (*get_args(kind), "auto"))  # --preset auto is chosen later
+        return WORDS.filter(lambda word: word not in get_args(kind))
     if kind in (int, int | None):
         number = st.integers(max_value=-1) | st.integers(min_value=2**33 if setting else 2**40)
         return number.map(str) | WORDS | st.floats(0.1, 0.9).map(str)

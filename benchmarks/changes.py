@@ -1,10 +1,9 @@
-"""The settings of a preset with changes, for the scripts of this folder."""
+"""`--set SECTION.NAME=VALUE` of the scripts of this folder."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from moe_jax.config import ConfigError, RunConfig
-from moe_jax.config.presets import preset
 
 
 def changes_of(config: RunConfig, texts: Sequence[str]) -> dict[tuple[str, str], Any]:
@@ -25,9 +24,3 @@ def changes_of(config: RunConfig, texts: Sequence[str]) -> dict[tuple[str, str],
         except ValueError:
             raise ConfigError(f"--set {text}: is no {kind.__name__}") from None
     return values
-
-
-def preset_with(name: Any, texts: Sequence[str]) -> RunConfig:
-    """The settings of a preset with the values of `--set`. Raises ConfigError."""
-    config = preset(name)
-    return config.override(changes_of(config, texts))

@@ -1,27 +1,10 @@
-"""A folder with the exact shape of a public mixture, and random weights: bfloat16, in shards, named as published.
+"""The shapes of two public mixtures, as their folders name and store the tensors."""
 
-    uv run python benchmarks/public_shapes.py olmoe models/olmoe          6.9 billion parameters, 13.8 GB
-    uv run python benchmarks/public_shapes.py granite models/granite      1.3 billion, 2.7 GB
-
-For measurements where no public weights can be had. `import` reads such a folder as it reads the real one. What the
-model writes means nothing. The tokenizer is that of GPT-2, or that of bytes where its vocabulary cannot be had.
-"""
-
-import json
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
 
-from moe_jax.config import ConfigError, DataConfig, UserError
-from moe_jax.data.tokenizers import train_tokenizer
-from moe_jax.interop.tokenizers import tokenizer_json
-
-SHARD_BYTES = 10**9
 CONFIGS: dict[str, dict[str, Any]] = {
     "olmoe": {
         "model_type": "olmoe",
@@ -95,7 +78,7 @@ def shapes(config: dict[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield "lm_head.weight", (config["vocab_size"], width)
 
 
-def shards(config: dict[str, Any], most: int = SHARD_BYTES) -> Iterator[dict[str, tuple[int, ...]]]:
+def shards(config: dict[str, Any], most: int) -> Iterator[dict[str, tuple[int, ...]]]:
     """The tensors of each file, of at most so many bytes."""
     shard: dict[str, tuple[int, ...]] = {}
     for name, shape in shapes(config):
@@ -104,35 +87,3 @@ def shards(config: dict[str, Any], most: int = SHARD_BYTES) -> Iterator[dict[str
             shard = {}
         shard[name] = shape
     yield shard
-
-
-def write(config: dict[str, Any], folder: Path) -> None:
-    """Write the folder. Matrices are normal with a standard deviation of 0.02, vectors are ones."""
-    folder.mkdir(parents=True)
-    try:
-        tokenizer = train_tokenizer(DataConfig(tokenizer="gpt2"))
-    except (ConfigError, UserError):
-        tokenizer = train_tokenizer(DataConfig(tokenizer="byte"))
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json(tokenizer)))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
-    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": tokenizer.separator_id}, indent=1))
-    noise = np.random.default_rng(0).normal(size=2**24).astype(np.float32) * 0.02
-    noise = noise.astype(ml_dtypes.bfloat16)
-    rng, places = np.random.default_rng(1), {}
-    parts = list(shards(config))
-    for number, shard in enumerate(parts, 1):
-        name = f"model-{number:05}-of-{len(parts):05}.safetensors"
-        tensors = {}
-        for tensor, shape in shard.items():
-            size, start = int(np.prod(shape)), int(rng.integers(len(noise) // 2))
-            values = np.resize(noise[start : start + size], shape)
-            tensors[tensor] = values if len(shape) > 1 else np.ones(shape, ml_dtypes.bfloat16)
-            places[tensor] = name
-        save_file(tensors, folder / name, {"format": "pt"})
-        print(folder / name, flush=True)
-    index = {"metadata": {}, "weight_map": places}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-
-
-if __name__ == "__main__":
-    write(CONFIGS[sys.argv[1]], Path(sys.argv[2]))
