@@ -115,10 +115,8 @@ def print_table(config: RunConfig, chip: Target | Slice, sequences: int, asked: 
     if asked.out:
         from predicted.picture import save_scaling
 
-        from moe_jax.system.files import Folder
-
         Path(asked.out).mkdir(parents=True, exist_ok=True)
-        say(*save_scaling(rows, Folder(Path(asked.out)), f"{asked.preset}-{name}", f"{asked.preset} on {name}"))
+        say(*save_scaling(rows, Path(asked.out), f"{asked.preset}-{name}", f"{asked.preset} on {name}"))
     result: dict[str, Any] = {"preset": asked.preset, "chip": name, "sequences_per_device": sequences}
     print(json_text(result | {"rows": rows}))
     return 0 if any(plan.fits for plan in plans) else 1

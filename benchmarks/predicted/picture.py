@@ -2,10 +2,11 @@
 
 import io
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from moe_jax.plots.figures import COLOURS, check_installed
-from moe_jax.system.files import Folder
+from moe_jax.system.files import write_output
 
 type Row = Mapping[str, Any]
 """A row of the table, as `plan_pods.py --scaling` prints it."""
@@ -17,7 +18,7 @@ SCHEMES = {
 """Colours of the picture, for a light and for a dark page."""
 
 
-def save_scaling(rows: Sequence[Row], out: Folder, name: str, title: str) -> list[str]:
+def save_scaling(rows: Sequence[Row], out: Path, name: str, title: str) -> list[str]:
     """Draw `NAME-light.svg` and `NAME-dark.svg`. Returns the paths.
 
     Raises UserError where matplotlib is missing.
@@ -34,8 +35,8 @@ def save_scaling(rows: Sequence[Row], out: Folder, name: str, title: str) -> lis
         picture = io.BytesIO()
         with mpl.rc_context(style):
             scaling_figure(rows, title).savefig(picture, format="svg", metadata={"Date": None})
-        out.write(f"{name}-{scheme}.svg", picture.getvalue())
-        paths.append(str(out.path / f"{name}-{scheme}.svg"))
+        write_output(out / f"{name}-{scheme}.svg", picture.getvalue())
+        paths.append(str(out / f"{name}-{scheme}.svg"))
     return paths
 
 

@@ -14,7 +14,6 @@ import pytest
 
 from moe_jax.config import RunConfig, TrainConfig, UserError
 from moe_jax.runs.records import last_train_record
-from moe_jax.system.files import Folder
 from moe_jax.system.terminal import rich_console
 from moe_jax.training import logging
 from moe_jax.training.logging import MetricsLog, StepLogger, Terminal
@@ -26,7 +25,7 @@ RECORD = {"step": 7, "split": "train", "loss": 1.5, "skipped": False, "starved":
 
 def test_a_record_is_one_line_at_once(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("earlier\n")
-    log = MetricsLog(Folder(tmp_path))
+    log = MetricsLog(tmp_path)
     log.write(RECORD | {"loss": math.nan})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert (lines[0], json.loads(lines[1])) == ("earlier", RECORD | {"loss": None})
@@ -37,7 +36,7 @@ def test_a_record_is_one_line_at_once(tmp_path: Path) -> None:
 def test_the_newest_record_of_training_is_found_among_those_of_validation(tmp_path: Path) -> None:
     records = [{"step": step, "split": split} for step, split in ((1, "train"), (2, "train"), (2, "val"), (3, "val"))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    assert last_train_record(Folder(tmp_path)) == {"step": 2, "split": "train"}
+    assert last_train_record(tmp_path) == {"step": 2, "split": "train"}
 
 
 # The reports of steps

@@ -180,7 +180,7 @@ def test_a_run_with_adapters_holds_its_base_and_opens_merged(tuned: Any) -> None
     assert session.score(session.data.store.valid.stream, opened.params).loss == result["val_loss"]
     assert result["val_loss"] < session.score(session.data.store.valid.stream, start.params).loss
     assert result["params_trained"] == adapter_parameters(session.config).total < result["params_total"]
-    assert {f.state for f in examine(session.folder.path, repair=False)} == {"good"}
+    assert {f.state for f in examine(session.folder.path)} == {"good"}
 
 
 @pytest.mark.runs

@@ -179,7 +179,7 @@ def test_a_tuned_run_starts_at_its_base_and_says_what_it_scores(tuned: Any, base
     assert "endoftext" not in samples
     records = [json.loads(line) for line in (session.folder.path / "metrics.jsonl").read_text().splitlines()]
     assert all(r["answer_tokens"] > 0 for r in records if r["split"] == "train")
-    assert {f.state for f in examine(session.folder.path, repair=False)} == {"good"}
+    assert {f.state for f in examine(session.folder.path)} == {"good"}
     assert load_config(session.folder.path) == dataclasses.replace(session.config, resume=False)
 
 
