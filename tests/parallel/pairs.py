@@ -32,6 +32,10 @@ class Ended(NamedTuple):
     out: tuple[str, str]
     errors: tuple[str, str]
 
+    def printed(self, process: int) -> list[str]:
+        """The lines of stdout, without those of gloo, which connects the processes on CPUs."""
+        return [line for line in self.out[process].splitlines() if not line.startswith("[Gloo]")]
+
     def lines(self, process: int) -> list[str]:
         """The lines of stderr."""
         return [line for line in self.errors[process].splitlines() if not line.startswith("tokenizing ")]
