@@ -7,18 +7,16 @@
     uv run --extra peers benchmark.py peers        Mixtral of Hugging Face transformers, in PyTorch
     uv run benchmark.py           moe, train and decode; and peers if its extra is installed
 
-The results go into `runs/bench`, beside machine, versions and commit. In a pipe, or with `--json`, the last line of the
-output is one JSON object. `moe_jax/cli/benchmark.py` runs the suites.
+The candidates run in turn and their medians are compared, so a slow phase of the machine hits all of them. The results
+go into `runs/bench`, beside machine, versions and commit. The last line of the output is one JSON object.
+`benchmarks/suites/` has the suites.
 """
 
-import signal
 import sys
+from functools import partial
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` listens, Ctrl-C ends the program without a traceback
-
-from moe_jax.cli.benchmark import Benchmark
-from moe_jax.cli.main import main, run_as
+from benchmarks.suites.command import run
+from moe_jax.cli.main import main
 
 if __name__ == "__main__":
-    sys.exit(main(lambda argv: run_as(Benchmark, argv, "benchmark.py")))
+    sys.exit(main(partial(run, about=__doc__ or "")))

@@ -6,18 +6,13 @@
     uv run train.py --out runs/x --resume                  continue a run
     uv run train.py --preset story-cpu --dry-run           print the costs of the settings, do not train
 
-`--help` lists the flags. The README lists the files that a run leaves in its folder. `Train.execute` in
-`moe_jax/cli/train.py` does the run: settings, session, loop, report.
+`--help` lists the usual flags, `--help-verbose` all of them. `moe_jax/training/run.py` does the run: set-up, loop,
+report. The README lists the files that a run leaves in its folder.
 """
 
-import signal
 import sys
 
-if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `main` listens, Ctrl-C ends the program without a traceback
-
 from moe_jax.cli.main import main, run_as
-from moe_jax.cli.train import Train
 
 if __name__ == "__main__":
-    sys.exit(main(lambda argv: run_as(Train, argv, "train.py")))
+    sys.exit(main(lambda argv: run_as("train", argv, "train.py")))

@@ -22,8 +22,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from presets import changes_of
+
 from moe_jax.cli.main import main
-from moe_jax.cli.settings import read_set, run_arguments
 from moe_jax.config import ConfigError, Dense, RunConfig, UserError
 from moe_jax.config.presets import PRESETS, preset
 from moe_jax.system import environment
@@ -84,10 +85,10 @@ def settings_to_compare(name: str, changes: Sequence[str], data: str) -> RunConf
     Raises ConfigError for a wrong value, and for a setting that is chosen for each run.
     """
     config = preset(name)
-    values = read_set(changes, run_arguments(config))
+    values = changes_of(config, changes)
     for section, field in values:
-        if not section or (section, field) in OF_EACH_RUN:
-            raise ConfigError(f"--set {section}.{field}: is chosen for each run; leave it out".replace(" .", " "))
+        if (section, field) in OF_EACH_RUN:
+            raise ConfigError(f"--set {section}.{field}: is chosen for each run; leave it out")
     return config.override(values | ({("data", "source"): data} if data else {}))
 
 

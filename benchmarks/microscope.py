@@ -27,17 +27,20 @@ from pathlib import Path
 from typing import Any, cast
 
 import jax
+import llama_cpp
 import numpy as np
-import weights
 import xxhash
+from suites import decoding
 
-from moe_jax.benchmarks import decoding
+from moe_jax.config import ModelConfig
 from moe_jax.inference.decode import NOTHING_GIVEN, Decoder, cast_once
 from moe_jax.inference.sampling import Sampling
 from moe_jax.interop.export import export
 from moe_jax.interop.imported_run import Form, import_run, rounded_part
 from moe_jax.interop.pretrained import Pretrained
 from moe_jax.interop.source import open_source
+from moe_jax.model.transformer import Params
+from moe_jax.runs.arrays import named_leaves
 from moe_jax.runs.load import LoadedRun, find_checkpoint, open_run
 from moe_jax.system.files import json_text
 from moe_jax.system.machine import alternate, memory_read_benchmark, processor
@@ -93,12 +96,28 @@ def writing(run: LoadedRun) -> dict[str, float]:
     read, size = memory_read_benchmark()
     times = alternate({"write": write, "read": read}, 9)
     result = {"token, s": times["write"].median / 8, "memory, GB/s": size / times["read"].median / 1e9}
-    result["bytes of a token, s"] = weights.bytes_per_token(run.config.model, params) / result["memory, GB/s"] / 1e9
+    result["bytes of a token, s"] = bytes_per_token(run.config.model, params) / result["memory, GB/s"] / 1e9
     result["token / its bytes"] = result["token, s"] / result["bytes of a token, s"]
     result["prompt of 64, s"] = seconds(lambda: decoder.read(params, tokens[:64]))
     result["writing, peak GB"] = peak()
     prompts = Decoder(run.writer, 512, run.tokenizer.vocab_size)
     return result | {"prompt of 512, s": seconds(lambda: prompts.read(params, tokens)), "prompts, peak GB": peak()}
+
+
+def bytes_per_token(model: ModelConfig, params: Params) -> int:
+    """Bytes of the parameters that one token reads: one row of an embedding that is not the head, one position, K of E
+    experts, and everything else."""
+    total = 0
+    for name, leaf in named_leaves(params).items():
+        size = leaf.nbytes
+        if name.startswith("embedding") and not model.tied_head:
+            size //= model.vocab_size
+        elif name == "position":
+            size //= model.seq_len
+        elif ".ffn.experts." in name and model.dense == "none":
+            size = size * model.routing.top_k // model.experts
+        total += size
+    return total
 
 
 def gguf(source: Path, form: Form) -> Path:
@@ -111,9 +130,9 @@ def gguf(source: Path, form: Form) -> Path:
     import_run(Pretrained.open(source, "SOURCE"), "bfloat16", 1024, whole)
     export(open_source(whole), "gguf", "bfloat16", out, "")
     shutil.rmtree(whole)
-    weights.silence()
+    llama_cpp.silence()
     settings = ffi.new("struct llama_model_quantize_params *", library.llama_model_quantize_default_params())
-    settings.nthread, settings.ftype = weights.THREADS, 2 if form == "int4" else 7
+    settings.nthread, settings.ftype = llama_cpp.THREADS, 2 if form == "int4" else 7
     made = out / "rounded.gguf"
     assert library.llama_model_quantize(bytes(out / "model.gguf"), bytes(made), settings) == 0
     (out / "model.gguf").unlink()
@@ -125,8 +144,8 @@ def beside_llama_cpp(run: LoadedRun, made: Path) -> dict[str, float]:
     time."""
     model, params = run.config.model, cast_once(run.writer, run.params)
 
-    def llama() -> weights.LlamaCpp:
-        return weights.LlamaCpp(made, model.seq_len, use_mmap=False)
+    def llama() -> llama_cpp.LlamaCpp:
+        return llama_cpp.LlamaCpp(made, model.seq_len, use_mmap=False)
 
     token = in_turn("token", decoding.token_call(model, params), llama().token(model.seq_len // 2))
     return token | in_turn("prompt of 512", decoding.prefill_call(model, params, 512), llama().prompt([1] * 512))
@@ -134,7 +153,7 @@ def beside_llama_cpp(run: LoadedRun, made: Path) -> dict[str, float]:
 
 def in_turn(what: str, ours: Callable[[], Any], theirs: Callable[[], Any]) -> dict[str, float]:
     """Median seconds of both, the rate of ours over theirs, and the larger spread."""
-    times = alternate({"ours": ours, "theirs": theirs}, 7, rest=weights.REST_SECONDS, turn=weights.TURN_SECONDS)
+    times = alternate({"ours": ours, "theirs": theirs}, 7, rest=llama_cpp.REST_SECONDS, turn=llama_cpp.TURN_SECONDS)
     return {
         f"{what}, s": times["ours"].median,
         f"llama.cpp, {what}, s": times["theirs"].median,
@@ -148,7 +167,7 @@ if __name__ == "__main__":
     out = source.with_name(f"{source.name}-{form}-measured")
     shutil.rmtree(out, ignore_errors=True)
     found = importing(source, form, out)
-    reason, made = weights.why_not(find_checkpoint(out, None)[0]), None
+    reason, made = llama_cpp.why_not(find_checkpoint(out, None)[0]), None
     if not reason:  # in a process that ends before the run is in memory
         with ProcessPoolExecutor(1, get_context("spawn")) as process:
             made = process.submit(gguf, source, form).result()

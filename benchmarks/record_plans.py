@@ -1,43 +1,138 @@
-"""Record the plans of presets on described cards, for `moe-jax plan`: all pairs, or those that are named.
+"""Plan the memory of a run on a GPU that need not be there, by compiling its programs for the GPU.
 
-    uv run --isolated --extra gpu-plan python benchmarks/record_plans.py
-    uv run --isolated --extra gpu-plan python benchmarks/record_plans.py seed-158m:rtx3050-4gb nano:h100-80gb
+    uv run --isolated --extra gpu-plan python benchmarks/record_plans.py --set model.layers=4
+    uv run --isolated --extra gpu-plan python benchmarks/record_plans.py --set execution.mesh=expert=4
+    uv run --isolated --extra gpu-plan python benchmarks/record_plans.py --record
 
-All pairs take hours of processor time. What an earlier plan has compiled is looked up.
+The first tries the settings with which a run may fit the GPU, and prints the plan that fits (`moe_jax.planning`). With
+a mesh, the training step is compiled for several GPUs, each with the sequences of a step of the preset, and the memory
+of one is printed. With `--set train.lora_rank=16` a fine-tuning by adapters is planned. The exit status is 0 if a
+setting fits. The last line of the output is JSON.
+
+With --record, the plans of the presets are written for `moe-jax plan`, for all pairs or those that are named, such as
+`nano:h100-80gb`. All pairs take hours of processor time.
 """
 
+import argparse
+import dataclasses
 import importlib.metadata
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # compiling for a described card must not occupy a real one
+
+import described_gpu
+from described_gpu import Target, bound
+from presets import preset_with
 
 from moe_jax.cli.main import main
+from moe_jax.config import ConfigError, MeshShape, RunConfig
 from moe_jax.config.presets import PRESETS, preset, with_vocabulary
-from moe_jax.planning.plans import RECORDED, digest
-from moe_jax.planning.target import described_gpus, load_target
+from moe_jax.parallel.layout import mesh_of
+from moe_jax.planning.fitting import Device, plans_until_one_fits, program_mib
+from moe_jax.planning.plans import DEFAULT_GPU, RECORDED, Plan, chosen, named
 from moe_jax.system import environment
+from moe_jax.system.environment import MIB
 from moe_jax.system.files import json_text
+from moe_jax.system.terminal import say
+from moe_jax.training.programs import Programs
 
-PAIRS = [f"{name}:{gpu}" for name in PRESETS for gpu in described_gpus()]
+CARDS_PER_HOST = 8
+"""Cards of one machine, in plans for more of them than this."""
+
+
+def walk(config: RunConfig, target: Target, budget: float) -> Iterator[Plan]:
+    """The plans of the settings of `config`, to the first that fits `budget` MiB of the described GPU."""
+    device = Device(target, budget, lambda *program: bound(target, *program, most=budget))
+    return plans_until_one_fits(config, device)
+
+
+def with_adapters(config: RunConfig) -> RunConfig:
+    """The settings of a fine-tuning by adapters of this model: AdamW for the adapters, on conversations."""
+    train = dataclasses.replace(config.train, optimizer="adamw", muon_router=False)
+    return dataclasses.replace(config, train=train, data=dataclasses.replace(config.data, format="chat"))
+
+
+def mesh_mib(config: RunConfig, target: Target) -> float:
+    """MiB of one card in a training step on the mesh of the configuration. Raises ConfigError, UserError."""
+    mesh = config.execution.mesh
+    count = MeshShape.parse(mesh).devices
+    if count > CARDS_PER_HOST and count % CARDS_PER_HOST:
+        raise ConfigError(f"mesh {mesh}: has {count} places; give at most {CARDS_PER_HOST}, or a multiple")
+    hosts = -(-count // CARDS_PER_HOST)
+    described = described_gpu.gpu_devices(target, f"1x{hosts}x{count // hosts}")
+    programs = Programs.of(config, target, mesh=mesh_of(mesh, described))
+    batch = programs.batch_shapes(config.train.batch_size, config.train.grad_accum)
+    if programs.layout is None:  # a mesh of one place
+        lowered = described_gpu.lower_for(target, programs.step, programs.state_shapes, batch)
+    else:
+        lowered = programs.step.lower(programs.state_shapes, batch)  # pyright: ignore[reportFunctionMemberAccess]
+    return program_mib(described_gpu.compile_for_gpu(lowered, {}))
+
+
+def plan(asked: argparse.Namespace) -> int:
+    """Plan the settings that were asked for, and print the result."""
+    target, mesh = Target.load(asked.gpu), ""
+    config = preset_with(asked.preset, asked.set)
+    budget = config.execution.memory_bytes / MIB or target.facts().budget
+    if mesh := config.execution.mesh:
+        config = config.on_mesh(mesh, preset(asked.preset).train.batch_size * preset(asked.preset).train.grad_accum)
+    config = with_vocabulary(with_adapters(config) if config.train.lora_rank else config)
+    say(f"{asked.preset} on {target.device_kind}: a run may use {budget:,.0f} MiB")
+    if mesh:
+        total = mesh_mib(config, target)
+        result = {"preset": asked.preset, "gpu": target.name, "mesh": mesh, "total_mib": round(total, 1)}
+        result |= {"budget_mib": round(budget, 1), "fits": total <= budget, "micro_batch": config.train.batch_size}
+    else:
+        plans = []
+        for tried in walk(config, target, budget):
+            plans.append(tried)
+            programs = ", ".join(f"{name} {mib:,.0f} MiB" for name, mib in tried.programs.items())
+            say(f"{named(tried.config)}: {programs or f'at least {tried.least:,.0f} MiB'}")
+        result = chosen(plans, budget).summary(target.name, budget)
+    print(json_text(result))
+    return 0 if result["fits"] else 1
+
+
+def record(pairs: Sequence[str]) -> int:
+    """Write the plans of pairs PRESET:GPU, and the facts of every described GPU."""
+    cards = {name: Target.load(name).facts()._asdict() for name in described_gpu.names()}
+    for card in cards.values():
+        del card["name"]
+    for pair in pairs or [f"{name}:{gpu}" for name in PRESETS for gpu in cards]:
+        name, _, gpu = pair.partition(":")
+        config, target = with_vocabulary(preset_with(name, [])), Target.load(gpu)
+        plans = [plan.to_json() for plan in walk(config, target, target.facts().budget)]
+        found = json.loads(RECORDED.read_text())["plans"]
+        found[f"{name} {gpu}"] = {"jaxlib": importlib.metadata.version("jaxlib"), "plans": plans}
+        write({"cards": cards, "plans": found})
+        print(pair, plans[-1]["setting"], plans[-1]["programs"], flush=True)
+    return 0
+
+
+def write(document: dict[str, dict[str, object]]) -> None:
+    """Write plans.json, a card or a pair a line."""
+    parts = []
+    for part, entries in document.items():
+        lines = [f"{json.dumps(key)}: {json_text(entries[key])}" for key in sorted(entries)]
+        parts.append(f"{json.dumps(part)}: {{\n" + ",\n".join(lines) + "\n}")
+    RECORDED.write_text("{\n" + ",\n".join(parts) + "\n}\n", encoding="utf-8")
 
 
 def run(argv: Sequence[str]) -> int:
-    os.environ["JAX_PLATFORMS"] = "cpu"  # as `plan` does
+    about, _, more = (__doc__ or "").partition("\n\n")
+    parser = argparse.ArgumentParser(
+        description=about, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--preset", default="seed-158m", choices=list(PRESETS), help="the settings to start from")
+    parser.add_argument("--set", action="append", default=[], help="SECTION.NAME=VALUE, as for train.py")
+    parser.add_argument("--gpu", default=DEFAULT_GPU, help="name of a described GPU, or a file that describes one")
+    parser.add_argument("--record", nargs="*", metavar="PRESET:GPU", help="write the plans for `moe-jax plan`")
+    asked = parser.parse_args(argv)
     environment.prepare_environment()
-    from moe_jax.planning.ladder import Room, walk
-
-    for pair in argv or PAIRS:
-        name, _, gpu = pair.partition(":")
-        config, target = with_vocabulary(preset(name)), load_target(gpu)
-        plans = [plan.to_json() for plan in walk(config, Room.on(target))]
-        found = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
-        compiler = {"digest": digest(config, target), "jaxlib": importlib.metadata.version("jaxlib")}
-        found[f"{name} {gpu}"] = compiler | {"plans": plans}
-        lines = [f"{json.dumps(key)}: {json_text(found[key])}" for key in sorted(found)]
-        RECORDED.write_text("{\n" + ",\n".join(lines) + "\n}\n", encoding="utf-8")  # a pair a line
-        print(pair, plans[-1]["setting"], plans[-1]["programs"], flush=True)
-    return 0
+    return plan(asked) if asked.record is None else record(asked.record)
 
 
 if __name__ == "__main__":

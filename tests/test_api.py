@@ -21,7 +21,7 @@ from moe_jax.inference.generate import TextGenerator
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import merge
-from moe_jax.training.loop import finish, train
+from moe_jax.training.run import finish, take_steps
 from moe_jax.training.session import Session
 from tests.support import saved_run, tiny
 
@@ -52,7 +52,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
         execution=ExecutionConfig(compute_dtype="float32"),
     )
     session = Session.open(config)
-    train(session)
+    take_steps(session)
     return session.folder.path, finish(session)
 
 

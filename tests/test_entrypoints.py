@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from moe_jax.cli.main import main, run_as, run_command
-from moe_jax.cli.train import Train
 from tests.reliability import runs
 from tests.support import saved_run
 
@@ -54,7 +53,7 @@ def test_training_leaves_its_files(trained: Path) -> None:
 
 
 def train(out: Path, *argv: str) -> None:
-    assert main(lambda given: run_as(Train, given, "train.py"), ["--out", str(out), "--resume", *argv]) == 0
+    assert main(lambda given: run_as("train", given, "train.py"), ["--out", str(out), "--resume", *argv]) == 0
 
 
 def test_a_run_without_steps_left_says_so(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

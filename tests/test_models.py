@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax.cli.evaluate import Evaluate
-from moe_jax.cli.inspect import Doctor
+from moe_jax.cli.main import run_command
 from moe_jax.config import UserError
 from moe_jax.runs.catalog import SHIPPED
 from moe_jax.runs.load import open_run
@@ -51,10 +50,10 @@ def test_reading_leaves_no_file_in_the_package(capsys: pytest.CaptureFixture[str
     """An installation may be read-only, and even where it is not, nothing belongs there."""
     before = files(SHIPPED)
     for name in SCORES:
-        assert Doctor.parse(["--run", name]).execute() == 0
+        assert run_command(["doctor", "--run", name]) == 0
     assert "damaged" not in capsys.readouterr().out
     with pytest.raises(UserError, match=r"the run's validation text is not at hand .* give a text to score"):
-        Evaluate.parse(["--run", "stories"]).execute()
+        run_command(["evaluate", "--run", "stories"])
     assert files(SHIPPED) == before
 
 

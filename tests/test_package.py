@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax.cli.command import COMMANDS
+from moe_jax.cli.main import COMMANDS
 
 pytestmark = pytest.mark.package
 ROOT = Path(__file__).parent.parent
@@ -40,7 +40,7 @@ def test_every_command_is_there(program: Path, command: str) -> None:
 
 def test_the_wheel_trains_and_tells_and_inspects(program: Path, tmp_path: Path) -> None:
     """Without a checkout, the package has all the files that it needs, the page of the report included."""
-    small = ["--model.layers=1", "--model.width=32", "--seq-len=64", "--batch-size=2", "--set=data.stories=200"]
+    small = ["--model.layers=1", "--model.width=32", "--seq-len=64", "--batch-size=2", "--data.stories=200"]
     cache = {"MOE_JAX_CACHE": str(tmp_path / "cache")}
     run(program, "train", *small, "--steps=3", "--out", "run", cwd=tmp_path, **cache)
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 3

@@ -30,7 +30,7 @@ from moe_jax.model.costs import training_flops
 from moe_jax.system import machine
 from moe_jax.system.files import json_text, write_atomically
 from moe_jax.system.machine import alternate
-from moe_jax.training.programs import RandomTokenTrainer
+from suites.random_tokens import RandomTokenTrainer
 
 ROUNDS = 9
 """Steps of each model that are timed."""

@@ -3,8 +3,6 @@
     model.py        every certificate of a model; each program is compiled once
     causality.py    no token changes an earlier output
     arithmetic.py   the arithmetic of the compiled programs
-    mesh.py         the training step of several devices
-    collectives.py  what the devices of a compiled program send each other
 
 The compiled programs are read by `system.hlo`.
 """

@@ -96,7 +96,7 @@ def step_arithmetic(config: RunConfig, batch_size: int) -> Iterator[Certificate]
             f"arithmetic: {'expert layers' if part == 'ffn' else part} within the step",
             0 <= missing[part] <= unnamed,
             found,
-            f"exactly {needed[part]:,}" + ", without those that have no name" * (unnamed > 0),
+            f"exactly {needed[part]:,}" + (", without those that have no name" if unnamed else ""),
             title=f"operations of {what} in a training step",
         )
     rest = ours.flops - sum(parts.values())
@@ -126,14 +126,12 @@ def router_precision(step: Program, needed: int) -> Certificate:
     )
 
 
-def part_products(programs: Programs, batch: int, devices: int = 1) -> dict[str, int]:
+def part_products(programs: Programs, batch: int) -> dict[str, int]:
     """`step_products`, with the form of attention of the programs, and with the head as it is padded: its columns on a
-    card, and its blocks of tokens where these are many. With several `devices` along a mesh axis `expert`, `batch` is
-    the number of sequences of one device."""
-    model, form = programs.config.model, cross_entropy.gpu_form()
-    if jax.default_backend() == "cpu":
-        form = cross_entropy.cpu_form()
+    card, and its blocks of tokens where these are many."""
+    model = programs.config.model
+    form = cross_entropy.cpu_form() if jax.default_backend() == "cpu" else cross_entropy.gpu_form()
     columns = -(-model.vocab_size // form.columns) * form.columns
     rows = math.prod(cross_entropy.token_blocks(batch * model.seq_len, columns))
     cudnn = programs.attention.implementation == "cudnn"
-    return step_products(programs.config, batch, devices, cudnn) | {"head": 6 * model.width * columns * rows}
+    return step_products(programs.config, batch, cudnn=cudnn) | {"head": 6 * model.width * columns * rows}

@@ -183,7 +183,7 @@ def perturbed(
     slots; None: nothing is dropped. A sequence takes `flops` operations.
 
     Unless given, the positions are all. If they take more than MOST_FLOPS operations, they are evenly spaced ones, and
-    those where a queue becomes full.
+    those where a queue becomes full. With slots, a test in which nothing was dropped proves nothing, and fails.
     """
     sequences, tokens = before.shape[:2]
     allowed = int(MOST_FLOPS / (flops * sequences))
@@ -191,14 +191,9 @@ def perturbed(
         positions = spaced(0, tokens - 1, allowed)
         if slots is not None:
             positions = np.union1d(positions, crowded_positions(run(before, trace=True)[0], slots))
-    return _certificate(name, title, count_changes(run, before, other, positions), slots)
-
-
-def _certificate(name: str, title: str, counted: PerturbationResult, slots: int | None) -> Certificate:
-    """With a capacity, a test in which nothing was dropped proves nothing, and fails."""
+    found = count_changes(run, before, other, positions)
     claim = "none changes; nothing is dropped" if slots is None else "none changes, while choices are dropped"
-    passed = counted.causal and (counted.dropped > 0 or slots is None)
-    return Certificate(name, passed, str(counted), claim, title)
+    return Certificate(name, found.causal and (found.dropped > 0 or slots is None), str(found), claim, title)
 
 
 def model_causality(config: RunConfig, params: Params) -> Iterator[Certificate]:
@@ -295,13 +290,12 @@ def tokens_causality(
     model: ModelConfig,
     run: Callable[..., tuple[Any, Any]],
     slots: int | None,
-    multiple: int = 1,
     positions: np.ndarray | None = None,
     title: str = "",
 ) -> Certificate:
-    """Test `run(tokens [B, T])` as `perturbed` does, on random tokens. B is a multiple of `multiple`."""
+    """Test `run(tokens [B, T])` as `perturbed` does, on random tokens."""
     routed = layer_flops(model, 1) if model.dense == "none" else 6 * model.seq_len * model.width * model.dense_hidden
     flops = model.layers * (routed + attention_flops(model, 1))
-    shape = 2, multiple * -(-sequences_for(flops * model.seq_len) // multiple), model.seq_len
+    shape = 2, sequences_for(flops * model.seq_len), model.seq_len
     before, other = np.random.default_rng(0).integers(0, model.vocab_size, shape).astype(np.int32)
     return perturbed(name, title or name.partition(": ")[2], run, before, other, flops, slots, positions)

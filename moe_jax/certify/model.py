@@ -6,7 +6,10 @@ compilations   step, evaluation, prefill and decoding are compiled once each    
 """
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +22,10 @@ from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.transformer import Params, abstract_model, create, split
 from moe_jax.training.evaluate import evaluate, make_evaluation_step
-from moe_jax.training.programs import RandomTokenTrainer
+from moe_jax.training.programs import Programs
+
+LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
+"""The event that jax records once for each program that it compiles or takes from its cache on the disk."""
 
 
 def initial_params(config: RunConfig) -> Params:
@@ -40,40 +46,58 @@ def initial_params(config: RunConfig) -> Params:
 
 def certify(config: RunConfig, params: Params, batch_size: int) -> Iterator[Certificate]:
     """Yield the certificates of a model one by one. `config.model.vocab_size` must not be 0."""
-    decoder = Decoder(abstract_model(config.model)[0], config.model.seq_len, config.model.vocab_size)
     if config.model.dense == "none":
         yield layer_causality(config.model, params["blocks"][0]["ffn"])
     yield from model_causality(config, params)
-    yield writing_causality(decoder, params, config.model.vocab_size)
+    yield writing_causality(_decoder(config), params, config.model.vocab_size)
     if config.model.dense == "none":
         yield from layer_arithmetic(config.model)
         yield from step_arithmetic(config, batch_size)
-    yield compilations(config, params, batch_size, decoder)
+    yield compilations(config, params, batch_size)
 
 
-def compilations(config: RunConfig, params: Params, batch_size: int, decoder: Decoder) -> Certificate:
-    """Run step, evaluation, prefill and decoding on several inputs, and count how often each was compiled."""
+def _decoder(config: RunConfig) -> Decoder:
+    return Decoder(abstract_model(config.model)[0], config.model.seq_len, config.model.vocab_size)
+
+
+@contextmanager
+def compilations_counted() -> Iterator[Counter[str]]:
+    """How often jax compiles each function while the context is open, by the function's name."""
+    counts: Counter[str] = Counter()
+
+    def note(event: str, seconds: float, **about: Any) -> None:
+        if event == LOWERED:
+            counts[str(about.get("fun_name")).removeprefix("jit(").removesuffix(")")] += 1
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    try:
+        yield counts
+    finally:
+        jax.monitoring.unregister_event_duration_listener(note)
+
+
+def compilations(config: RunConfig, params: Params, batch_size: int) -> Certificate:
+    """Run step, evaluation, prefill and decoding on several inputs, and count how often each is compiled."""
     length, vocabulary = config.model.seq_len, config.model.vocab_size
-    rng = np.random.default_rng(0)
+    rng, decoder = np.random.default_rng(0), _decoder(config)
     evaluation = make_evaluation_step(abstract_model(config.model)[0])
-    for n in (1, length):
-        stream = rng.integers(0, vocabulary, length + n).astype(np.int32)
-        evaluate(evaluation, params, stream, seq_len=length, token_bytes=np.ones(vocabulary, np.int64))
-        prompt = [int(t) for t in rng.integers(0, vocabulary, n)]
-        list(decoder.stream(params, prompt, settings=Sampling(), key=jax.random.key(n), stop=-1, limit=3))
-    trainer = RandomTokenTrainer.of(config, batch_size)
-    for _ in range(2):
-        jax.block_until_ready(trainer())
-    programs = {
-        "step": trainer.step,
-        "evaluation": evaluation,
-        "prefill": decoder.prefill,
-        "decoding": decoder.write,
+    with compilations_counted() as written:
+        for n in (1, length):
+            stream = rng.integers(0, vocabulary, length + n).astype(np.int32)
+            evaluate(evaluation, params, stream, seq_len=length, token_bytes=np.ones(vocabulary, np.int64))
+            prompt = [int(t) for t in rng.integers(0, vocabulary, n)]
+            list(decoder.stream(params, prompt, settings=Sampling(), key=jax.random.key(n), stop=-1, limit=3))
+    programs = Programs.of(config)
+    state, tokens = programs.state(programs.initial_params()), rng.integers(0, vocabulary, (1, batch_size, length + 1))
+    with compilations_counted() as trained:
+        for _ in range(2):
+            state, report = programs.step(state, tokens.astype(np.int32))
+            jax.block_until_ready(report)
+    counts = {
+        "step": trained["step"],
+        "evaluation": written["step"],
+        "prefill": written["prefill"],
+        "decoding": written["write"],
     }
-    counts = {name: program._cache_size() for name, program in programs.items()}  # pyright: ignore
-    return Certificate(
-        "compilations",
-        set(counts.values()) == {1},
-        ", ".join(f"{name} {count}" for name, count in counts.items()),
-        "1 each",
-    )
+    found = ", ".join(f"{name} {count}" for name, count in counts.items())
+    return Certificate("compilations", set(counts.values()) == {1}, found, "1 each")

@@ -1,20 +1,9 @@
-"""The command line. `COMMANDS` in `command.py` says in which file each command is.
+"""The commands: one file a command, one function each. tyro turns the function's parameters into flags.
 
-    main.py           starts a program: argv becomes a command, an error becomes one line and an exit status
-    command.py        Command, the base class of commands, their list, and what they check
-    arguments.py      argv becomes values; a wrong argument becomes one sentence
-    settings.py       the settings of a run: preset (`--preset auto` too), file, flags
-    help.py           help
+    main.py        finds the command, and turns an error into one line and an exit status
+    settings.py    the flags of a run's settings, and what the run starts from
+    options.py     parameters that commands share, and checks of outputs
 
-    train.py          train, fine-tune (`sft`)
-    generate.py       write a text, chat                serve.py          answer over HTTP
-    evaluate.py       score a text                      certify.py        test claims about a model
-    runs.py           the list of runs
-    inspect.py        the routing report, pictures, verified checkpoints
-    import_model.py   a public model as a run
-    export.py         a run for other programs, or with quantised weights
-    plan.py           settings that fit a GPU
-    benchmark.py      measure the costs
-
-No file here imports jax before the arguments are accepted.
+The arguments are accepted first. Only then does a command import what it needs, jax included. Commands do not import
+each other.
 """

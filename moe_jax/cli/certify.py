@@ -1,12 +1,12 @@
 """`moe-jax certify`."""
 
-import itertools
-from dataclasses import dataclass
+from pathlib import Path
 
-from moe_jax.cli.command import Command, check_range, check_run_folder, print_json
-from moe_jax.config import MeshShape, PresetName
-from moe_jax.config.presets import preset, with_vocabulary
-from moe_jax.runs.catalog import run_folder, title
+from moe_jax.cli.options import Json, check_range, checked_run, print_json
+from moe_jax.config import PresetName
+from moe_jax.config.presets import preset as preset_named
+from moe_jax.config.presets import with_vocabulary
+from moe_jax.runs.catalog import title
 from moe_jax.system import environment
 from moe_jax.system.terminal import say, working
 
@@ -23,62 +23,44 @@ NOT_TRIED = (
 )
 
 
-@dataclass(frozen=True)
-class Certify(Command):
+def certify(preset: PresetName = "nano", run: str = "", batch_size: int = 2, json: Json = False) -> int:
     """Test claims about a model: causality, exact arithmetic of compiled programs, and number of compilations.
 
     The exit status is 1 if a certificate fails. The last line of the output is JSON if it is asked for, or if the
     output is a file or a pipe.
+
+    Args:
+        preset: The model to test, with its initial parameters.
+        run: Folder of a run. Its model and its trained parameters are tested instead.
+        batch_size: Sequences of the training step that is compiled and run.
     """
+    check_range("--batch-size", batch_size, 1, 4096)
+    folder = checked_run(run) if run else ""
+    what = f"run {title(Path(folder))}" if run else f"preset {preset}, initial parameters"
+    environment.prepare_environment()
+    with working(f"loading {what}"):
+        from moe_jax.certify.model import certify as certificates
+        from moe_jax.certify.model import initial_params
+        from moe_jax.runs.load import open_run
 
-    preset: PresetName = "nano"
-    """The model to test, with its initial parameters."""
-    run: str = ""
-    """Folder of a run. Its model and its trained parameters are tested instead."""
-    batch_size: int = 2
-    """Sequences of the training step that is compiled and run. On a mesh, those of each device."""
-    mesh: str = ""
-    """Test the training step of several devices too, such as data=2,expert=4: what each computes, and what they send
-    each other."""
-    json: bool = False
-    """Print the results as JSON too."""
-
-    def execute(self) -> int:
-        check_range("--batch-size", self.batch_size, 1, 4096)
-        run = run_folder(self.run)
-        if self.run:
-            check_run_folder(str(run))
-        what = f"run {title(run)}" if self.run else f"preset {self.preset}, initial parameters"
-        MeshShape.parse(self.mesh)
-        environment.prepare_environment()
-        with working(f"loading {what}"):
-            from moe_jax.certify.mesh import certify_mesh
-            from moe_jax.certify.model import certify, initial_params
-            from moe_jax.parallel.layout import mesh_of
-            from moe_jax.runs.load import open_run
-
-            if self.run:
-                opened = open_run(run)
-                config, params = opened.config, opened.params
-            else:
-                config = with_vocabulary(preset(self.preset))
-                params = initial_params(config)
-        remaining = certify(config, params, self.batch_size)
-        if (mesh := mesh_of(self.mesh)) is not None:
-            on_mesh = certify_mesh(config.on_mesh(self.mesh, self.batch_size, micro_batches=2), params, mesh)
-            remaining = itertools.chain(remaining, on_mesh)
-        say(f"certificates of {what}", TRIED, NOT_TRIED, "")
-        results = []
-        while True:
-            with working(f"testing claim {len(results) + 1}"):
-                certificate = next(remaining, None)
-            if certificate is None:
-                break
-            results.append(certificate)
-            say(f"{'pass' if certificate.passed else 'FAIL'}  {certificate.title or certificate.name}")
-            say(f"      {certificate.found}", f"      asked: {certificate.asked}")
-        failed = [c.name for c in results if not c.passed]
-        say(f"\n{len(results)} claims, {len(failed)} failed")
-        results = [c._asdict() for c in results]
-        print_json({"certificates": len(results), "failed": failed, "results": results}, self.json)
-        return 1 if failed else 0
+        if run:
+            opened = open_run(folder)
+            config, params = opened.config, opened.params
+        else:
+            config = with_vocabulary(preset_named(preset))
+            params = initial_params(config)
+    say(f"certificates of {what}", TRIED, NOT_TRIED, "")
+    remaining, results = certificates(config, params, batch_size), []
+    while True:
+        with working(f"testing claim {len(results) + 1}"):
+            certificate = next(remaining, None)
+        if certificate is None:
+            break
+        results.append(certificate)
+        say(f"{'pass' if certificate.passed else 'FAIL'}  {certificate.title or certificate.name}")
+        say(f"      {certificate.found}", f"      asked: {certificate.asked}")
+    failed = [c.name for c in results if not c.passed]
+    say(f"\n{len(results)} claims, {len(failed)} failed")
+    results = [c._asdict() for c in results]
+    print_json({"certificates": len(results), "failed": failed, "results": results}, json)
+    return 1 if failed else 0

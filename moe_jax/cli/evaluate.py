@@ -2,12 +2,12 @@
 
 import dataclasses
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_jax.cli.command import MOST_ACTIVE, ModelCommand, check_range, print_json
+from moe_jax.cli.options import MOST_ACTIVE, Active, Json, RunName, StepNumber, check_range, checked_run, print_json
 from moe_jax.config import DataConfig
+from moe_jax.runs.catalog import title
 from moe_jax.system import environment
 from moe_jax.system.terminal import say, working
 
@@ -15,74 +15,67 @@ if TYPE_CHECKING:
     from moe_jax.config import DataFormat
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluate(ModelCommand):
+def evaluate(run: RunName = "", step: StepNumber = None, data: str = "", active: Active = 0, json: Json = False) -> int:
     """Measure loss, bits per byte and drops of a trained model on a text. Without --data it is the validation text of
     the run, beside a trigram model of the training text.
 
     Of conversations, only the assistant's answers are scored. A tuned run takes them (rows with `messages`) as --data.
 
     The last line of the output is JSON if it is asked for, or if the output is a file or a pipe.
+
+    Args:
+        data: A file, which is scored whole; or a folder or corpus, of which the validation part is scored. Empty: the
+            run's validation text.
     """
+    folder = checked_run(run, step)
+    check_range("--active", active, 0, MOST_ACTIVE)
+    from moe_jax.data.corpora import check_source, scored_documents
 
-    data: str = ""
-    """A file, which is scored whole; or a folder or corpus, of which the validation part is scored. Empty: the run's
-    validation text."""
-    active: int = 0
-    """Experts that a token chooses, fewer than in training. The loss is printed beside that of all. 0: as trained."""
-    json: bool = False
-    """Print the result as JSON too."""
+    form: DataFormat = "text"
+    if data:
+        form = _form_of(folder, data)
+        check_source(DataConfig(source=data, format=form))
+    environment.prepare_environment()
+    with working(f"loading {title(Path(folder))}"):
+        from moe_jax.data.baselines import corpus_baselines
+        from moe_jax.data.token_store import token_stream
+        from moe_jax.runs.load import open_run, with_fewer_experts
+        from moe_jax.training.evaluate import evaluate_run
 
-    def execute(self) -> int:
-        self.check()
-        check_range("--active", self.active, 0, MOST_ACTIVE)
-        from moe_jax.data.corpora import check_source, scored_documents
-
-        form: DataFormat = "text"
-        if self.data:
-            form = _form_of(self.run, self.data)
-            check_source(DataConfig(source=self.data, format=form))
-        environment.prepare_environment()
-        with working(f"loading {self.name}"):
-            from moe_jax.data.baselines import corpus_baselines
-            from moe_jax.data.token_store import token_stream
-            from moe_jax.runs.load import open_run, with_fewer_experts
-            from moe_jax.training.evaluate import evaluate_run
-
-            run = open_run(self.run, self.step)
-            fewer = with_fewer_experts(run, self.active) if self.active else None
-        if self.data:
-            stream, changed = token_stream(scored_documents(self.data, form), run.tokenizer), ""
-            baselines = None
-        else:
-            store, changed = run.validation_text()
-            stream, baselines = store.valid.stream, corpus_baselines(run.config.data, store)
-        if changed:
-            print(f"warning: {changed}", file=sys.stderr)
-        scored = evaluate_run(run, stream, "scoring")
-        less = evaluate_run(fewer, stream, f"scoring with {self.active} experts") if fewer else None
-        answers = stream.answers is not None
-        what = "tokens of answers (no other token counts)" if answers else "tokens"
-        say(f"{scored.tokens:,} {what}, {scored.bytes:,} bytes, checkpoint of step {run.checkpoint.step}")
-        say(f"loss {scored.loss:.4f} nats per token, {scored.bits_per_byte:.4f} bits per byte")
-        if less:
-            loss = f"loss {less.loss:.4f}, {less.bits_per_byte:.4f} bits per byte"
-            say(f"with {self.active} of {run.config.model.routing.top_k} experts for a token: {loss}")
-        if baselines:
-            say(f"to compare: {baselines.describe()}")
-        result = {
-            "val_loss": scored.loss,
-            "val_bits_per_byte": scored.bits_per_byte,
-            "val_drop_fraction": scored.drop_fraction,
-            "tokens": scored.tokens,
-            "scored": "answers" if answers else "all tokens",
-            "text_has_changed": None if self.data else bool(changed),
-            "baselines_bits_per_byte": dataclasses.asdict(baselines) if baselines else None,
-        }
-        if less:
-            result |= {"active": self.active, "val_loss_active": less.loss}
-        print_json(result, self.json)
-        return 0
+        opened = open_run(folder, step)
+        fewer = with_fewer_experts(opened, active) if active else None
+    if data:
+        stream, changed = token_stream(scored_documents(data, form), opened.tokenizer), ""
+        baselines = None
+    else:
+        store, changed = opened.validation_text()
+        stream, baselines = store.valid.stream, corpus_baselines(opened.config.data, store)
+    if changed:
+        print(f"warning: {changed}", file=sys.stderr)
+    scored = evaluate_run(opened, stream, "scoring")
+    less = evaluate_run(fewer, stream, f"scoring with {active} experts") if fewer else None
+    answers = stream.answers is not None
+    what = "tokens of answers (no other token counts)" if answers else "tokens"
+    say(f"{scored.tokens:,} {what}, {scored.bytes:,} bytes, checkpoint of step {opened.checkpoint.step}")
+    say(f"loss {scored.loss:.4f} nats per token, {scored.bits_per_byte:.4f} bits per byte")
+    if less:
+        loss = f"loss {less.loss:.4f}, {less.bits_per_byte:.4f} bits per byte"
+        say(f"with {active} of {opened.config.model.routing.top_k} experts for a token: {loss}")
+    if baselines:
+        say(f"to compare: {baselines.describe()}")
+    result = {
+        "val_loss": scored.loss,
+        "val_bits_per_byte": scored.bits_per_byte,
+        "val_drop_fraction": scored.drop_fraction,
+        "tokens": scored.tokens,
+        "scored": "answers" if answers else "all tokens",
+        "text_has_changed": None if data else bool(changed),
+        "baselines_bits_per_byte": dataclasses.asdict(baselines) if baselines else None,
+    }
+    if less:
+        result |= {"active": active, "val_loss_active": less.loss}
+    print_json(result, json)
+    return 0
 
 
 def _form_of(run: str, data: str) -> "DataFormat":

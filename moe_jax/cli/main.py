@@ -1,21 +1,39 @@
 """The start of every program: argv becomes a command, an error becomes one line and an exit status.
 
-The exit status is 2 for a wrong argument, and 1 for any other failure that the user can mend. Each error is one line on
-stderr, without a traceback. Nothing here imports jax before the arguments of the command are accepted.
+The exit status is 2 for a wrong argument, and 1 for any other failure that the user can fix. Nothing here imports jax
+before the arguments of the command are accepted.
 """
 
+import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from moe_jax.cli.arguments import HINT
-from moe_jax.cli.command import COMMANDS, Command, command
+import tyro
+
 from moe_jax.config import ConfigError, UserError
 
-HELP = {"-h", "--help"}
-LONGEST_WORD = 400
-"""Characters of a word that an error shows whole, such as a value or a path."""
+COMMANDS = {
+    "train": "train a sparse mixture-of-experts language model",
+    "sft": "fine-tune a trained model on conversations, whole or by LoRA",
+    "import": "bring a public mixture here as a run of 4, 8 or 16 bits",
+    "quantize": "write a run with 8 or 4 bits a weight",
+    "generate": "continue a text with a trained model",
+    "chat": "talk with a trained model: type a beginning, and it goes on",
+    "serve": "serve a trained model: OpenAI's API, and a page",
+    "evaluate": "measure loss, bits per byte and drops of a model on a text",
+    "inspect": "write an HTML page that shows where every token went",
+    "runs": "list the trained runs, and the models that come with moe-jax",
+    "plan": "find settings that fit a GPU, without the GPU",
+    "export": "write a model for transformers, llama.cpp, ollama, or as a page",
+    "doctor": "verify every checkpoint of a run, or look at the NVIDIA card",
+    "certify": "test causality and compiled arithmetic of a model",
+    "plot": "draw pictures of one run, or of several compared",
+}
+"""Name -> one line of help. `NAME.py` has a function of that name; of `import`, `import_model`."""
+TAKES_SETTINGS = ("train", "sft")
+"""Commands that take every setting of a run. Their functions parse argv by `settings.parse_settings`."""
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as shells have it: 128 + SIGINT."""
 
@@ -24,29 +42,30 @@ def run_command(argv: Sequence[str]) -> int:
     """`moe-jax COMMAND ...`, and `python -m moe_jax COMMAND ...`."""
     here = Path(sys.argv[0]).name
     prog = "python -m moe_jax" if here == "__main__.py" else here
-    if not argv or argv[0] in HELP:
-        from moe_jax.cli.help import print_commands
-
-        print_commands(prog)
-        return 0 if argv else 2
-    if argv[0] == "--version":
+    name = argv[0] if argv else ""
+    if name == "--version":
         from importlib.metadata import version
 
         print("moe-jax", version("moe-jax"))
         return 0
-    if argv[0].startswith("-"):
-        raise ConfigError(f"{argv[0]}: no such flag; a command comes first, one of {', '.join(COMMANDS)}; {HINT}")
-    return run_as(command(argv[0]), argv[1:], f"{prog} {argv[0]}")
+    if name in COMMANDS:
+        return run_as(name, argv[1:], f"{prog} {name}")
+    if name not in ("", "-h", "--help"):
+        raise ConfigError(f"{name}: must be one of {', '.join(COMMANDS)}")
+    print(f"usage: {prog} COMMAND [--flag VALUE ...]\n\ncommands:")
+    for command, line in COMMANDS.items():
+        print(f"  {command:<14} {line}")
+    print(f"\n`{prog} COMMAND --help` lists the flags of a command.")
+    return 0 if name else 2
 
 
-def run_as(kind: type[Command], argv: Sequence[str], prog: str) -> int:
-    """Run one command. With --help anywhere in argv, only print its help."""
-    if not HELP.isdisjoint(argv):
-        from moe_jax.cli.help import print_help
-
-        print_help(kind, prog, argv)
-        return 0
-    return kind.parse(argv).execute()
+def run_as(name: str, argv: Sequence[str], prog: str) -> int:
+    """Run one command."""
+    module = "import_model" if name == "import" else name
+    command = getattr(importlib.import_module(f"moe_jax.cli.{module}"), module)
+    if name in TAKES_SETTINGS:
+        return command(argv, prog)
+    return tyro.cli(command, prog=prog, args=argv)
 
 
 def console() -> int:
@@ -59,19 +78,19 @@ def main(program: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
     and an exit status."""
     try:
         status = program(sys.argv[1:] if argv is None else argv) or 0
-        sys.stdout.flush()  # an error of the last write must be found here, and not while Python shuts down
+        sys.stdout.flush()  # an error of the last write is found here, and not while Python shuts down
         return status
     except ConfigError as error:
-        return _fail(str(error), 2)
+        return _fail(error, 2)
     except UserError as error:
-        return _fail(str(error), 1)
+        return _fail(error, 1)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except BrokenPipeError:  # `generate | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes it again at its end
-        return _fail("the reader of the standard output has left", 1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
     except OSError as error:
-        return _fail(f"{error.filename or 'file system'}: {error.strerror or error}; mend this and try again", 1)
+        return _fail(f"{error.filename or 'file system'}: {error.strerror or error}; fix this and try again", 1)
     except RuntimeError as error:
         message = _of_jax(str(error))
         if message is None:
@@ -92,7 +111,6 @@ def _of_jax(error: str) -> str | None:
     return None
 
 
-def _fail(message: str, status: int) -> int:
-    words = [w if len(w) <= LONGEST_WORD else f"{w[:150]}...{w[-100:]}" for w in message.split()]
-    print("error:", *words, file=sys.stderr)
+def _fail(message: object, status: int) -> int:
+    print("error:", *str(message).split(), file=sys.stderr)
     return status

@@ -3,10 +3,8 @@
 import os
 import time
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 
-from moe_jax.cli.command import Command
 from moe_jax.runs.catalog import RUNS, SHIPPED, is_shipped, runs_in, saved_at
 from moe_jax.system.files import steps_in
 from moe_jax.system.terminal import say
@@ -14,19 +12,16 @@ from moe_jax.system.terminal import say
 HEAD = ("name", "preset", "steps", "bits/byte", "parameters", "MB", "when")
 
 
-@dataclass(frozen=True)
-class Runs(Command):
+def runs() -> int:
     """List the runs in `runs/`, newest first, and the models that come with moe-jax.
 
-    `--run NAME` opens one, in every command that reads a model. Bits per byte are scores on the run's own validation
+    --run NAME opens one, in every command that reads a model. Bits per byte are scores on the run's own validation
     text. Scores of different texts cannot be compared. MB is the size of the run's folder on disk.
     """
-
-    def execute(self) -> int:
-        rows = [HEAD, *(_row(run) for folder in (RUNS, SHIPPED) for run in runs_in(folder))]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        say(*("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows))
-        return 0
+    rows = [HEAD, *(_row(run) for folder in (RUNS, SHIPPED) for run in runs_in(folder))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    say(*("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows))
+    return 0
 
 
 def _row(run: Path) -> tuple[str, ...]:

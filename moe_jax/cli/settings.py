@@ -1,116 +1,157 @@
-"""The settings of a run. They start from a preset, a run or a model (`training/start.py`), and flags change them. With
-`--preset auto` the preset is chosen for the text.
+"""The flags of a run's settings. They start from a preset, a run or a model (`training/start.py`), and flags change
+them.
+
+A field of the configuration is the flag `--section.field`, or the short flag that is marked on the field. The start
+decides the defaults, so the flags that name it are looked up first; then tyro parses all of them.
 """
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+import itertools
+import shlex
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Self
+from typing import Annotated, Protocol
 
-from moe_jax.cli.arguments import Argument, Values, arguments_of, perhaps, read
-from moe_jax.cli.command import Command, check_range
-from moe_jax.config import SECTIONS, ConfigError, DataConfig, PresetName, RunConfig
+import tyro
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
+
+from moe_jax.cli.options import check_memory, check_out_folder
+from moe_jax.config import ConfigError, MeshShape, ProcessGroup, RunConfig, holds_run
 from moe_jax.config.presets import PRESETS, preset
-from moe_jax.config.section import flag_of
-from moe_jax.data.corpora import check_source
-from moe_jax.system.terminal import working
-from moe_jax.training.start import Start, start_of
+from moe_jax.config.section import Section, long_flag, short_flags
+from moe_jax.data.corpora import check_source, skipped_files
+from moe_jax.system import environment
+from moe_jax.system.terminal import say, working
+from moe_jax.training.start import Start, Values, start_of
 
-OUT, PRESET, SOURCE, VOCABULARY = ("", "out"), ("", "preset"), ("data", "source"), ("model", "vocab_size")
-AUTO = "auto"
-"""The value of --preset with which the preset and its steps are chosen for the text."""
-COMMON = (
-    *("--preset", "--data", "--tokenizer", "--out", "--resume"),
-    *("--steps", "--batch-size", "--lr", "--seed", "--precision", "--set"),
-)
-"""The usual flags of a run."""
+NAMING = {
+    ("", "preset"): ["--preset"],
+    ("", "out"): ["--out"],
+    ("", "upcycle"): ["--upcycle"],
+    ("", "init_from"): ["--init-from"],
+    ("", "base"): ["--run"],
+    ("data", "source"): ["--data", "--data.source"],
+    ("model", "dense"): ["--model.dense"],
+}
+"""The settings that say what a run starts from and name its folder, and their flags."""
+
+RunSettings = Annotated[RunConfig, tyro.conf.arg(name="")]
+"""A run's settings among the arguments of a command: the flags have no prefix."""
 
 
-class Settings(NamedTuple):
-    """The settings of a run, and what the run starts from."""
+class Arguments(Protocol):
+    """The arguments of a command that takes the settings of a run: a frozen dataclass with these in `config`."""
 
-    config: RunConfig
-    start: Start
+    @property
+    def config(self) -> RunConfig: ...
 
 
 @dataclass(frozen=True)
-class RunCommand(Command):
-    """A command that takes every setting of a run."""
+class TrainingArguments:
+    """The arguments of a command that trains."""
 
-    usual: ClassVar[Sequence[str]] = (*COMMON, "--dry-run", "--run")
-    takes_auto: ClassVar[bool] = False
-    """Whether --preset auto is allowed."""
-    preset: ClassVar[PresetName] = RunConfig.preset
-    """The preset whose defaults help shows."""
-
-    settings: Settings
-    set: list[str] = field(default_factory=list)
-    """SECTION.NAME=VALUE: any field of the configuration, such as train.beta2=0.99."""
-
-    @classmethod
-    def settable(cls) -> list[Argument]:
-        """The settings that the command takes."""
-        return run_arguments(preset(cls.preset), cls.takes_auto)
-
-    @classmethod
-    def arguments(cls) -> list[Argument]:
-        return [*arguments_of(cls), *cls.settable()]
-
-    @classmethod
-    def parse(cls, argv: Sequence[str]) -> Self:
-        flags = read(cls.arguments(), argv)
-        own = {a.name: flags.pop(a.key) for a in arguments_of(cls) if a.key in flags}
-        flags |= read_set(own.get("set", []), cls.settable())
-        cls.adapt(own, flags)
-        return cls(settings=cls.resolve(own, flags), **own)
-
-    @classmethod
-    def resolve(cls, own: dict[str, Any], flags: Values) -> Settings:
-        """The settings. May add to the command's own values."""
-        return resolve_settings(flags)
-
-    @classmethod
-    def adapt(cls, own: dict[str, Any], flags: Values) -> None:
-        """Check the command's own arguments, and add the settings that they stand for to `flags`."""
+    config: RunSettings = field(default_factory=RunConfig)
+    group: Annotated[ProcessGroup, tyro.conf.arg(name="")] = field(default_factory=ProcessGroup)
+    dry_run: bool = False
+    """Print the settings, the parameters, the memory and the expected time. Write nothing, download nothing."""
 
 
-def run_arguments(start: RunConfig, takes_auto: bool = False) -> list[Argument]:
-    """Every field of a run's configuration, with the defaults of `start`."""
-    sections = ((section, start.section(section)) for section in ("", *SECTIONS))
-    fields = [a for section, owner in sections for a in arguments_of(type(owner), section, owner)]
-    names = Literal[(*PRESETS, AUTO)]
-    return [dataclasses.replace(a, annotation=names) if takes_auto and a.key == PRESET else a for a in fields]
+def parse_settings[A: Arguments](
+    arguments: A,
+    argv: Sequence[str],
+    prog: str,
+    doc: str | None,
+    given: Values,
+    hidden: Collection[str] = (),
+    check: Callable[[RunConfig, Start], None] = lambda config, start: None,
+) -> tuple[A, Start]:
+    """The arguments with the values from argv, and what the run starts from.
 
+    `given` are settings that the command gives. Fields whose names are `hidden` are no flags. `check` is the command's
+    own, the first. `--help` shows the settings with a short flag, `--help-verbose` all of them.
 
-def resolve_settings(values: Values) -> Settings:
-    """The settings from the values of flags. Raises ConfigError if they do not fit each other, the data or the run."""
-    values = dict(values)
-    start = start_of(values)
-    if start.defaults.model.vocab_size and values.get(VOCABULARY) == 0:
-        del values[VOCABULARY]  # 0 stands for the tokenizer's size, which the start has by now
-    config = start.defaults.override(values)
+    Raises ConfigError if the settings do not fit each other, the data or the start.
+    """
+    brief = {"-h", "--help"} & {*argv}
+    naming = given | _naming(argv)
+    start = Start(preset(naming.get(("", "preset"), "nano"))) if brief else start_of(naming)
+    default = dataclasses.replace(arguments, config=start.defaults.override(given))
+    parsed = tyro.cli(
+        type(arguments),
+        prog=prog,
+        description=doc,
+        args=argv,
+        default=default,
+        registry=_registry(hidden, short_only=bool(brief)),
+        compact_help=True,
+    )
+    config = parsed.config
+    if start.defaults.model.vocab_size and not config.model.vocab_size:  # 0 stands for the tokenizer's size
+        config = config.override({("model", "vocab_size"): start.defaults.model.vocab_size})
+    check(config, start)
     check_tuning(config)
     check_source(config.data)
     start.check(config)
-    return Settings(config, start)
+    return dataclasses.replace(parsed, config=config), start
+
+
+def _naming(argv: Sequence[str]) -> Values:
+    """The values of the flags that name the start. What is wrong with them, tyro says later."""
+    found: Values = {("", "resume"): "--resume" in argv}
+    for word, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+        flag, equals, value = word.partition("=")
+        for key, flags in NAMING.items():
+            if flag.replace("_", "-") in flags:
+                found[key] = value if equals else following
+    if found.get(("", "preset"), "nano") not in PRESETS:
+        del found["", "preset"]
+    if any(word.startswith(("--lora", "--train.lora-rank")) for word in argv):
+        found["train", "lora_rank"] = 1  # adapters start at a rate of their own, whatever their rank
+    return found
+
+
+def _registry(hidden: Collection[str], short_only: bool) -> ConstructorRegistry:
+    """What tyro shall know of a `Section`: the short flags of its fields, and that `routing` stands for itself. The
+    `hidden` fields are no flags, and with `short_only` neither are those without a short one."""
+    registry, entered = ConstructorRegistry(), set[type]()
+
+    @registry.struct_rule
+    def with_flags(info: StructTypeInfo) -> StructConstructorSpec | None:
+        section = info.default
+        if not isinstance(section, Section) or type(section) in entered:
+            return None
+        entered.add(type(section))  # so that the next line asks tyro's own rule
+        spec = ConstructorRegistry.get_struct_spec(info)
+        entered.remove(type(section))
+        assert isinstance(spec, StructConstructorSpec)
+        return dataclasses.replace(spec, fields=tuple(flagged(section, f) for f in spec.fields))
+
+    def flagged(section: Section, spec: StructFieldSpec) -> StructFieldSpec:
+        short, long = short_flags(type(section))[spec.name], long_flag(section, spec.name)
+        if isinstance(spec.default, Section):
+            kind = Annotated[spec.type, tyro.conf.arg(name=spec.name, prefix_name=False)]
+        elif spec.name in hidden or (short_only and not short):
+            kind = tyro.conf.Suppress[spec.type]
+        else:
+            aliases = [] if short_only or short in ("", long) else [long]
+            name = (short or long).removeprefix("--")
+            kind = Annotated[spec.type, tyro.conf.arg(name=name, prefix_name=False, aliases=aliases)]
+        return dataclasses.replace(spec, type=kind)
+
+    return registry
 
 
 def check_tuning(config: RunConfig) -> None:
-    """Raise ConfigError if settings for fine-tuning do not fit each other, or are given without a model to tune."""
+    """Raise ConfigError if settings for fine-tuning do not fit each other."""
     train = config.train
     if config.base and (config.upcycle or config.init_from):
         flag = "--upcycle" if config.upcycle else "--init-from"
         raise ConfigError(f"{flag} {config.upcycle or config.init_from}: not with sft --run; do one after the other")
     if config.base and config.data.format != "chat":
-        raise ConfigError(f"--set data.format={config.data.format}: a run is fine-tuned on conversations; leave it out")
-    if not config.base and not (config.init_from and config.data.format == "chat"):
-        for section, name, plain in ((config.data, "format", "text"), (train, "lora_rank", 0)):
-            if getattr(section, name) != plain:
-                raise section.wrong(name, "is for fine-tuning; use `uv run python -m moe_jax sft --run RUN`")
-        return
+        raise ConfigError(f"--data.format {config.data.format}: a run is fine-tuned on conversations; leave it out")
     if train.train_router and config.model.routing.balancing == "bias":
-        why = "not with --set routing.balancing=bias, whose biases belong to the routers as they are; leave it out"
+        why = "not with --routing.balancing bias, whose biases belong to the routers as they are; leave it out"
         raise ConfigError(f"--train-router: {why}")
     if train.lora_rank and train.optimizer == "muon":
         raise ConfigError("--optimizer muon: is for whole matrices; with --lora leave it out, or take adamw")
@@ -118,64 +159,28 @@ def check_tuning(config: RunConfig) -> None:
         raise ConfigError("--train-router: this model is dense and has no router; leave it out")
 
 
-def read_set(texts: Iterable[str], arguments: Iterable[Argument]) -> Values:
-    """The values of `--set SECTION.NAME=VALUE`. Raises ConfigError."""
-    by_name = {f"{a.section}.{a.name}".lstrip("."): a for a in arguments}
-    values: Values = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        argument = by_name.get(name.strip().replace("-", "_"))
-        if argument is None or not equals:
-            hint = perhaps(name, {known: known for known in by_name})
-            raise ConfigError(f"--set {text}: must be SECTION.NAME=VALUE with a field of the configuration{hint}")
-        values[argument.key] = argument.from_text(value)
-    return values
+def train_as_asked(arguments: TrainingArguments, start: Start, program: str) -> int:
+    """Train, or print what that would cost. `program` is the command, without its arguments. Returns the exit status."""
+    config, group = arguments.config, arguments.group
+    run = Path(config.run_dir)
+    check_out_folder("--out", run)
+    if holds_run(run) and not config.resume and not arguments.dry_run:
+        raise ConfigError(f"--out {run}: already holds a run; add --resume to go on with it, or name another folder")
+    if group.several and MeshShape.parse(config.execution.mesh).devices == 1:
+        raise ConfigError("--num-processes: needs --mesh, whose product is the number of all devices of all processes")
+    check_memory(config)
+    say(*skipped_files(config.data), *environment.prepare_environment(config.execution.deterministic))
+    if config.resume and start.saved is None:
+        say(f"--resume: {run} holds no checkpoint; a new run starts there")
+    # jax is imported only now, because the arguments are accepted and the environment is set.
+    with working("starting JAX"):
+        from moe_jax.inspection.report import report_run
+        from moe_jax.planning.fitting import fit
+        from moe_jax.training.header import print_dry_run
+        from moe_jax.training.run import train
 
-
-# The preset and the steps for a text: `--preset auto`
-
-
-def auto_flags(values: Values, minutes: float) -> Values | None:
-    """What the user has typed with --preset auto. None with another preset.
-
-    The arguments are accepted with the first preset that they fit. It stands in until `choose_preset` has read the
-    text. The run is then like any other: its config.json holds the name and the settings of a plain preset.
-
-    Raises ConfigError if other flags do not go with --preset auto, or --minutes does not go without it.
-    """
-    if values.get(PRESET) != AUTO:
-        if minutes:
-            raise ConfigError(f"--minutes {minutes:g}: works only with --preset auto; add that, or give --steps")
-        return None
-    folder = values.get(OUT, f"runs/{Path(values.get(SOURCE, DataConfig.source)).resolve().stem or 'text'}")
-    for name in ("resume", "upcycle", "init_from"):  # the run would not start from a preset's own shape
-        if values.get(("", name)):
-            named = f", and name the run: --out {folder}" * (name == "resume")
-            raise ConfigError(f"--preset auto: chooses for a new model; leave it out with {flag_of('', name)}{named}")
-    check_range("--minutes", minutes, 0, 1e6)
-    return {OUT: folder} | {key: value for key, value in values.items() if key != PRESET}
-
-
-def fitting(typed: Values, names: Iterable[str]) -> list[Settings]:
-    """The settings with each of the presets that they fit. Raises ConfigError if they fit none."""
-    found, refused = [], []
-    for name in names:
-        try:
-            found.append(resolve_settings({PRESET: name} | typed))
-        except ConfigError as error:
-            refused.append(error)
-    if not found:
-        raise refused[0]
-    return found
-
-
-def choose_preset(typed: Values, minutes: float) -> tuple[Settings, list[str]]:
-    """The settings with the preset and the steps that suit the text and the time, and the reasons."""
-    with working("counting the tokens of the text"):
-        from moe_jax.planning import auto
-
-        source = typed.get(SOURCE, DataConfig.source)
-        size = auto.text_bytes(source)
-        starts = [settings.config for settings in fitting(typed, auto.presets_for(source, size))]
-        chosen, reasons = auto.choose(starts, size, minutes, typed)
-    return resolve_settings({PRESET: chosen.preset, auto.STEPS: chosen.train.steps} | typed), reasons
+    if arguments.dry_run:
+        print_dry_run(config)
+        return 0
+    resume = f"`uv run {program} --out {shlex.quote(str(run))} --resume`"
+    return train(config, start, fit, report_run, group, resume)

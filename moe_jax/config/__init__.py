@@ -5,10 +5,11 @@ before jax is imported. A wrong value raises `ConfigError`, whose text names the
 
     model.py       ModelConfig, RoutingConfig: the shape, the routing policy, the capacity rule
     rope.py        the scaled rotations of public models
-    train.py       DataConfig, TrainConfig, ExecutionConfig: the text, the steps, the devices; MeshShape, ProcessGroup
+    train.py       DataConfig, TrainConfig: the text, the steps
+    execution.py   ExecutionConfig: precision, memory, devices; MeshShape, ProcessGroup
     run.py         RunConfig: all of them, to and from the `config.json` of a run's folder
     presets.py     the presets: named settings that a run starts from; dense baselines
-    section.py     flags of fields, and the checks that name them
+    section.py     the marks on fields (short flags, what a run keeps), and the checks that name them
 
 The alphabet of the project, used in every annotation, einsum and comment:
 
@@ -17,6 +18,7 @@ The alphabet of the project, used in every annotation, einsum and comment:
     E experts  K experts per token             C capacity of an expert         F hidden width of an expert
 """
 
+from moe_jax.config.execution import ComputeDtype, ExecutionConfig, MeshShape, ProcessGroup
 from moe_jax.config.model import (
     Activation,
     Balancing,
@@ -39,11 +41,8 @@ from moe_jax.config.run import (
 )
 from moe_jax.config.train import (
     NAMED_CORPORA,
-    ComputeDtype,
     DataConfig,
     DataFormat,
-    ExecutionConfig,
-    MeshShape,
     OptimizerKind,
     ParamDtype,
     Role,

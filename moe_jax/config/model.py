@@ -4,10 +4,11 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, Literal
+from functools import partial
+from typing import Any, ClassVar, Literal
 
 from moe_jax.config.rope import scaled_rotation
-from moe_jax.config.section import Section, no_flag
+from moe_jax.config.section import ALWAYS, Origin, Section, setting
 
 Norm = Literal["layernorm", "rmsnorm"]
 Positions = Literal["learned", "rope"]
@@ -17,27 +18,36 @@ Dense = Literal["none", "active", "total"]
 Dispatch = Literal["capacity", "blocks"]
 Balancing = Literal["loss", "bias"]
 
+_EXPERTS: tuple[Origin, ...] = ("resume", "tune", "import")
+shape = partial(setting, kept=ALWAYS)
+"""A setting that decides the function of given weights."""
+expert_shape = partial(setting, kept=_EXPERTS)
+"""The same of the experts. An upcycled run, whose weights have none, may choose it."""
+in_training = partial(setting, kept=("resume",))
+"""A setting that changes nothing in a forward pass of given weights without dropout."""
+
 
 @dataclass(frozen=True)
-class RoutingConfig(Section, section="routing"):
-    """How a token finds its experts. No field changes the shape of a parameter, but `balancing` = bias adds a parameter
-    of E entries to each layer."""
+class RoutingConfig(Section):
+    """How a token finds its experts."""
 
-    top_k: int = 2
+    section_name: ClassVar[str] = "routing"
+
+    top_k: int = expert_shape(2, "--top-k")
     """K, experts that a token is sent to."""
-    capacity_factor: float = 1.25
+    capacity_factor: float = in_training(1.25, "--capacity-factor")
     """Slots of an expert for one sequence, divided by its fair share T * K / E of the (token, choice) pairs."""
-    dispatch: Dispatch = "capacity"
+    dispatch: Dispatch = in_training("capacity", "--dispatch")
     """How training brings tokens to experts. `capacity` gives each expert a fixed number of slots, and drops a (token,
     choice) pair that finds no free slot. `blocks` drops nothing. On a mesh with an `expert` axis it drops what exceeds
     `device_capacity_factor`."""
-    balancing: Balancing = no_flag("loss")
+    balancing: Balancing = expert_shape("loss")
     """The method that keeps the load of the experts even: an auxiliary `loss`, or a `bias` for each expert. Training
     adjusts the bias, and it is added only when experts are chosen."""
-    renormalise_gates: bool = no_flag(True)
+    renormalise_gates: bool = expert_shape(True)
     """Divide the gates of a token by their sum over its K experts, so that they sum to 1. Without it a gate is the
     softmax probability of its expert among all experts (OLMoE). For K = 1 the gate is the probability in both cases."""
-    device_capacity_factor: float = no_flag(2.0)
+    device_capacity_factor: float = 2.0
     """With --dispatch blocks on a mesh with an `expert` axis of n devices: rows of a device for one sequence, divided
     by its fair share T * K / n of the (token, choice) pairs. Pairs beyond them are dropped. A factor of
     min(n, E / K) drops nothing."""
@@ -50,68 +60,70 @@ class RoutingConfig(Section, section="routing"):
 
 
 @dataclass(frozen=True)
-class ModelConfig(Section, section="model"):
-    """The shape of the model: every setting that decides a parameter's shape or the forward pass."""
+class ModelConfig(Section):
+    """The shape of the model, and what else decides its forward pass."""
 
-    vocab_size: int = no_flag(0)
+    section_name: ClassVar[str] = "model"
+
+    vocab_size: int = shape(0)
     """V, token ids that the model knows. 0 takes the tokenizer's."""
-    seq_len: int = 256
+    seq_len: int = setting(256, "--seq-len", kept=("resume", "tune", "upcycle"))
     """T, positions of one training sequence, and the longest context."""
-    layers: int = 4
+    layers: int = shape(4)
     """L, transformer blocks, each with attention and an MoE layer."""
-    width: int = 128
+    width: int = shape(128)
     """D, width of the residual stream."""
-    heads: int = 4
+    heads: int = shape(4)
     """H, attention heads. Must divide the width, unless `head_size` is given."""
-    kv_heads: int = 0
+    kv_heads: int = shape(0)
     """KV, heads of the keys and values. Each serves a group of H / KV attention heads (grouped-query attention). With 0
     each attention head has its own."""
-    head_size: int = no_flag(0)
+    head_size: int = shape(0)
     """A, width of an attention head. 0 is width / heads."""
-    experts: int = 8
+    experts: int = expert_shape(8, "--experts")
     """E, experts of a layer."""
-    expert_hidden: int = 128
+    expert_hidden: int = expert_shape(128)
     """F, hidden width of one expert."""
-    shared_experts: int = 0
+    shared_experts: int = expert_shape(0)
     """Further experts, without routing: every token passes through all of them."""
-    shared_gate: bool = no_flag(False)
+    shared_gate: bool = expert_shape(False)
     """Multiply the output of the shared experts with a gate of their own: the sigmoid of a product with the token, as
     Qwen does."""
-    dense: Dense = "none"
+    dense: Dense = expert_shape("none")
     """A dense baseline instead of the experts: one feed-forward network with as many parameters as the experts and the
     router, counted as `active` or as `total`. `none` keeps the experts."""
-    activation: Activation = no_flag("swiglu")
+    activation: Activation = shape("swiglu")
     """Nonlinearity of an expert, which has two (gelu) or three (swiglu) matrices."""
-    norm: Norm = no_flag("rmsnorm")
+    norm: Norm = shape("rmsnorm")
     """Normalisation before attention, experts and head."""
-    norm_eps: float = no_flag(0.0)
+    norm_eps: float = shape(0.0)
     """Added to the mean square (or the variance) in every normalisation. 0 is 1e-6 for rmsnorm, 1e-5 for layernorm."""
-    positions: Positions = no_flag("rope")
+    positions: Positions = shape("rope")
     """Learned absolute positions, or rotary ones."""
-    rope_theta: float = no_flag(10_000.0)
+    rope_theta: float = shape(10_000.0)
     """Base of the rotary positions. A larger base rotates more slowly, for longer contexts."""
-    rope_scaling: str = no_flag("")
+    rope_scaling: str = shape("")
     """A scaled rotation of a public model (`config/rope.py`), as JSON. Empty: none."""
-    bias: bool = no_flag(False)
+    bias: bool = shape(False)
     """Biases in the attention projections and in LayerNorm. Experts, router and head have none."""
-    qkv_bias: bool = no_flag(False)
+    qkv_bias: bool = shape(False)
     """Biases of queries, keys and values, and no others (Qwen)."""
-    qk_norm: QKNorm = "none"
+    qk_norm: QKNorm = shape("none")
     """Normalise queries and keys (RMSNorm), which bounds the attention scores. `head` normalises each head by itself,
     `full` all heads together (OLMoE)."""
-    tied_head: bool = no_flag(True)
+    tied_head: bool = shape(True)
     """The vocabulary head is the transposed token embedding."""
-    scaled_embedding: bool = no_flag(False)
+    scaled_embedding: bool = shape(False)
     """Multiply embedding rows by the square root of the width, so that the entries of the residual stream start at size
     1. For an untied head only: with a tied head every token would at first predict itself."""
-    tie_value_output_init: bool = no_flag(False)
+    tie_value_output_init: bool = in_training(False)
     """Start each attention head as a copier: its output projection is its value projection transposed."""
-    zero_init_residual: bool = no_flag(False)
+    zero_init_residual: bool = in_training(False)
     """Start the output projections of attention and experts at zero, so that the residual stream starts as the
     embedding. The projections of `tie_value_output_init` stay as they are."""
-    dropout: float = 0.0
+    dropout: float = in_training(0.0)
     """Share of activations zeroed in training: embedding and each residual branch."""
-    attention_dropout: float = no_flag(0.0)
+    attention_dropout: float = in_training(0.0)
     """Share of attention weights zeroed in training."""
     routing: RoutingConfig = field(default_factory=RoutingConfig)
 
@@ -149,7 +161,7 @@ class ModelConfig(Section, section="model"):
         """Check heads, their width, and the heads of keys and values, against each other."""
         self.check_range(("kv_heads", "head_size"), 0, 2**17)
         if not self.head_size:
-            allowed = f"a divisor of --model.width {self.width}, unless --set model.head_size is given"
+            allowed = f"a divisor of --model.width {self.width}, unless --model.head-size is given"
             self.check(self.width % self.heads == 0, "heads", allowed)
         if self.positions == "rope" and self.head_width % 2:
             if not self.head_size:
@@ -159,8 +171,8 @@ class ModelConfig(Section, section="model"):
         divides = self.heads % self.key_value_heads == 0
         self.check(divides, "kv_heads", f"0, or a divisor of --model.heads {self.heads}")
         if self.tie_value_output_init:
-            why = ", since model.tie_value_output_init copies each head's value matrix; to turn that off, give "
-            why += "--set model.tie_value_output_init=false"
+            why = ", since --model.tie-value-output-init copies each head's value matrix; --model.no-tie-value-output-init "
+            why += "turns that off"
             one_each = self.key_value_heads == self.heads
             self.check(one_each, "kv_heads", f"0 or --model.heads {self.heads}{why}")
             square = self.heads * self.head_width == self.width
@@ -206,10 +218,6 @@ class ModelConfig(Section, section="model"):
     def with_routing(self, **changes: Any) -> "ModelConfig":
         """The same shape under another routing policy."""
         return dataclasses.replace(self, routing=dataclasses.replace(self.routing, **changes))
-
-
-MESH_ROUTING = "device_capacity_factor"
-"""The field of the routing that matters on a mesh only. Like the mesh, it may change at a resume."""
 
 
 def capacity(tokens: int, experts: int, top_k: int, capacity_factor: float) -> int:

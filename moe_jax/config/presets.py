@@ -154,23 +154,6 @@ PRESETS: dict[PresetName, Callable[[], RunConfig]] = {
     "max-4gb": _max_4gb,
 }
 
-FIRST_BYTES: dict[PresetName, int] = {"story-cpu": 3_000_000, "story-4gb": 200_000_000}
-"""Bytes of text from which a larger preset than `nano` is suggested. `story-cpu` was tuned on 9.4 MB of TinyStories;
-the bounds themselves are a choice, not a measurement."""
-
-
-def preset_for_text(size: int | None, on_cpu: bool) -> PresetName:
-    """The preset for a text of `size` bytes. None stands for a large text of unknown size, such as a public data set.
-
-    On a CPU `story-cpu` is the largest: the next would take days.
-    """
-    chosen: PresetName = "nano"
-    for name, first in FIRST_BYTES.items():
-        if (size is None or size >= first) and not (on_cpu and name == "story-4gb"):
-            chosen = name
-    return chosen
-
-
 def preset(name: str) -> RunConfig:
     """The settings of a preset. Raises ConfigError for an unknown name."""
     if name not in PRESETS:

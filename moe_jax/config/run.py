@@ -4,12 +4,13 @@ import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
+from moe_jax.config.execution import ExecutionConfig, MeshShape
 from moe_jax.config.model import ModelConfig, RoutingConfig
-from moe_jax.config.section import Section, no_flag
-from moe_jax.config.train import NAMED_CORPORA, DataConfig, ExecutionConfig, MeshShape, TrainConfig
-from moe_jax.system.errors import ConfigError, UserError, shortened
+from moe_jax.config.section import Origin, Section, setting
+from moe_jax.config.train import NAMED_CORPORA, DataConfig, TrainConfig
+from moe_jax.system.errors import ConfigError, UserError
 from moe_jax.system.files import read_json, steps_in
 
 PresetName = Literal["nano", "story", "story-cpu", "story-4gb", "seed-158m", "max-4gb"]
@@ -18,35 +19,28 @@ SECTIONS = ("model", "routing", "data", "train", "execution")
 
 SCHEMA_VERSION = 3
 """The format of a configuration in `config.json` and in the manifest of a checkpoint."""
-RETIRED = {
-    ("routing", "priority"): "token",
-    ("routing", "logit_noise"): 0.0,
-    ("routing", "input_jitter"): 0.0,
-    ("routing", "eval_capacity_factor"): 0.0,
-    ("data", "stories_seed"): 0,
-    ("train", "skip_spikes"): False,
-}
-"""Settings that are constants now -> the constant. A configuration that holds another value is refused."""
 
 
 @dataclass(frozen=True)
-class RunConfig(Section, section=""):
+class RunConfig(Section):
     """One run: what `train.py` is told, and what `config.json` holds."""
 
-    preset: PresetName = "nano"
+    section_name: ClassVar[str] = ""
+
+    preset: PresetName = setting("nano", "--preset", kept=("resume", "tune", "upcycle"))
     """Named settings that the run starts from. Other flags change single values."""
-    out: str = ""
+    out: str = setting("", "--out")
     """Folder of the run. Empty: runs/PRESET."""
-    resume: bool = False
+    resume: bool = setting(False, "--resume")
     """Continue from the newest good checkpoint in the folder of the run."""
-    upcycle: str = ""
+    upcycle: str = setting("", kept=("resume",))
     """Folder of a trained dense run, or of a dense Hugging Face model. Every expert starts as a copy of the dense
     feed-forward network, so the new model starts with the function that the dense one has learned."""
-    init_from: str = ""
+    init_from: str = setting("", kept=("resume",))
     """Folder of a Hugging Face model (config.json, model.safetensors, tokenizer.json). The run starts from its weights,
     with its shape and its tokenizer."""
-    base: str = no_flag("")
-    """Folder of the trained run that is fine-tuned. `sft --run` sets it."""
+    base: str = setting("", "--run", kept=("resume",))
+    """Folder of the trained run that is fine-tuned, by the command `sft`."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -101,7 +95,7 @@ class RunConfig(Section, section=""):
     def settings(self) -> Iterator[tuple[str, str, Any]]:
         """(section, name, value) of every setting. The section of the run's own fields is ""."""
         for section in ("", *SECTIONS):
-            yield from self.section(section).plain_fields()
+            yield from ((section, name, value) for name, value in self.section(section).values())
 
     def override(self, values: dict[tuple[str, str], Any]) -> "RunConfig":
         """The configuration with some values replaced, by (section, name). Raises ConfigError if they do not fit."""
@@ -111,6 +105,11 @@ class RunConfig(Section, section=""):
         sections = {name: dataclasses.replace(getattr(self, name), **changed) for name, changed in changes.items()}
         return dataclasses.replace(self, **own, **sections)
 
+    def kept_settings(self, *origins: Origin) -> dict[tuple[str, str], Any]:
+        """(section, name) -> value of the settings that a run keeps which starts from weights of all these origins."""
+        kept = {name: set.intersection(*({*self.section(name).kept(o)} for o in origins)) for name in ("", *SECTIONS)}
+        return {(section, name): value for section, name, value in self.settings() if name in kept[section]}
+
     def to_dict(self) -> dict[str, Any]:
         """A dict ready for JSON, with the version of its schema. `routing` is a section of its own in it."""
         values = dataclasses.asdict(self)
@@ -119,80 +118,36 @@ class RunConfig(Section, section=""):
 
     @classmethod
     def from_dict(cls, values: Any) -> "RunConfig":
-        """The inverse of `to_dict`.
+        """The inverse of `to_dict`. Top-level keys that are not fields (`versions`, `history`) are ignored.
 
-        Top-level keys that are not fields (`versions`, `history`) are ignored. Raises ConfigError for a value
-        that is not allowed. Raises UserError for everything else: values of another type, another schema version, an
-        unknown field of a section.
+        Raises ConfigError for a value that is not allowed, and UserError for another schema version, an unknown field,
+        or what is no configuration.
         """
-        if not isinstance(values, dict):
-            raise UserError(f"config.json: is {_short(values)}, must be an object; {_CHANGED}")
-        if values.get("schema_version") != SCHEMA_VERSION:
+        version = values.get("schema_version") if isinstance(values, dict) else None
+        if version != SCHEMA_VERSION:
             raise UserError(
-                f"config.json has schema version {_short(values.get('schema_version'))}, this program reads "
-                f"{SCHEMA_VERSION}: use the version of moe-jax that wrote it, or start a new run in another folder"
+                f"config.json has schema version {version}, this program reads {SCHEMA_VERSION}: use the version of "
+                "moe-jax that wrote it, or start a new run in another folder"
             )
-        top = {f.name for f in dataclasses.fields(cls)} - {*SECTIONS}
-        own = _checked(cls, "", {name: values[name] for name in top & values.keys()})
-        routing = RoutingConfig(**_section(RoutingConfig, values))
-        model = ModelConfig(**_section(ModelConfig, values), routing=routing)
-        data, train = DataConfig(**_section(DataConfig, values)), TrainConfig(**_section(TrainConfig, values))
-        execution = ExecutionConfig(**_section(ExecutionConfig, values))
-        return cls(**own, model=model, data=data, train=train, execution=execution)
-
-
-def _section(kind: type[Section], values: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a section of a whole configuration. Raises UserError."""
-    section = values.get(kind.section_name, {})
-    if not isinstance(section, dict):
-        raise UserError(f"config.json: {kind.section_name} is {_short(section)}, must be an object; {_CHANGED}")
-    retired = {name: constant for (place, name), constant in RETIRED.items() if place == kind.section_name}
-    for name in retired.keys() & section.keys():
-        if section[name] != retired[name]:
-            raise UserError(
-                f"config.json: {kind.section_name}.{name} is {_short(section[name])}, and in this version it is "
-                f"always {retired[name]!r}; open the run with the version of moe-jax that made it"
-            )
-    return _checked(kind, f"{kind.section_name}.", {n: v for n, v in section.items() if n not in retired})
-
-
-def _checked(kind: type[Section], prefix: str, values: dict[str, Any]) -> dict[str, Any]:
-    """The values, each of the type of its field: `batch_size: 4.0` is refused. Raises UserError."""
-    types = {f.name: f.type for f in dataclasses.fields(kind)}  # pyright: ignore[reportArgumentType]
-    for name, value in values.items():
-        if name not in types or types[name] is RoutingConfig:
-            raise UserError(f"config.json: {prefix[:-1]} has the unknown field {name!r}; another version wrote it")
-        kinds, allowed = _KINDS.get(types[name], ((str,), "a text"))
-        ok = isinstance(value, kinds) and isinstance(value, bool) == (types[name] is bool)
-        if not ok or (isinstance(value, int) and abs(value) >= _MAX_INTEGER):
-            raise UserError(f"config.json: {prefix}{name} is {_short(value)}, must be {allowed}; {_CHANGED}")
-    return values
-
-
-_CHANGED = "the file was changed; the `context` in a checkpoint's manifest.json holds a copy"
-_MAX_INTEGER = 2**63
-"""No field may have a larger number. Python's own integers have no limit, and arithmetic with floats then fails."""
-_KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
-    int: ((int,), "an integer"),
-    float: ((int, float), "a number"),
-    bool: ((bool,), "true or false"),
-}
-
-
-def _short(value: Any) -> str:
-    return shortened(repr(value))
+        own = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values and f.name not in SECTIONS}
+        try:
+            sections = {
+                "model": ModelConfig(**values.get("model", {}), routing=RoutingConfig(**values.get("routing", {}))),
+                "data": DataConfig(**values.get("data", {})),
+                "train": TrainConfig(**values.get("train", {})),
+                "execution": ExecutionConfig(**values.get("execution", {})),
+            }
+            return cls(**own, **sections)
+        except TypeError as error:  # an unknown field, or a value of another type
+            raise UserError(f"config.json: not settings of this version of moe-jax ({error})") from None
 
 
 # The configuration in the folder of a run
 
 
 def holds_run(run: Path) -> bool:
-    """Whether a folder holds a complete checkpoint. A checkpoint gets its name only when it is complete, so names
-    suffice. Raises UserError if the folder cannot be read: it may hold a run then."""
-    try:
-        return any(path.is_dir() for path in steps_in(run / "checkpoints").values())
-    except OSError as error:
-        raise UserError(f"{error.filename}: cannot be read ({error.strerror}); fix this and try again") from None
+    """Whether a folder holds a complete checkpoint. A checkpoint gets its name only when it is complete."""
+    return any(path.is_dir() for path in steps_in(run / "checkpoints").values())
 
 
 def load_config(run: Path) -> RunConfig | None:
@@ -204,8 +159,7 @@ def load_config(run: Path) -> RunConfig | None:
     except ConfigError:
         raise
     except (OSError, ValueError) as error:
-        what = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{run / 'config.json'} cannot be read ({what}); fix this and try again") from error
+        raise UserError(f"{run / 'config.json'}: cannot be read ({error})") from None
 
 
 def missing_run(flag: str, run: Path | str, remedy: str = "make one with `uv run train.py`") -> str:

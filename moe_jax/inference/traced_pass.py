@@ -20,7 +20,7 @@ from moe_jax.model.moe.layer import LayerTrace, Mode
 from moe_jax.model.transformer import Params, merge
 
 type ShardMapWrapper = Callable[[Callable[..., Any]], Callable[..., Any]]
-"""Turns a function into the same function on several devices (`training.on_mesh.same_on_all_devices`)."""
+"""Turns a function into the same function on several devices (`parallel.layout.Layout.same_on_all_devices`)."""
 
 MOST_ALTERNATIVES = 5
 """Likeliest tokens that are reported beside a token."""

@@ -1,8 +1,7 @@
 """Every routing decision of a long text: written to a file while it is made, and counted as papers on experts count.
 
-    saturation        share of a token's K experts that another model chooses too: another checkpoint of the run, or its
-                      quantised weights (Muennighoff et al. 2024, "OLMoE", section 5.1, with the last checkpoint)
-    co-activation     of the tokens that chose expert i, the share that chose j too (section 5.2)
+    co-activation     of the tokens that chose expert i, the share that chose j too (Muennighoff et al. 2024, "OLMoE",
+                      section 5.2)
     specialisation    of the choices in texts of one kind, the share that an expert has (section 5.3); and the same of
                       one token of the vocabulary, where `kinds` are tokens (section 5.4)
     hot set           share of the pairs (layer, expert) that were chosen within the first n tokens
@@ -21,7 +20,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from moe_jax.config import ModelConfig, UserError
+from moe_jax.config import ModelConfig
 from moe_jax.inference.traced_pass import check_routed, choice_mask, make_traced_pass, tokens_at_once
 from moe_jax.inspection.trace import window_width, windows
 from moe_jax.model.moe.layer import Mode
@@ -73,8 +72,6 @@ class Counts:
     """int [L, E, E]: tokens that chose both. The diagonal counts the tokens that chose the expert."""
     first_seen: np.ndarray
     """int [L, E]: the tokens before the first one that chose the expert; N if none did."""
-    shared: np.ndarray | None
-    """int [L]: choices that the other model has made too."""
     tokens: int
 
     def hot_set(self, tokens: int) -> float:
@@ -85,10 +82,6 @@ class Counts:
         """`hot_set` of the first 1, 10, 100, ... tokens, and of all."""
         places = [10**n for n in range(10) if 10**n < self.tokens]
         return [(n, self.hot_set(n)) for n in [*places, self.tokens]]
-
-    def saturation(self) -> np.ndarray | None:
-        """float [L]: share of the choices that the other model has made too."""
-        return None if self.shared is None else self.shared / (self.tokens * self.config.routing.top_k)
 
     def coactivation(self) -> np.ndarray:
         """float [L, E, E]: entry [l, i, j] is the share of the tokens of expert i that chose j too."""
@@ -102,15 +95,10 @@ class Counts:
 
     def describe(self) -> list[str]:
         """Lines for a person."""
-        c, saturation, special = self.config, self.saturation(), self.specialisation() * self.config.experts
+        c, special = self.config, self.specialisation() * self.config.experts
         lines = [f"{c.layers} layers of {c.experts} experts, {c.routing.top_k} for a token"]
         curve = ", ".join(f"{share:.1%} after {n:,}" for n, share in self.hot_sets())
         lines.append(f"hot set, the share of all experts that were chosen so far: {curve}")
-        if saturation is not None:
-            least = int(saturation.argmin())
-            lines.append(
-                f"choices in common: {saturation.mean():.2%}, fewest in layer {least} with {saturation[least]:.2%}"
-            )
         if len(self.kinds) > 1:
             for kind, name in enumerate(self.kinds):
                 layer, expert = divmod(int(special[kind].argmax()), c.experts)
@@ -121,13 +109,11 @@ class Counts:
 
     def to_json(self) -> dict[str, Any]:
         """All of it, ready for JSON."""
-        saturation = self.saturation()
         rounded = lambda array: np.round(array, 5).tolist()  # noqa: E731
         return {
             "tokens": self.tokens,
             "load": rounded(self.by_kind.sum(0) / (self.tokens * self.config.routing.top_k)),
             "hot_set": [[n, round(share, 5)] for n, share in self.hot_sets()],
-            "saturation": None if saturation is None else rounded(saturation),
             "specialisation": dict(zip(self.kinds, rounded(self.specialisation()), strict=True)),
             "coactivation": rounded(self.coactivation()),
         }
@@ -138,21 +124,14 @@ def count_decisions(
     tokens: np.ndarray,
     kind: np.ndarray,
     kinds: Sequence[str],
-    other: LoadedRun | None = None,
     writer: "LinesWriter | ArraysWriter | None" = None,
 ) -> Counts:
-    """Route a stream int [N] and count. `kind` int [N] has the number of each token's kind. With an `other` run, both
-    route the same tokens. Each part is given to the `writer` once it is counted.
-
-    Raises UserError if the other run has other layers, experts or another tokenizer.
-    """
+    """Route a stream int [N] and count. `kind` int [N] has the number of each token's kind. Each part is given to the
+    `writer` once it is counted."""
     c = run.config.model
     shape = (c.layers, c.experts)
-    if other and _likeness(other) != _likeness(run):
-        raise UserError("--versus: that run has other layers, experts or another tokenizer; name one of the same model")
     by_kind, together = np.zeros((len(kinds), *shape), np.int64), np.zeros((*shape, c.experts), np.int64)
-    first_seen, shared = np.full(shape, len(tokens)), np.zeros(c.layers, np.int64)
-    others = iter(decisions(other, tokens)) if other else None
+    first_seen = np.full(shape, len(tokens))
     for made in decisions(run, tokens):
         hits = choice_mask(made.expert, c.experts)
         together += np.einsum("lni,lnj->lij", hits, hits, dtype=np.int64)
@@ -161,15 +140,9 @@ def count_decisions(
             by_kind[k] += hits[:, here == k].sum(1)
         seen = np.where(hits.any(1), made.first + hits.argmax(1), len(tokens))
         first_seen = np.minimum(first_seen, seen)
-        if others:
-            shared += (hits & choice_mask(next(others).expert, c.experts)).sum((1, 2))
         if writer:
             writer.write(made)
-    return Counts(c, list(kinds), by_kind, together, first_seen, shared if other else None, len(tokens))
-
-
-def _likeness(run: LoadedRun) -> tuple[Any, ...]:
-    return run.config.model.layers, run.config.model.experts, run.tokenizer.digest
+    return Counts(c, list(kinds), by_kind, together, first_seen, len(tokens))
 
 
 class LinesWriter:
@@ -220,9 +193,7 @@ class ArraysWriter:
                     shutil.copyfileobj(part, entry)
 
 
-def write_decisions(
-    run: LoadedRun, texts: Sequence[tuple[str, Sequence[int]]], out: Path, other: LoadedRun | None = None
-) -> Counts:
+def write_decisions(run: LoadedRun, texts: Sequence[tuple[str, Sequence[int]]], out: Path) -> Counts:
     """Route texts of token ids, each with the name of its kind, as one stream. Write every decision to `out`, as arrays
     if it ends in .npz, else as lines of JSON, and count. An error leaves no file."""
     kinds = list(dict.fromkeys(kind for kind, _ in texts))
@@ -230,6 +201,6 @@ def write_decisions(
     kind = np.concatenate([np.full(len(ids), kinds.index(name)) for name, ids in texts])
     with open_output(out) as file:
         writer = ArraysWriter(file) if out.suffix == ".npz" else LinesWriter(file)
-        counts = count_decisions(run, tokens, kind, kinds, other, writer)
+        counts = count_decisions(run, tokens, kind, kinds, writer)
         writer.close()
     return counts

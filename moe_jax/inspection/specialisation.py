@@ -3,10 +3,10 @@
 The kind of a token follows from its own characters: punctuation, numbers, parts of words, words.
 """
 
-import math
 from typing import Any
 
 import numpy as np
+from scipy.stats import chi2, norm
 
 from moe_jax.data.tokenizers import Tokenizer, token_pieces
 from moe_jax.inspection.corpus_routing import CorpusRouting
@@ -22,10 +22,7 @@ LEAST_TIMES = 1.5
 """A group is reported for an expert only if it chooses the expert at least this many times as often as by chance."""
 LEAST_SHARE = 0.03
 """A group is reported for an expert only if at least this share of the expert's choices are of the group."""
-MOST_GROUPS, EXAMPLES = 3, 3
-GROUP_SIGNIFICANCE, SHUFFLES, SHUFFLE_SEED = 0.01, 500, 0
-"""Highest probability of any wrong claim about a model (a p-value), and the number and the seed of the shuffles that
-it is computed from."""
+MOST_GROUPS, EXAMPLES, GROUP_SIGNIFICANCE = 3, 3, 0.01
 
 
 def log_likelihood_ratio(both: np.ndarray, row: np.ndarray, column: np.ndarray, total: int) -> np.ndarray:
@@ -65,7 +62,7 @@ def specialisation(corpus: CorpusRouting, most: int = 12) -> list[list[dict[str,
             expected = size * column / corpus.tokens
             strength = log_likelihood_ratio(both, np.asarray(size), column, corpus.tokens)
             strength = np.where((both > expected) & (both >= LEAST_COUNT), strength, 0.0)
-            preferred = np.flatnonzero([p_value(g) * tests < SIGNIFICANCE for g in strength])
+            preferred = np.flatnonzero(strength > chi2.isf(SIGNIFICANCE / max(tests, 1), 1))
             order = preferred[np.argsort(-strength[preferred], kind="stable")]
             tokens = [
                 {
@@ -81,11 +78,6 @@ def specialisation(corpus: CorpusRouting, most: int = 12) -> list[list[dict[str,
             layer.append({"tokens": tokens, "kinds": len(preferred), "share": round(share, 4)})
         layers.append(layer)
     return layers
-
-
-def p_value(g2: float) -> float:
-    """The p-value of G^2: probability of a value at least as large without any preference (chi-square, one degree)."""
-    return math.erfc(math.sqrt(g2 / 2))
 
 
 def group_of(piece: str) -> str:
@@ -121,41 +113,26 @@ def token_groups(tokenizer: Tokenizer, ids: np.ndarray) -> list[str]:
 def preferred_groups(by_token: np.ndarray, token_counts: np.ndarray, groups: list[str]) -> dict[str, np.ndarray]:
     """For each group, bool [L, E]: whether its tokens choose the expert more often than other groups' tokens do.
 
-    The claim is about a kind of token, so each different token counts once. All occurrences of one token are routed
-    almost alike, so a thousand occurrences are no more evidence than a few. A token's value is the share of its
-    occurrences that choose the expert. A group's statistic is the standardised sum of its tokens' values. The
-    groups are then shuffled over the tokens SHUFFLES times. Each shuffle gives the largest statistic over all groups,
-    experts and layers. A claim holds if at most a share GROUP_SIGNIFICANCE of these maxima reaches the real statistic.
-    This is the single-step max-T test of Westfall and Young (1993). If groups have nothing to do with the routing, the
-    probability of any claim about the model is at most GROUP_SIGNIFICANCE.
+    Each different token counts once: all occurrences of one token are routed almost alike, so a thousand are no more
+    evidence than a few. A token's value is the share of its occurrences that choose the expert. The sum over a group's
+    n of N tokens, as if drawn without replacement, has the variance n (N - n) / (N - 1) of one value. Divided by its
+    deviation, it is compared with the normal distribution at GROUP_SIGNIFICANCE, after Bonferroni's correction for all
+    groups, experts and layers.
 
     by_token int [L, E, N] and token_counts int [N] are for the N tokens that occur. `groups` names each token's group.
     """
     names, labels = np.unique(groups, return_inverse=True)
-    members = _standardised_members(labels == np.arange(len(names))[:, None])
+    members = labels == np.arange(len(names))[:, None]
+    n, total = members.sum(1), len(labels)
     shares = by_token / token_counts
     spread = shares.std(-1, keepdims=True)
-    # If hardly any token chooses an expert, its spread is so small that one token would make its statistic the largest.
+    # If hardly any token chooses an expert, its spread is so small that one token would make its sum large.
     spread = np.maximum(spread, spread.mean(1, keepdims=True))
     excess = shares - shares.mean(-1, keepdims=True)
-    scores = np.divide(excess, spread, out=np.zeros_like(excess), where=spread > 0).reshape(-1, len(labels)).T
-    rng = np.random.default_rng(SHUFFLE_SEED)
-    largest = np.array([(members[:, rng.permutation(len(labels))] @ scores).max() for _ in range(SHUFFLES)])
-    observed = (members @ scores).reshape(len(names), *by_token.shape[:2])
-    beaten_by = (largest >= observed[..., None] - 1e-9).sum(-1)  # ties count, even after rounding
-    holds = (1 + beaten_by) / (1 + SHUFFLES) <= GROUP_SIGNIFICANCE
-    return dict(zip(names.tolist(), holds, strict=True))
-
-
-def _standardised_members(members: np.ndarray) -> np.ndarray:
-    """Weights [G, N] for the membership bool [G, N]: the weighted sum of values is a statistic of variance 1 per group.
-
-    The values have mean 0 and variance 1 over the N tokens. The sum of n values, drawn without replacement, has the
-    variance n (N - n) / (N - 1). The weights divide by its square root.
-    """
-    n, total = members.sum(1, keepdims=True), members.shape[1]
-    variance = n * (total - n) / max(total - 1, 1)
-    return np.divide(members, np.sqrt(variance), out=np.zeros(members.shape), where=variance > 0)
+    values = np.divide(excess, spread, out=np.zeros_like(excess), where=spread > 0)
+    deviation = np.sqrt(np.maximum(n * (total - n) / max(total - 1, 1), 1e-9))
+    score = np.einsum("gn,len->gle", members, values) / deviation[:, None, None]
+    return dict(zip(names.tolist(), score > norm.isf(GROUP_SIGNIFICANCE / score.size), strict=True))
 
 
 def group_preferences(corpus: CorpusRouting, tokenizer: Tokenizer) -> list[list[list[dict[str, Any]]]]:

@@ -43,7 +43,7 @@ class Card:
 
     @classmethod
     def of(cls, device: Any) -> "Card":
-        """The card that a `jax.Device` or a `planning.target.Target` stands for."""
+        """The card that a `jax.Device` is, or that an object with its attributes describes."""
         capability = str(getattr(device, "compute_capability", ""))
         number = float(capability) if re.fullmatch(r"\d+\.\d+", capability) else None  # an AMD card says "gfx942"
         return cls(device.platform, str(device.device_kind), number)

@@ -6,5 +6,5 @@
 
 The gradient is one `shard_map` around the whole model. A group of the router is one sequence, and every sequence lies
 on one device, so routing needs no communication. The optimizer is divided by the compiler (GSPMD), by the layout of
-its arrays. `training/on_mesh.py` puts these pieces together.
+its arrays. `training/gradients.py` puts these pieces together.
 """

@@ -134,6 +134,12 @@ class Layout:
         """[M, B, ...]: the sequences of each micro-batch are divided over all devices."""
         return PartitionSpec(None, AXES)
 
+    def same_on_all_devices(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function as one that all devices of the mesh compute alike. Arguments and results are whole on every
+        device."""
+        whole = PartitionSpec()
+        return jax.shard_map(function, mesh=self.mesh, in_specs=whole, out_specs=whole, check_vma=False)
+
     def tree(self, params: Any, specs: Specs) -> Any:
         """The specs of parameters as a tree like `params`."""
         return jax.tree_util.tree_map_with_path(lambda path, _: specs[leaf_name(path)], params)

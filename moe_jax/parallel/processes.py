@@ -25,9 +25,8 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 from jaxtyping import Array
 
-from moe_jax.config import ConfigError, RunConfig, UserError
+from moe_jax.config import ConfigError, ProcessGroup, RunConfig, UserError
 from moe_jax.config.section import flag_of
-from moe_jax.config.train import ProcessGroup
 from moe_jax.system.machine import versions
 
 HEARTBEAT_SECONDS = 10
@@ -47,12 +46,12 @@ def is_process_zero() -> bool:
 
 
 @contextmanager
-def process_group(group: ProcessGroup | None) -> Iterator[None]:
-    """Within this block, this process belongs to the group. `None` is a process alone.
+def process_group(group: ProcessGroup) -> Iterator[None]:
+    """Within this block, this process belongs to the group.
 
     Raises UserError if the coordinator's port is in use, or jax cannot connect the processes.
     """
-    if group is None:
+    if not group.several:
         yield
         return
     _connect(group)
@@ -66,14 +65,14 @@ def _connect(group: ProcessGroup) -> None:
     address: dict[str, Any] = {}
     if not group.detected:
         address = {
-            "coordinator_address": group.coordinator,
-            "num_processes": group.count,
-            "process_id": group.index,
+            "coordinator_address": group.address,
+            "num_processes": group.num_processes,
+            "process_id": group.process_id,
             "cluster_detection_method": "deactivate",
         }
         if group.local:
-            address["coordinator_bind_address"] = group.coordinator
-        if group.index == 0:
+            address["coordinator_bind_address"] = group.address
+        if group.process_id == 0:
             _check_port(group)
     try:
         jax.distributed.initialize(
@@ -83,7 +82,7 @@ def _connect(group: ProcessGroup) -> None:
             shutdown_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (RuntimeError, ValueError) as error:
-        named = "cluster" if group.detected else group.coordinator
+        named = "cluster" if group.detected else group.address
         remedy = "start it by srun or mpirun, or give --num-processes, --process-id and an address"
         remedy = remedy if group.detected else "give every process the same free address, and start all again"
         cause = " ".join(str(error).split())[:300]
@@ -94,13 +93,13 @@ def _connect(group: ProcessGroup) -> None:
 
 def _check_port(group: ProcessGroup) -> None:
     """Raise UserError if the coordinator cannot listen: jax would end this process with SIGSEGV."""
-    host, _, port = group.coordinator.rpartition(":")
+    host, _, port = group.address.rpartition(":")
     family = socket.AF_INET6 if host.startswith("[") else socket.AF_INET
     try:
         socket.create_server((host.strip("[]") if group.local else "", int(port)), family=family).close()
     except OSError as error:
         cause = f"process 0 cannot listen there ({os.strerror(error.errno or 0)}); name a free port"
-        raise UserError(f"--coordinator-address {group.coordinator}: {cause}") from None
+        raise UserError(f"--coordinator-address {group.address}: {cause}") from None
 
 
 def barrier() -> None:
@@ -140,7 +139,7 @@ def check_same_program(config: RunConfig, resumed: bool) -> None:
     """
     if not is_multi_process():
         return
-    facts = {flag_of(section, name): value for section, name, value in config.settings() if name != "out"}
+    facts = {flag_of(config.section(section), name): value for section, name, value in config.settings() if name != "out"}
     facts |= {"a run in --out": resumed}
     agree_on(facts | {f"version of {name}": version for name, version in versions().items()})
 

@@ -9,23 +9,15 @@ import platform
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from moe_jax.config import PresetName
 from moe_jax.config.presets import preset, with_vocabulary
-from moe_jax.planning.plans import named, recorded
-from moe_jax.planning.target import MARGIN, Target, described_gpus, load_target
+from moe_jax.planning.plans import MARGIN, known_cards, named, recorded
 from moe_jax.system.environment import MIB, ask_nvidia_smi
 
 OLDEST_DRIVER = {"cuda12": 525, "cuda13": 580}
 """Extra -> the major version of the oldest driver that its CUDA accepts."""
-TENSOR_FMA = {7.0: 512, 7.5: 256, 8.0: 1024, 8.6: 256, 9.0: 2048, 12.0: 256}
-"""Dense multiply-adds of bfloat16 or float16, with sums in float32, for each clock and multiprocessor, by compute
-capability. From the peaks that the maker states, in TFLOP/s: V100 125 at 1.53 GHz on 80 multiprocessors, RTX 2080 Ti
-53.8 at 1.545 GHz on 68, A100 312 at 1.41 GHz on 108, RTX 3080 59.5 at 1.71 GHz on 68, RTX 4090 165 at 2.52 GHz on 128,
-H100 SXM 989 at 1.83 GHz on 132, RTX 5090 210 at 2.41 GHz on 170. Cards for workstations with the same capability as a
-GeForce card may have twice its rate."""
 AGAIN = "start with `uv run --extra cuda12 moe-jax doctor --gpu`"
 
 
@@ -52,7 +44,7 @@ def needs() -> Iterator[Finding]:
         how = f"install NVIDIA's driver {oldest} or newer, and restart; for WSL 2 install it in Windows"
         yield Finding("driver", f"`nvidia-smi` does not answer: {how}", good=False)
     elif _major(answer[1]) < oldest:
-        how = f"{extra or 'cuda12'} needs {oldest} or newer: update it{', or use cuda12' * (extra == 'cuda13')}"
+        how = f"{extra or 'cuda12'} needs {oldest} or newer: update it{', or use cuda12' if extra == 'cuda13' else ''}"
         yield Finding("driver", f"{answer[1]} for {answer[0]}: {how}", good=False)
     else:
         yield Finding("driver", f"{answer[1]} for {answer[0]}")
@@ -84,7 +76,8 @@ def _major(version: str) -> int:
 
 
 def reached(device: Any, preset_name: PresetName) -> Iterator[Finding]:
-    """What a `jax.Device` of this machine is, and what it reaches beside its description."""
+    """What a `jax.Device` of this machine is, and what it reaches; of a card with recorded plans, beside its maker's
+    figures."""
     from moe_jax.model.precision import Card, choose_policy
     from moe_jax.system import machine
 
@@ -99,15 +92,13 @@ def reached(device: Any, preset_name: PresetName) -> Iterator[Finding]:
     free = ask_nvidia_smi("memory.free", "memory.total")
     beside = f"; beside it {free[0]} of {free[1]} MiB are free" if free else ""
     yield Finding("memory", f"JAX has taken {block:,.0f} MiB{beside}")
-    peaks = None
-    with suppress(Exception):  # the description comes by no public interface of jax; without it rates stand alone
-        peaks = Peaks.of(target_of_device(device))
+    known = next((c for c in known_cards().values() if c.device_kind == card.name), None)
     rate = machine.matmul_rate(policy.compute, machine.LARGE_SIZE)
-    stated = peaks and (peaks.float32 if policy.compute == "float32" else peaks.narrow)
+    stated = known and (known.float32 if policy.compute == "float32" else known.narrow)
     yield Finding("products", f"{rate / 1e12:,.2f} TFLOP/s in {policy.compute}{_of(rate, stated, 1e12)}")
     run, read = machine.memory_read_benchmark()
     speed = read / machine.alternate({"": run}, machine.ROUNDS)[""].median
-    yield Finding("bandwidth", f"{speed / 1e9:,.0f} GB/s{_of(speed, peaks and peaks.bytes, 1e9)}")
+    yield Finding("bandwidth", f"{speed / 1e9:,.0f} GB/s{_of(speed, known and known.bandwidth, 1e9)}")
     yield _fit(preset_name, policy.compute, MARGIN * block)
     yield Finding("train with", f"uv run --extra {_extra() or 'cuda12'} train.py --preset {preset_name}")
 
@@ -116,43 +107,14 @@ def _fit(name: PresetName, precision: str, budget: float) -> Finding:
     """Whether a preset fits, by its recorded plans: of the cards that compute in the same precision, the largest whose
     setting fits this budget of MiB."""
     config = with_vocabulary(preset(name))
-    for target in sorted(map(load_target, described_gpus()), key=lambda t: -t.memory):
-        plans, _ = recorded(config, target)
-        if plans and plans[-1].precision == precision and plans[-1].fits(min(budget, target.budget)):
+    for card in sorted(known_cards().values(), key=lambda card: -card.memory):
+        plans, _ = recorded(config, card)
+        if plans and plans[-1].precision == precision and plans[-1].fits(min(budget, card.budget)):
             fit = f"{named(plans[-1].config)}, {plans[-1].total:,.0f} of {budget:,.0f} MiB"
-            return Finding(name, f"fits, by the plan for {target.device_kind}: {fit}")
+            return Finding(name, f"fits, by the plan for {card.device_kind}: {fit}")
     why = f"no recorded plan in {precision} fits {budget:,.0f} MiB; `train.py` looks further"
     return Finding(name, why, good=False)
 
 
 def _of(reached: float, stated: float | None, unit: float) -> str:
-    return f", {reached / stated:.0%} of the {stated / unit:,.1f} of its description" if stated else ""
-
-
-def target_of_device(device: Any) -> Target:
-    """The description of a card in this machine, read from its driver."""
-    from jax._src.lib import _jax  # pyright: ignore[reportPrivateImportUsage], there is no public API for it
-
-    return Target(str(device.device_kind), str(_jax.get_topology_for_devices([device]).target_config))
-
-
-@dataclass(frozen=True)
-class Peaks:
-    """What the description of a card states, for a second: `targets/` for a card that is not here."""
-
-    bytes: float
-    """Read and written."""
-    float32: float
-    """Floating-point operations of a matrix product: cores x clock."""
-    narrow: float
-    """The same for bfloat16 and float16 operands."""
-
-    @classmethod
-    def of(cls, target: Target) -> "Peaks":
-        from moe_jax.model.precision import Card
-
-        card, clock = Card.of(target), target.number("core_count") * target.number("clock_rate_ghz") * 1e9
-        float32 = narrow = 2 * target.number("fpus_per_core") * clock
-        if card.tensor_cores:  # the row of the card's own capability, or of the newest older one
-            narrow = 2 * clock * [fma for first, fma in TENSOR_FMA.items() if first <= (card.capability or 0.0)][-1]
-        return cls(target.number("memory_bandwidth"), float32, narrow)
+    return f", {reached / stated:.0%} of its maker's {stated / unit:,.1f}" if stated else ""

@@ -11,9 +11,7 @@ import numpy as np
 from flax import nnx
 
 from moe_jax.config import ConfigError, ModelConfig, RunConfig, UserError, load_config
-from moe_jax.config.model import MESH_ROUTING
 from moe_jax.config.run import missing_run
-from moe_jax.config.section import typed
 from moe_jax.data.token_store import TokenStore, prepare_token_store
 from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
 from moe_jax.model.low_rank import Adapters, LoraShape, merged
@@ -46,14 +44,11 @@ def check_same_model(checkpoint: Checkpoint, config: RunConfig) -> None:
 
     Raises UserError if it does not, and CheckpointCorrupted if its manifest does not say.
     """
-    there, here = saved_config(checkpoint).to_dict(), config.to_dict()
-    for section in ("model", "routing"):
-        for name, value in here[section].items():
-            if name != MESH_ROUTING and there[section][name] != value:
-                raise UserError(
-                    f"{typed(section, name, value)}: {checkpoint.path} was saved with {there[section][name]}; "
-                    "give it that value in config.json, or start a new run with another --out"
-                )
+    for (name, field), value in saved_config(checkpoint).kept_settings("resume").items():
+        section = config.section(name)
+        if name in ("model", "routing") and getattr(section, field) != value:
+            problem = f"{checkpoint.path} was saved with {value}; start a new run with another --out"
+            raise UserError(str(section.wrong(field, problem)))
 
 
 def saved_weights(checkpoint: Checkpoint) -> Weights | None:

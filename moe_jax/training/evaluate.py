@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
@@ -25,6 +26,8 @@ from moe_jax.inference.traced_pass import ShardMapWrapper, choice_totals, make_t
 from moe_jax.model.kernels.cross_entropy import blocked_token_losses
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import Params, merge
+from moe_jax.parallel.layout import AXES, Layout
+from moe_jax.parallel.processes import place
 from moe_jax.runs.load import LoadedRun
 from moe_jax.system.terminal import progress_bar
 
@@ -60,9 +63,13 @@ def evaluation_rows(seq_len: int) -> int:
 type EvaluationStep = Callable[[Params, ArrayLike, ArrayLike, ArrayLike, ArrayLike], tuple[Array, Array]]
 
 
-def make_evaluation_step(graphdef: nnx.GraphDef) -> EvaluationStep:
+def make_evaluation_step(graphdef: nnx.GraphDef, layout: Layout | None = None) -> EvaluationStep:
     """The jitted (params, inputs, targets, start, weights) -> (sum of cross-entropies in nats, sum of drop fractions).
-    Only targets and rows with a weight count. `EvaluationBatch` describes the arguments."""
+    Only targets and rows with a weight count. `EvaluationBatch` describes the arguments.
+
+    With a `layout`, each device of its mesh scores some of the rows, with the whole model: it gathers the parameters,
+    which may lie anywhere, and needs memory for all of them.
+    """
 
     def step(
         params: Params, inputs: Array, targets: Array, start: Array, weights: Array
@@ -75,7 +82,29 @@ def make_evaluation_step(graphdef: nnx.GraphDef) -> EvaluationStep:
         dropped = jnp.zeros(len(inputs)) if stats is None else stats.drop_fraction.mean(0)
         return (losses * weights.reshape(-1)).sum(), jnp.where(weights.any(1), dropped, 0).sum()
 
-    return jax.jit(step)
+    return jax.jit(step) if layout is None else _on_mesh(layout, step)
+
+
+def _on_mesh(layout: Layout, local: EvaluationStep) -> EvaluationStep:
+    """The evaluation step on a mesh. A batch is filled up with rows that do not count, so that every device has as
+    many."""
+    replicated, rows = PartitionSpec(), PartitionSpec(AXES)
+
+    def on_device(params: Params, *batch: Array) -> tuple[Array, Array]:
+        return jax.lax.psum(local(params, *batch), AXES)
+
+    places = (replicated, rows, rows, rows, rows)
+    shared = jax.shard_map(on_device, mesh=layout.mesh, in_specs=places, out_specs=replicated, check_vma=False)
+    step = jax.jit(shared)
+
+    def evaluation(params: Params, *batch: ArrayLike) -> tuple[Array, Array]:
+        arrays = [np.asarray(x) for x in batch]
+        missing = -len(arrays[0]) % layout.devices
+        filled = [np.pad(x, [(0, missing), *[(0, 0)] * (x.ndim - 1)]) for x in arrays]
+        whole = jax.tree.map(lambda x: place(x, layout.sharding(replicated)), params)
+        return step(whole, *(place(x, layout.sharding(rows)) for x in filled))
+
+    return evaluation
 
 
 def evaluate(

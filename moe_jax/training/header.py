@@ -29,10 +29,10 @@ from moe_jax.training.optimizers.factory import warmup_steps
 from moe_jax.training.session import Session
 
 
-def print_run_header(session: Session, notes: list[str]) -> None:
-    """Print the notes, and the run in about a dozen lines of a terminal. `print_dry_run` has the costs too."""
+def print_run_header(session: Session) -> None:
+    """Print the run in about a dozen lines of a terminal. `print_dry_run` has the costs too."""
     config, store, programs = session.config, session.data.store, session.programs
-    say(*unused_card(jax.devices()[0].platform), *notes, *session.notes)
+    say(*unused_card(jax.devices()[0].platform), *session.notes)
     rows = {
         "run": f"{session.folder.path} (preset {config.preset})",
         "plan": plan_line(config.train, config.tokens_per_step, len(store.train.tokens)),
@@ -73,7 +73,7 @@ def print_dry_run(config: RunConfig) -> None:
     _print_rows(_model_rows(sized, policy) | costs)
     pairs = zip(config.settings(), preset(config.preset).settings(), strict=True)
     changed = {
-        f"  {flag_of(section, name)} {_shown(value)}": f"(preset {_shown(start)})"
+        f"  {flag_of(config.section(section), name)} {_shown(value)}": f"(preset {_shown(start)})"
         for (section, name, value), (*_, start) in pairs
         if value != start
     }
@@ -81,8 +81,8 @@ def print_dry_run(config: RunConfig) -> None:
         console.print(f"\n[bold]settings that differ from preset {config.preset}[/bold]")
         _print_rows(changed)
     console.print("\n[bold]all settings[/bold]")
-    sections = {name: config.section(name).plain_fields() for name in SECTIONS}
-    _print_rows({f"  {s}": ", ".join(f"{name} {_shown(v)}" for _, name, v in fields) for s, fields in sections.items()})
+    sections = {name: config.section(name).values() for name in SECTIONS}
+    _print_rows({f"  {s}": ", ".join(f"{name} {_shown(v)}" for name, v in fields) for s, fields in sections.items()})
 
 
 def _model_rows(config: RunConfig, policy: Policy) -> dict[str, str]:

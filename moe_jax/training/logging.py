@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -26,16 +26,50 @@ from moe_jax.training.step import StepReport
 
 MAX_SKIPPED_IN_A_ROW = 20
 """Steps whose loss or gradient is not finite, after which the run ends."""
+SHOWN_CHARACTERS, SHOWN_LINES = 400, 12
+"""What is shown of a sample at an evaluation, at most. All of it is in samples.txt."""
 
 
-class MetricsLog:
-    """Appends records to metrics.jsonl. Only the first of several processes does so."""
+class StepLogger:
+    """Turns step reports into records of metrics.jsonl and lines of the terminal, one step late.
 
-    def __init__(self, run: Path) -> None:
-        self._file = (run / records.METRICS if is_process_zero() else Path(os.devnull)).open("ab")
+    To read a report, the host must wait for its step. One step later, the device is already computing the next step, so
+    the device does not idle. A terminal shows a bar, which is gone when the logger is closed; elsewhere there are plain
+    lines. Of several processes, the first one writes.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        path = session.folder.path / records.METRICS
+        self._file = (path if is_process_zero() else Path(os.devnull)).open("ab")
+        self._pending: tuple[int, StepReport] | None = None
+        self._begin = self._mark = time.monotonic()
+        self._begin_step = self._mark_step = int(session.state.step)
+        self._is_first, self._bar, self._console = True, None, rich_console()
+        steps = session.config.train.steps
+        if self._console.is_terminal:
+            # rich shortens the columns that do not fit. The step must not be shortened.
+            whole = Column(no_wrap=True, min_width=2 * len(str(steps)) + 1)
+            step, facts = TextColumn("{task.completed}/{task.total}", table_column=whole), "{task.description}"
+            self._bar = Progress(step, BarColumn(bar_width=14), facts, console=self._console, transient=True)
+            self._task = self._bar.add_task("compiling the training step", total=steps, completed=self._begin_step)
+
+    def __enter__(self) -> Self:
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        self._file.close()
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar where there is one."""
+        self._console.print(text, markup=False, soft_wrap=not self._console.is_terminal)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write one line, and flush it, so that a killed run keeps its records."""
+        """Write one line of metrics.jsonl, and flush it, so that a killed run keeps its records."""
         self._file.write(json_text(record).encode() + b"\n")
         self._file.flush()
 
@@ -44,62 +78,23 @@ class MetricsLog:
         if is_process_zero():
             os.fsync(self._file.fileno())
 
-    def close(self) -> None:
-        self._file.close()
-
-
-class Terminal:
-    """The progress of a run: a bar on a terminal, plain lines elsewhere. The bar is gone when it is closed."""
-
-    def __init__(self, steps: int, first: int) -> None:
-        self.console = rich_console()
-        self._steps, self._begin, self._first = steps, time.monotonic(), first
-        self._bar = None
-        if self.console.is_terminal:
-            # rich shortens the columns that do not fit. The step must not be shortened.
-            whole = Column(no_wrap=True, min_width=2 * len(str(steps)) + 1)
-            step, facts = TextColumn("{task.completed}/{task.total}", table_column=whole), "{task.description}"
-            self._bar = Progress(step, BarColumn(bar_width=14), facts, console=self.console, transient=True)
-            self._task = self._bar.add_task("compiling the training step", total=steps, completed=first)
-            self._bar.start()
-
-    def step(self, record: dict[str, Any], bytes_per_token: float) -> None:
-        """Show a record of the training split: on the bar, or as a line."""
-        done = record["step"]
-        left = (self._steps - done) * (time.monotonic() - self._begin) / max(done - self._first, 1)
-        facts = (
-            f"{duration(left)} left | {record['loss'] / math.log(2) / bytes_per_token:.3f} bits/byte | "
-            f"{record['tokens_per_second']:,.0f} tokens/s | loss {record['loss']:.3f} | "
-            f"{record['drop_fraction']:.1%} dropped"
-        )
+    def set_total(self, steps: int) -> None:
+        """Show another number of steps on the bar."""
         if self._bar is not None:
-            self._bar.update(self._task, completed=done, description=facts)
-        else:
-            self.say(f"step {done:>{len(str(self._steps))}}/{self._steps} | {facts}")
+            self._bar.update(self._task, total=steps)
 
-    def say(self, text: str) -> None:
-        """A line of its own, above the bar where there is one."""
-        self.console.print(text, markup=False, soft_wrap=not self.console.is_terminal)
-
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-
-class StepLogger:
-    """Turns step reports into records, one step late.
-
-    To read a report, the host must wait for its step. One step later, the device is already computing the next step, so
-    the device does not idle.
-    """
-
-    def __init__(self, session: Session, log: MetricsLog, terminal: Terminal) -> None:
-        self._session, self.log, self.terminal = session, log, terminal
-        self._pending: tuple[int, StepReport] | None = None
-        self._mark, self._mark_step = time.monotonic(), int(session.state.step)
-        self._is_first = True
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Read the pending report. The time spent in this context does not count in `tokens_per_second`."""
+        self.flush()
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self._mark += time.monotonic() - begin
 
     def add(self, step: int, report: StepReport) -> None:
+        """Take the report of a step, and read the one before it."""
         self.flush()
         self._pending = (step, report)
 
@@ -108,42 +103,36 @@ class StepLogger:
         were not finite."""
         if self._pending is None:
             return
-        step, report = self._pending
-        self._pending = None
+        (step, report), self._pending = self._pending, None
         if self._is_first:
             self._is_first = False
             jax.block_until_ready(report)
             seconds = time.monotonic() - self._session.begin
-            self.terminal.say(f"first step done {seconds:.1f} s after the start, data and compilation included")
-        counters, config = self._session.counters, self._session.config.train
-        finite, spike = bool(report.finite), bool(report.spike)
-        counters.skipped_in_a_row = 0 if finite else counters.skipped_in_a_row + 1
-        starved = counters.add_load(np.asarray(report.metrics.load)) if finite else []
-        if finite:
-            counters.add_drops(float(report.metrics.drop_fraction))
-        by_loss = self._session.config.model.routing.balancing == "loss"
-        cure = "--train.aux-loss-coef" if by_loss else "--set train.router_bias_lr"
+            self.say(f"first step done {seconds:.1f} s after the start, data and compilation included")
+        config, counters = self._session.config, self._session.counters
+        finite = bool(report.finite)
+        starved = counters.add_step(np.asarray(report.metrics.load), float(report.metrics.drop_fraction), finite)
+        by_loss = config.model.routing.balancing == "loss"
+        cure = "--train.aux-loss-coef" if by_loss else "--train.router-bias-lr"
         for layer, expert in starved:
-            self.terminal.say(
+            self.say(
                 f"step {step} | expert {expert} of layer {layer} got almost no tokens for {STARVED_STEPS} steps; "
                 f"a larger {cure} brings it back"
             )
-        if spike:
-            self.terminal.say(f"step {step} | loss spike: {float(report.metrics.loss):.3f}")
-        if step % config.log_every == 0 or step == config.steps or not finite or spike or starved:
-            self._write(step, report)
+        if step % config.train.log_every == 0 or step == config.train.steps or not finite or starved:
+            self._log(step, report)
         if counters.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise UserError(
                 f"step {step}: {MAX_SKIPPED_IN_A_ROW} steps in a row had a loss or gradient that is not finite; "
                 "lower --lr, and go on with --resume"
             )
 
-    def _write(self, step: int, report: StepReport) -> None:
+    def _log(self, step: int, report: StepReport) -> None:
+        """Write and show the record of a step."""
         session, metrics = self._session, report.metrics
         now = time.monotonic()
         rate = (step - self._mark_step) * session.config.tokens_per_step / max(now - self._mark, 1e-9)
         self._mark, self._mark_step = now, step
-        finite, spike = bool(report.finite), bool(report.spike)
         record = {
             "step": step,
             "split": "train",
@@ -152,8 +141,7 @@ class StepLogger:
             "z_loss": float(metrics.z_loss),
             "drop_fraction": float(metrics.drop_fraction),
             "grad_norm": float(report.grad_norm),
-            "skipped": not finite,
-            "spike": spike,
+            "skipped": not bool(report.finite),
             "starved": session.counters.starved_now(),
             "lr": float(report.lr),
             "tokens_seen": step * session.config.tokens_per_step,
@@ -163,18 +151,29 @@ class StepLogger:
         }
         if metrics.answers is not None:
             record["answer_tokens"] = round(float(metrics.answers) * session.config.train.grad_accum)
-        self.log.write(record)
-        train = session.data.store.train
-        self.terminal.step(record, train.target_bytes / max(train.targets, 1))
+        self.write(record)
+        self._show(record)
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """The time spent in this context does not count in `tokens_per_second`."""
-        begin = time.monotonic()
-        try:
-            yield
-        finally:
-            self._mark += time.monotonic() - begin
+    def _show(self, record: dict[str, Any]) -> None:
+        """Show a record of the training split: on the bar, or as a line."""
+        train, steps, step = self._session.data.store.train, self._session.config.train.steps, record["step"]
+        bytes_per_token = train.target_bytes / max(train.targets, 1)
+        left = (steps - step) * (time.monotonic() - self._begin) / max(step - self._begin_step, 1)
+        facts = (
+            f"{duration(left)} left | {record['loss'] / math.log(2) / bytes_per_token:.3f} bits/byte | "
+            f"{record['tokens_per_second']:,.0f} tokens/s | loss {record['loss']:.3f} | "
+            f"{record['drop_fraction']:.1%} dropped"
+        )
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=facts)
+        else:
+            self.say(f"step {step:>{len(str(steps))}}/{steps} | {facts}")
+
+
+def shown_sample(sample: str) -> str:
+    """The beginning of a sample, indented. Its line ends stay, as verse needs them; empty lines go."""
+    lines = (" ".join(line.split()) for line in sample.strip()[:SHOWN_CHARACTERS].splitlines())
+    return "\n".join([f"  {line}" for line in lines if line][:SHOWN_LINES])
 
 
 def summary(

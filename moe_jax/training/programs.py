@@ -5,7 +5,6 @@ machine does not have. A program is built when it is first used, and compiled wh
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -23,10 +22,8 @@ from moe_jax.config import RunConfig
 from moe_jax.data.batches import MaskedBatch
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.traced_pass import ShardMapWrapper
-from moe_jax.model.costs import count_parameters, totals
 from moe_jax.model.kernels.library_attention import AttentionForm, choose_attention
 from moe_jax.model.low_rank import Adapters, LoraShape, initial_adapters, merged
-from moe_jax.model.moe.layer import MoE
 from moe_jax.model.precision import Card, Policy, choose_policy, cpu_bfloat16_units, writing_policy
 from moe_jax.model.transformer import Params, abstract_adapted, abstract_model
 from moe_jax.parallel.experts import ExpertParallelMoE
@@ -34,10 +31,9 @@ from moe_jax.parallel.layout import Layout
 from moe_jax.parallel.processes import place
 from moe_jax.system.random_keys import Purpose, purpose_key
 from moe_jax.training.evaluate import EvaluationStep, Tracer, make_evaluation_step, make_tracer
-from moe_jax.training.on_mesh import make_mesh_evaluation, mesh_gradients, same_on_all_devices
 from moe_jax.training.optimizers.factory import make_optimizer, needs_whole_matrices
 from moe_jax.training.state import TrainState, initial_params, initial_state
-from moe_jax.training.step import Gradients, MeshPrograms, Step, gradients, make_step
+from moe_jax.training.step import Step, make_step
 
 
 @dataclass(frozen=True)
@@ -46,63 +42,70 @@ class Programs:
 
     config: RunConfig
     policy: Policy
+    device: Any
+    """The device that was given, if any."""
     graphdef: nnx.GraphDef
-    writer: nnx.GraphDef
-    """The definition of the model that writes samples, token by token (`writing_policy`)."""
+    """The definition of the plain model, which is evaluated."""
+    trained_graphdef: nnx.GraphDef
+    """The definition of the model that is trained: with adapters, if there are any, and with the forms of a card and of
+    a mesh."""
     param_shapes: Params
     """Shapes and dtypes of the parameters, as they are stored."""
-    optimizer: optax.GradientTransformationExtraArgs
+    adapter_shapes: Adapters | None
     lora: LoraShape | None
     """The size of the adapters, if only adapters are trained."""
-    training_graphdef: nnx.GraphDef
-    """The definition of the model that is trained: with adapters, if there are any, and with the forms of a card."""
     attention: AttentionForm
     """The form of attention in training."""
-    adapter_shapes: Adapters | None
+    optimizer: optax.GradientTransformationExtraArgs
     layout: Layout | None = None
     """Where arrays lie on the mesh of several devices. None on one device."""
 
     @classmethod
     def of(
-        cls,
-        config: RunConfig,
-        device: Any = None,
-        mesh: Mesh | None = None,
-        kept_precision: str = "",
+        cls, config: RunConfig, device: Any = None, mesh: Mesh | None = None, kept_precision: str = ""
     ) -> "Programs":
-        """The programs for a device, or for a description of one (`planning.target.Target`). Unless given, for the
+        """The programs for a device, or for a description of one that `precision.Card.of` takes. Unless given, for the
         first device of this machine. With a `mesh`, step and evaluation are for all its devices together.
 
         `kept_precision` is that of a resumed run (`choose_policy`).
         """
-        dtype, remat = config.execution.compute_dtype, config.execution.remat
-        policy, writing = choose_policy(dtype, device, kept_precision), writing_policy(dtype, device)
-        stored = config.train.param_dtype, remat
-        graphdef, shapes = abstract_model(config.model, policy.compute, *stored)
-        writer, _ = abstract_model(config.model, writing.compute, *stored)
-        trained_moe = ExpertParallelMoE if mesh is not None and mesh.shape["expert"] > 1 else MoE
-        lora, training, adapters = LoraShape.of(config.train), graphdef, None
+        model, train, execution = config.model, config.train, config.execution
+        policy = choose_policy(execution.compute_dtype, device, kept_precision)
+        graphdef, shapes = abstract_model(model, policy.compute, train.param_dtype, execution.remat)
         card = Card.of(device or jax.devices()[0])
         here = device is None or isinstance(device, jax.Device)
-        devices = 1 if mesh is None else mesh.size
-        attention = choose_attention(config.model, config.execution, policy.compute, card, here, devices)
-        form = attention.implementation
-        if lora is not None:
-            training, adapters = abstract_adapted(config.model, lora, policy.compute, remat, trained_moe, form)
-        elif trained_moe is not MoE or form is not None:
-            training, _ = abstract_model(config.model, policy.compute, *stored, trained_moe, attention=form)
-        layout = None
-        if mesh is not None:
-            whole = needs_whole_matrices(shapes if adapters is None else adapters, config.train)
-            layout = Layout.of(mesh, shapes, whole, adapters)
-        # Where bfloat16 is multiplied fast, Muon does so too.
-        on_cpu = card.platform == "cpu"
-        narrow = policy.compute == "bfloat16" and bool(cpu_bfloat16_units() if on_cpu else card.bfloat16_units)
-        constrain = {} if layout is None else {"constrain": layout.constrain}
-        stacked = narrow and on_cpu and layout is None
-        optimizer = make_optimizer(config.train, **constrain, narrow=narrow, stacked=stacked)
-        definitions = graphdef, writer, shapes, optimizer, lora, training, attention
-        return cls(config, policy, *definitions, adapters, layout)
+        attention = choose_attention(model, execution, policy.compute, card, here, 1 if mesh is None else mesh.size)
+        lora, adapters = LoraShape.of(train), None
+        forms: dict[str, Any] = {"remat": execution.remat, "attention": attention.implementation}
+        if mesh is not None and mesh.shape["expert"] > 1:
+            forms["moe"] = ExpertParallelMoE
+        if lora is None:
+            trained, _ = abstract_model(model, policy.compute, train.param_dtype, **forms)
+        else:
+            trained, adapters = abstract_adapted(model, lora, policy.compute, **forms)
+        whole = needs_whole_matrices(shapes if adapters is None else adapters, train)
+        layout = None if mesh is None else Layout.of(mesh, shapes, whole, adapters)
+        return cls(
+            config=config,
+            policy=policy,
+            device=device,
+            graphdef=graphdef,
+            trained_graphdef=trained,
+            param_shapes=shapes,
+            adapter_shapes=adapters,
+            lora=lora,
+            attention=attention,
+            optimizer=_optimizer(config, policy, card, layout),
+            layout=layout,
+        )
+
+    @cached_property
+    def writer(self) -> nnx.GraphDef:
+        """The definition of the model that writes samples, token by token, in a precision of its own
+        (`writing_policy`)."""
+        writing = writing_policy(self.config.execution.compute_dtype, self.device)
+        train, remat = self.config.train, self.config.execution.remat
+        return abstract_model(self.config.model, writing.compute, train.param_dtype, remat)[0]
 
     @cached_property
     def state_shapes(self) -> TrainState:
@@ -174,22 +177,13 @@ class Programs:
     @cached_property
     def step(self) -> Step:
         """(state, batch int32 [M, B, T+1]) -> (state, report). The new state reuses the memory of the given state."""
-        layout, mesh = self.layout, None
-        if layout is not None:
-            mesh = MeshPrograms(self.gradients, layout.state(self.state_shapes), layout.sharding(layout.batch))
-        train, scaling = self.config.train, self.policy.loss_scaling
-        return make_step(self.training_graphdef, self.optimizer, train, scaling, mesh=mesh)
-
-    @property
-    def gradients(self) -> Gradients:
-        """The gradient of the training step: `step.gradients`, or what a mesh has in its place."""
-        return gradients if self.layout is None else partial(mesh_gradients, self.layout)
+        scaling, shapes = self.policy.loss_scaling, self.state_shapes
+        return make_step(self.trained_graphdef, self.optimizer, self.config.train, scaling, self.layout, shapes)
 
     @cached_property
     def evaluation(self) -> EvaluationStep:
         """One batch of evaluation windows; see `evaluate.make_evaluation_step`."""
-        one = make_evaluation_step(self.graphdef)
-        return one if self.layout is None else make_mesh_evaluation(self.layout, one)
+        return make_evaluation_step(self.graphdef, self.layout)
 
     def decoder(self, vocab_size: int | None = None) -> Decoder:
         """Prefill and decoding of one sequence. Only the first `vocab_size` tokens are drawn (all unless given)."""
@@ -203,9 +197,7 @@ class Programs:
     @property
     def _spread(self) -> ShardMapWrapper:
         """What makes a function a program of all devices of the mesh, which compute it alike."""
-        if self.layout is None:
-            return lambda function: function
-        return same_on_all_devices(self.layout)
+        return (lambda function: function) if self.layout is None else self.layout.same_on_all_devices
 
     def compiled_step(self, batch_size: int, micro_batches: int = 1) -> Any:
         """The step, compiled for micro-batches of `batch_size` sequences, but not run."""
@@ -221,32 +213,11 @@ class Programs:
         return MaskedBatch(tokens, jax.ShapeDtypeStruct((*rows, length), jnp.float32))  # pyright: ignore[reportArgumentType]
 
 
-@dataclass
-class RandomTokenTrainer:
-    """A training step on random tokens, for benchmarks in which the text does not matter.
-
-    It is called without arguments. Each call continues from the state of the last.
-    """
-
-    config: RunConfig
-    step: Step
-    state: TrainState
-    batch: np.ndarray
-
-    @classmethod
-    def of(cls, config: RunConfig, batch_size: int, micro_batches: int = 1) -> "RandomTokenTrainer":
-        programs = Programs.of(config)
-        state = programs.state(initial_params(config, jax.random.key(0)))
-        shape = (micro_batches, batch_size, config.model.seq_len + 1)
-        tokens = np.random.default_rng(0).integers(0, config.model.vocab_size, shape).astype(np.int32)
-        return cls(config, programs.step, state, tokens)
-
-    def __call__(self) -> Any:
-        self.state, report = self.step(self.state, self.batch)
-        return report
-
-    @property
-    def active_flops(self) -> float:
-        """Floating-point operations of one call: 6 x active matmul parameters x tokens."""
-        tokens = math.prod(self.batch.shape[:2]) * self.config.model.seq_len
-        return 6.0 * totals(count_parameters(self.config.model)).multiplied * tokens
+def _optimizer(
+    config: RunConfig, policy: Policy, card: Card, layout: Layout | None
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of a run. Where bfloat16 is multiplied fast, Muon does so too."""
+    on_cpu = card.platform == "cpu"
+    narrow = policy.compute == "bfloat16" and bool(cpu_bfloat16_units() if on_cpu else card.bfloat16_units)
+    constrain = {} if layout is None else {"constrain": layout.constrain}
+    return make_optimizer(config.train, **constrain, narrow=narrow, stacked=narrow and on_cpu and layout is None)

@@ -1,18 +1,12 @@
-"""A session is one process that works on one run: its data, its programs, its progress, and the state of training.
+"""A session is one process that works on one run: its data, its programs, its counters, and the state of training.
 
 `Session.open` starts a run, or restores the newest good checkpoint of a run.
-
-A resumed run is bit-identical to an uninterrupted run, because a step is a function of saved values only. A checkpoint
-holds the whole `TrainState` and the `RunCounters`. A batch is a function of (seed, step): `data/batches.py`. A random
-key is made of (seed, purpose, step): `system/random_keys.py`. Records after the checkpoint are removed at a resume. (On
-a GPU the programs must be deterministic too: `--deterministic`.)
 """
 
 import dataclasses
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,11 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import RunConfig, UserError, holds_run
-from moe_jax.data.baselines import CorpusBaselines, corpus_baselines
-from moe_jax.data.batches import MaskedBatch, train_positions, validation_subset
-from moe_jax.data.documents import Message
-from moe_jax.data.token_store import Stream, TokenStore, first_question, openings, prepare_token_store
-from moe_jax.data.tokenizers import answer_prompt
+from moe_jax.data.baselines import corpus_baselines
+from moe_jax.data.token_store import Stream, TokenStore, prepare_token_store
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.transformer import Params
@@ -37,6 +28,7 @@ from moe_jax.runs.checkpoint import Checkpoint, CheckpointCorrupted, CheckpointS
 from moe_jax.runs.folder import RunFolder, read_entry
 from moe_jax.runs.load import check_full_weights, check_same_model, kept_precision, load_run_tokenizer, saved_config
 from moe_jax.system.random_keys import Purpose, purpose_key
+from moe_jax.training.data import SessionData
 from moe_jax.training.evaluate import Evaluation, Tracer, evaluate
 from moe_jax.training.programs import Programs
 from moe_jax.training.start import Start
@@ -61,64 +53,6 @@ class Fitted(NamedTuple):
 
 type Fit = Callable[[RunConfig, str, RunConfig | None, Any], Fitted]
 """(settings, precision that is kept, settings of the run that is resumed, its record) -> the settings to train with."""
-
-
-@dataclass(frozen=True)
-class SessionData:
-    """The tokens of a run, and its batches."""
-
-    config: RunConfig
-    store: TokenStore
-    baselines: CorpusBaselines | None
-    """Scores of simple models on the validation text, to compare with. None for conversations: only answers are scored,
-    and the simple models would have to be scored on them too."""
-
-    def batch(self, step: int) -> np.ndarray | MaskedBatch:
-        """int32 [M, B, T+1]: the batch of the step that follows `step` earlier steps. Of conversations, with
-        weights."""
-        c, split = self.config.train, self.store.train
-        rows = c.batch_size * c.grad_accum
-        where = train_positions(
-            len(split.tokens), seed=c.seed, step=step, batch_size=rows, seq_len=self.config.model.seq_len
-        ).reshape(c.grad_accum, c.batch_size, -1)
-        tokens = split.tokens[where].astype(np.int32)
-        return tokens if split.answers is None else MaskedBatch.of(tokens, split.answers[where[..., 1:]])
-
-    @cached_property
-    def openings(self) -> list[str]:
-        """The first words of three documents of the validation text, or its first question."""
-        if self.store.valid.answers is None:
-            return openings(self.store.tokenizer, self.store.valid.tokens, most=3)
-        question = first_question(self.store.tokenizer, self.store.valid.tokens)
-        return [question] if question else []
-
-    def sample_prompt(self) -> list[int]:
-        """The tokens that a sample goes on with: the first of the openings."""
-        tokenizer, first, valid = self.store.tokenizer, self.openings[:1], self.store.valid
-        if valid.answers is not None:
-            if tokenizer.template is not None:  # the first conversation, up to its first answer
-                return valid.tokens[1 : int(np.argmax(valid.answers))].tolist()
-            return answer_prompt(tokenizer, [Message("user", question) for question in first])
-        return [tokenizer.separator_id, *tokenizer.encode("".join(first))]
-
-    def subset(self) -> Stream:
-        """The fixed part of the validation stream that is scored during training. Raises UserError if it should have
-        answers and has none."""
-        whole, separator = self.store.valid.stream, self.store.tokenizer.separator_id
-        tokens = validation_subset(whole.tokens, separator, self.config.data.eval_tokens)
-        answers = None if whole.answers is None else whole.answers[: len(tokens)]
-        if answers is not None and not answers[1:].any():  # the first token is never predicted
-            raise UserError(
-                f"--set data.eval_tokens={self.config.data.eval_tokens}: no answer is in the first {len(tokens):,} "
-                "validation tokens, so training could not be scored; give a larger number, or move a shorter "
-                "conversation to the front"
-            )
-        return Stream(tokens, answers)
-
-    def stream_of(self, scored: Evaluation) -> str:
-        """The name of the stream of a score: "whole", or "subset" if it is a part of the validation stream. Losses of
-        different streams cannot be compared."""
-        return "whole" if scored.tokens == self.store.valid.targets else "subset"
 
 
 @dataclass
@@ -148,6 +82,8 @@ class Session:
     """`Initial.origin` of a run that was upcycled, imported or fine-tuned. Else None."""
     fitted: Any = None
     """`Fitted.record`."""
+    half_time: float = 0.0
+    """With `--minutes`: seconds of the run after half of the steps that measure its pace."""
 
     @property
     def elapsed(self) -> float:
@@ -227,6 +163,15 @@ class Session:
         self.folder.truncate_logs_after(newest.step, self.counters.evaluated)
         changes = self.folder.record_resume(saved_config(newest), self.config, newest.step, self.fitted)
         self.notes.append(f"resumed at step {newest.step}" + (": " + ", ".join(changes) if changes else ""))
+
+    def set_steps(self, steps: int) -> None:
+        """Set the number of steps of the run, and record it. The next step compiles again: its learning rate follows
+        another schedule."""
+        self.config = self.config.override({("train", "steps"): steps})
+        mesh = mesh_of(self.config.execution.mesh)
+        self.programs = Programs.of(self.config, mesh=mesh, kept_precision=self.programs.policy.compute)
+        history = read_entry(self.folder.path, "history") or []
+        self.folder.write_config(self.config, history, self.fitted)
 
     def batch(self, step: int) -> Any:
         """The batch of the step that follows `step` earlier steps, as `programs.step` takes it."""

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_jax.config import ConfigError, ModelConfig, RunConfig, UserError, holds_run, load_config
-from moe_jax.config.model import MESH_ROUTING
 from moe_jax.config.presets import largest_vocabulary, preset
 from moe_jax.config.run import missing_run
-from moe_jax.config.section import typed
+from moe_jax.config.section import Origin
+from moe_jax.runs.catalog import run_folder
 
 if TYPE_CHECKING:
     from moe_jax.training.initial_weights import InitialWeights
@@ -24,26 +24,12 @@ type Check = Callable[[RunConfig], None]
 """Raises ConfigError if the changed settings do not fit what the run starts from."""
 Values = dict[tuple[str, str], Any]
 """(section, name) -> the value of a setting."""
-ORIGIN = [("", name) for name in ("preset", "upcycle", "init_from", "base")]
-NAMING = {*ORIGIN, ("", "out"), ("", "resume"), ("model", "dense"), ("data", "format"), ("train", "lora_rank")}
-"""The settings that say what a run starts from, how it is tuned, and the name of its folder (`RunConfig.run_dir`)."""
 
 IMPORTED_LR = 1e-4
 """Peak learning rate of a run that starts from a public model. The presets' rates are for a start from noise."""
 TUNING_LR, TUNING_LR_ADAPTERS = 1e-3, 3e-3
 """Peak learning rates of a fine-tuning of a run, chosen on preset nano. Adapters start at zero, and take a larger one.
 A public model is fine-tuned at IMPORTED_LR."""
-
-_DATA_MAY_CHANGE = {"eval_tokens", "source"}
-"""Fields of `data` that may change. The text itself is compared by its digest, once it is read."""
-_EXPERTS = {"dense", "experts", "expert_hidden", "shared_experts", "shared_gate"}
-"""Fields of the model that concern experts only. An upcycled run may choose them freely."""
-_TRAINING_ONLY = {"dropout", "attention_dropout", "tie_value_output_init", "zero_init_residual"}
-"""Fields of the model that change nothing in a forward pass of given weights without dropout."""
-_IMPORTED_ROUTING = ("top_k", "renormalise_gates", "balancing")
-"""Fields of the routing that decide what an imported model computes, or which parameters it has."""
-_ROUTING_MAY_CHANGE = {"capacity_factor", "dispatch", MESH_ROUTING}
-"""Fields of the routing that change neither which experts a token chooses, nor its gates."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +50,13 @@ class Start:
             check(config)
 
 
-def start_of(values: Values) -> Start:
-    """What a run with these settings, typed as flags, starts from.
+def start_of(naming: Values) -> Start:
+    """What a run starts from. `naming` has the typed values of the settings that name it: preset, out, resume, upcycle,
+    init_from, base, the text, and what else decides the name of its folder (`RunConfig.run_dir`).
 
     Raises ConfigError where it is not there, and UserError where it cannot be read.
     """
-    naming = {key: value for key, value in values.items() if key in NAMING}
-    config = preset(values.get(("", "preset"), RunConfig.preset)).override(naming)
+    config = preset(naming.get(("", "preset"), RunConfig.preset)).override(naming)
     # The folder of an upcycled or a tuned run may be named after the settings of the other run, so those come first.
     if config.out or not (config.upcycle or config.base):
         return _in_folder(config) or new_start(config)
@@ -88,34 +74,32 @@ def new_start(config: RunConfig) -> Start:
 
 
 def resumed_run(saved: RunConfig) -> Start:
-    """The run goes on from its newest good checkpoint. Model, routing, tokenizer, data and optimizer stay."""
-    fixed = [("train", name) for name in ("optimizer", "param_dtype", "lora_alpha", "train_router", "lora_rank")]
-    fixed += [*ORIGIN, *_fields("model"), *_fields("routing", {MESH_ROUTING}), *_fields("data", _DATA_MAY_CHANGE)]
+    """The run goes on from its newest good checkpoint."""
     hint = "leave the flag out to resume it, or start a new run with another --out"
-    return Start(saved, (_same(saved, fixed, f"the run in {saved.run_dir}", hint),), saved=saved)
+    return Start(saved, (_keeps(saved, ["resume"], f"the run in {saved.run_dir}", hint),), saved=saved)
 
 
 def _in_folder(config: RunConfig) -> Start | None:
     """The run that --resume goes on with. None without --resume, or if the folder holds no checkpoint."""
     saved = load_config(Path(config.run_dir)) if config.resume else None
-    kept = {path.name for path in Path(config.run_dir).glob("checkpoints/step_*/*")}
-    if saved is not None and "weights.safetensors" in kept and "arrays" not in kept:
+    if saved is None:
+        return None
+    if not any(Path(config.run_dir).glob("checkpoints/step_*/arrays")):
         remedy = f"--init-from {saved.init_from}" if saved.init_from else "the run that it was made of"
         raise ConfigError(f"--out {config.run_dir}: has weights to read, and no state of training; train from {remedy}")
     # A folder may have been copied or renamed, so its path comes from the command and not from its config.json.
-    return None if saved is None else resumed_run(dataclasses.replace(saved, out=config.run_dir))
+    return resumed_run(dataclasses.replace(saved, out=config.run_dir))
 
 
 def _tuned_run(config: RunConfig) -> Start:
     """The best checkpoint of a trained run, fine-tuned on conversations (`sft --run`)."""
-    from_run = _load_run("--run", config.base)
+    folder = str(run_folder(config.base))
+    from_run = _load_run("--run", folder)
     fresh = dataclasses.replace(from_run, base=config.base, init_from="", upcycle="", out="", resume=False)
     defaults = _for_conversations(fresh, TUNING_LR_ADAPTERS if config.train.lora_rank else TUNING_LR)
-    fixed = [("", "preset"), *_fields("model", _TRAINING_ONLY), *_fields("routing", _ROUTING_MAY_CHANGE)]
-    fixed += [("data", "tokenizer"), ("data", "vocab_size")]
     hint = "leave the flag out: a tuned run keeps the model and the tokenizer"
-    check = _same(from_run, fixed, f"the run in {config.base}", hint)
-    return Start(defaults, (check,), lambda: _weights_of("run", "--run", config.base))
+    check = _keeps(from_run, ["tune"], f"the run in {folder}", hint)
+    return Start(defaults, (check,), lambda: _weights_of("run", "--run", folder))
 
 
 def _imported_model(config: RunConfig) -> Start:
@@ -128,14 +112,11 @@ def _imported_model(config: RunConfig) -> Start:
     defaults = _with_pretrained(config, model)
     if config.data.format == "chat":
         defaults = _for_conversations(defaults, IMPORTED_LR)
-    fixed = [("data", "tokenizer"), *_fields("model", {"seq_len", "dropout", "attention_dropout"})]
     hint = "leave the flag out: the folder gives the shape of the model, and its tokenizer"
-    if model.dense == "none":
-        fixed += [("routing", name) for name in _IMPORTED_ROUTING]
-    else:
+    if model.dense != "none":
         hint += "; to give a dense model experts, use --upcycle"
     where = f"the model in {config.init_from}"
-    checks = _reads_length(shape.model, where), _same(_with_pretrained(config, shape.model), fixed, where, hint)
+    checks = _reads_length(shape.model, where), _keeps(defaults, ["import"], where, hint)
     return Start(defaults, checks, lambda: _weights_of("pretrained", "--init-from", config.init_from))
 
 
@@ -147,19 +128,19 @@ def _upcycled(config: RunConfig) -> Start:
     folder = config.upcycle
     pretrained = holds_pretrained(Path(folder)) and not holds_run(Path(folder))
     where = f"the dense {'model' if pretrained else 'run'} in {folder}"
-    free, changes = _EXPERTS | _TRAINING_ONLY, {"dense": "none", "shared_experts": 0, "shared_gate": False}
+    changes: dict[str, Any] = {"dense": "none", "shared_experts": 0, "shared_gate": False}
+    origins: list[Origin] = ["upcycle"]
     if pretrained:
+        origins.append("import")
         model = read_shape(Path(folder), "--upcycle").model
         # The dense model has no experts that a mesh could divide.
         plain = dataclasses.replace(config, execution=dataclasses.replace(config.execution, mesh=""))
         dense, remedy = _with_pretrained(plain, model), "start from it with --init-from"
         changes |= {"seq_len": min(config.model.seq_len, model.seq_len)}
         changes |= {"experts": config.model.experts, "routing": config.model.routing}
-        fixed = [("data", "tokenizer"), *_fields("model", free | {"seq_len"})]
     else:
         dense = _load_run("--upcycle", folder, "make one with --model.dense active")
         remedy = "name a run made with --model.dense active"
-        fixed = [("", "preset"), *_fields("model", free), *_fields("data", _DATA_MAY_CHANGE)]
     if dense.model.dense == "none":
         raise ConfigError(f"--upcycle {folder}: has experts already; {remedy}")
     model = dataclasses.replace(dense.model, **changes, expert_hidden=dense.model.dense_hidden)
@@ -167,7 +148,7 @@ def _upcycled(config: RunConfig) -> Start:
     if pretrained:
         defaults = _with_pretrained(config, model)
     hint = "leave the flag out: an upcycled run starts with the function that the dense run has learned"
-    checks = [_copies(model, where), _same(dense, fixed, where, hint)]
+    checks = [_copies(model, where), _keeps(dense, origins, where, hint)]
     if pretrained:
         checks.insert(1, _reads_length(dense.model, where))
     kind = "pretrained" if pretrained else "run"
@@ -241,12 +222,9 @@ def _copies(model: ModelConfig, where: str) -> Check:
     so that is refused too. K = E is refused: every expert would see every token, so the copies would stay equal. A
     shared expert would add to the output.
     """
-    needed = RunConfig(model=model.with_routing(renormalise_gates=True))
-    fixed = [("model", name) for name in ("dense", "expert_hidden", "shared_experts")] + [
-        ("routing", "renormalise_gates")
-    ]
     hint = "leave the flag out: every expert starts as a copy of the dense network, and the gates must sum to 1"
-    same = _same(needed, fixed, f"a run made by --upcycle of {where}", hint)
+    needed: Values = {("model", name): getattr(model, name) for name in ("dense", "expert_hidden", "shared_experts")}
+    same = _same(needed | {("routing", "renormalise_gates"): True}, f"a run made by --upcycle of {where}", hint)
 
     def check(config: RunConfig) -> None:
         same(config)
@@ -268,18 +246,17 @@ def _reads_length(model: ModelConfig, where: str) -> Check:
     return check
 
 
-def _same(there: RunConfig, fields: Iterable[tuple[str, str]], where: str, hint: str) -> Check:
-    """The settings have the values of `there` in these (section, name) fields."""
+def _keeps(there: RunConfig, origins: Iterable[Origin], where: str, hint: str) -> Check:
+    """The settings that a run keeps which starts from weights of all these origins have the values of `there`."""
+    return _same(there.kept_settings(*origins), where, hint)
+
+
+def _same(there: Values, where: str, hint: str) -> Check:
+    """The settings have these values."""
 
     def check(config: RunConfig) -> None:
-        for section, name in fields:
-            old, new = (getattr(c.section(section), name) for c in (there, config))
-            if old != new:
-                raise ConfigError(f"{typed(section, name, new)}: {where} has {old}; {hint}")
+        for (section, name), old in there.items():
+            if getattr(config.section(section), name) != old:
+                raise config.section(section).wrong(name, f"{where} has {old}; {hint}")
 
     return check
-
-
-def _fields(section: str, free: Iterable[str] = ()) -> list[tuple[str, str]]:
-    """(section, name) of the fields of a section that may not change: all but the `free` ones."""
-    return [(section, name) for _, name, _ in RunConfig().section(section).plain_fields() if name not in set(free)]

@@ -26,13 +26,6 @@ INITIAL_SCALE = 2.0**15
 GROWTH_STEPS = 2000
 """Finite steps in a row after which the loss scale doubles."""
 
-SPIKE_DECAY = 1 - 1 / 128
-"""Weight of the former mean and variance of the loss when a step is added."""
-SPIKE_AFTER = 128
-"""Number of first steps in which no loss is called a spike, because the mean is not yet known well."""
-SPIKE_SIGMAS = 6.0
-"""Standard deviations above the mean from which a loss is a spike."""
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
@@ -48,21 +41,6 @@ class LossScale:
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class LossTrack:
-    """Running mean and variance of the loss, with exponential decay: the half-life is 88 steps."""
-
-    mean: Float[Array, ""]
-    variance: Float[Array, ""]
-    steps: Int[Array, ""]
-
-    def limit(self) -> Float[Array, ""]:
-        """The loss above which a step is a spike; infinite for the first SPIKE_AFTER steps."""
-        limit = self.mean + SPIKE_SIGMAS * jnp.sqrt(self.variance)
-        return jnp.where(self.steps >= SPIKE_AFTER, limit, jnp.inf)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
 class TrainState:
     """The state of training. A checkpoint holds all of it. The position in the data is a function of `step` alone."""
 
@@ -71,7 +49,6 @@ class TrainState:
     params: Params
     optimizer: Any
     loss_scale: LossScale
-    loss_track: LossTrack
     skipped: Int[Array, ""]
     """Number of skipped steps. A skipped step changes no bit of parameters and optimizer: its loss or gradient was not
     finite."""
@@ -111,7 +88,6 @@ def initial_state(
         params=params,
         optimizer=optimizer.init(jax.tree.map(lambda p: p.astype(at_least_float32(p.dtype)), trained)),
         loss_scale=LossScale(jnp.asarray(scale, jnp.float32), jnp.zeros((), jnp.int32)),
-        loss_track=LossTrack(jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32), jnp.zeros((), jnp.int32)),
         skipped=jnp.zeros((), jnp.int32),
         adapters=adapters,
     )
@@ -123,22 +99,6 @@ def next_scale(old: LossScale, finite: Bool[Array, ""]) -> LossScale:
     grow = good >= GROWTH_STEPS
     scale = jnp.where(finite, jnp.where(grow, old.scale * 2, old.scale), jnp.maximum(old.scale / 2, 1))
     return LossScale(scale, jnp.where(grow, 0, good))
-
-
-def next_track(old: LossTrack, loss: Float[Array, ""], finite: Bool[Array, ""]) -> LossTrack:
-    """The track after a step.
-
-    A loss above the limit enters the mean as the limit. So a single spike changes the mean little, but a loss that
-    stays high raises the mean and the limit in time. A step that was not finite does not count.
-    """
-    loss = jnp.minimum(loss.astype(jnp.float32), old.limit())
-    # The first steps have equal weights (1/1, 1/2, ...), so that the mean does not begin at 0.
-    share = jnp.maximum(1 / (old.steps + 1), 1 - SPIKE_DECAY).astype(jnp.float32)
-    difference = loss - old.mean
-    mean = old.mean + share * difference
-    variance = (1 - share) * (old.variance + share * difference**2)
-    new = LossTrack(mean, variance, old.steps + 1)
-    return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
 
 # The progress of a run on the host
@@ -174,10 +134,23 @@ class RunCounters:
         """Mean drop fraction of the counted steps; None before the first."""
         return self.drop_sum / self.drop_steps if self.drop_steps else None
 
-    def add_drops(self, fraction: float) -> None:
-        """Count the drops of a step: the share of (token, choice) pairs without a slot, mean over layers."""
+    def add_step(self, load: np.ndarray, drop_fraction: float, finite: bool) -> list[tuple[int, int]]:
+        """Count a step: its load float [L, E], shares that sum to 1 in each layer; the share of its (token, choice)
+        pairs without a slot, mean over layers; and whether it was finite. If not, the first two do not count.
+
+        Returns the (layer, expert) pairs that have now been starved for exactly STARVED_STEPS steps in a row.
+        """
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if not finite:
+            return []
         self.drop_steps += 1
-        self.drop_sum += fraction
+        self.drop_sum += drop_fraction
+        if not load.size:
+            return []
+        before = np.asarray(self.starved, np.int64) if self.starved else np.zeros(load.shape, np.int64)
+        steps = np.where(load < STARVED_SHARE / load.shape[1], before + 1, 0)
+        self.starved = steps.tolist()
+        return [(int(layer), int(expert)) for layer, expert in np.argwhere(steps == STARVED_STEPS)]
 
     def add_evaluation(self, step: int, loss: float) -> bool:
         """Count an evaluation; returns whether it is the best so far."""
@@ -186,18 +159,6 @@ class RunCounters:
         self.without_improvement = 0 if improved else self.without_improvement + 1
         self.evaluated = step
         return improved
-
-    def add_load(self, load: np.ndarray) -> list[tuple[int, int]]:
-        """Count a step's load float [L, E], shares that sum to 1 in each layer.
-
-        Returns the (layer, expert) pairs that have now been starved for exactly STARVED_STEPS steps in a row.
-        """
-        if not load.size:
-            return []
-        before = np.asarray(self.starved, np.int64) if self.starved else np.zeros(load.shape, np.int64)
-        steps = np.where(load < STARVED_SHARE / load.shape[1], before + 1, 0)
-        self.starved = steps.tolist()
-        return [(int(layer), int(expert)) for layer, expert in np.argwhere(steps == STARVED_STEPS)]
 
     def starved_now(self) -> list[list[int]]:
         """[layer, expert] of every expert that has been starved for at least STARVED_STEPS steps in a row."""
@@ -208,12 +169,8 @@ class RunCounters:
 
     @classmethod
     def from_json(cls, values: Any) -> "RunCounters":
-        """The inverse of `to_json`. Raises CheckpointCorrupted if the values have other names or types."""
-        kinds = {n: float | None if value is None else type(value) for n, value in cls().to_json().items()}
-        if isinstance(values, dict):  # older checkpoints have these too
-            values = {n: value for n, value in values.items() if n not in ("worst_drop", "last_drop")}
-        if not isinstance(values, dict) or values.keys() != kinds.keys():
-            raise CheckpointCorrupted("its progress is not what this program saves")
-        if wrong := [name for name, kind in kinds.items() if not isinstance(values[name], kind)]:
-            raise CheckpointCorrupted(f"its progress has a wrong value for {wrong[0]}")
-        return cls(**values)
+        """The inverse of `to_json`. Raises CheckpointCorrupted if the values have other names."""
+        try:
+            return cls(**values)
+        except TypeError:
+            raise CheckpointCorrupted("its progress is not what this program saves") from None

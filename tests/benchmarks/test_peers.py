@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from suites import mixtral, peers, request
 
-from moe_jax.benchmarks import mixtral, peers, request
 from moe_jax.config import UserError
 from moe_jax.config.presets import PRESETS, preset, with_vocabulary
 from moe_jax.model import precision
@@ -141,5 +141,5 @@ def test_a_peer_is_killed_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert Path(f"/proc/{talking.about['pid']}").exists() or sys.platform != "linux"
     assert talking._process.returncode == -9
     arguments = (tmp_path / "arguments").read_text()
-    assert arguments.startswith("-W ignore::FutureWarning -m moe_jax.benchmarks.mixtral {")
-    assert mixtral.Shape(**json.loads(arguments.partition("mixtral ")[2])) == shape
+    assert arguments.startswith(f"-P -W ignore::FutureWarning {mixtral.__file__} {{")
+    assert mixtral.Shape(**json.loads(arguments.partition(".py ")[2])) == shape

@@ -14,12 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
+from suites import command, dense_baselines, layer, serving
+from suites.dense_baselines import CostTable, flops_by_group
+from suites.request import BenchmarkRequest
 
-from moe_jax.benchmarks import dense_baselines, layer, serving, suites
-from moe_jax.benchmarks.dense_baselines import CostTable, flops_by_group
-from moe_jax.benchmarks.request import BenchmarkRequest
-from moe_jax.cli import benchmark
-from moe_jax.cli.main import main, run_as
+from moe_jax.cli.main import main
 from moe_jax.config import ExecutionConfig, ModelConfig, RoutingConfig, RunConfig, TrainConfig
 from moe_jax.model import precision
 from moe_jax.model.costs import Count, expert_flops, layer_flops
@@ -174,9 +173,9 @@ def test_peers_without_their_extra_are_left_out_or_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert main(lambda argv: run_as(benchmark.Benchmark, argv, "benchmark.py"), ["peers"]) == 1
+    assert main(command.run, ["peers"]) == 1
     assert "uv run --extra peers benchmark.py peers" in capsys.readouterr().err
-    assert benchmark.Benchmark()._suites() == ["moe", "train", "decode"]
+    assert command.suites_of("all") == ["moe", "train", "decode"]
 
 
 def numbers_in(result: dict) -> list[float]:
@@ -185,7 +184,7 @@ def numbers_in(result: dict) -> list[float]:
 
 @pytest.mark.parametrize("part", short_form(["moe", "train", "decode"], ["moe"]))
 def test_suites_print_tables_and_give_their_numbers(part: str, console: Console) -> None:
-    numbers = suites.SUITES[part](console, BenchmarkRequest(config(layers=1), 2, 1))
+    numbers = command.suite(part)(console, BenchmarkRequest(config(layers=1), 2, 1))
     assert all(np.isfinite(value) and value > 0 for value in numbers_in(numbers))
     assert "median ms" in printed(console)
     assert "_" not in printed(console), "words, not the names of the JSON object"
@@ -195,19 +194,27 @@ def test_suites_print_tables_and_give_their_numbers(part: str, console: Console)
 
 
 @pytest.mark.parametrize("part", ["train", "decode"])
-def test_a_record_repeats_what_was_asked(part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_repeats_what_was_asked(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last line of the output is one JSON object."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(environment, "prepare_environment", lambda: None)
     monkeypatch.setattr(precision, "cpu_bfloat16_units", lambda: "AMX")
-    monkeypatch.setitem(suites.SUITES, part, lambda console, request: {"models": {}})
-    asked = benchmark.Benchmark(part, "nano", batch_size=3, rounds=2)
-    assert asked.execute() == 0
+    monkeypatch.setattr(command, "suite", lambda name: lambda console, request: {"models": {}})
+    asked = [part, "--preset", "nano", "--batch-size", "3", "--rounds", "2"]
+    assert command.run(asked) == 0
     (written,) = tmp_path.rglob("*.json")
     assert written.parent == tmp_path / "runs/bench"
     record = json.loads(written.read_text())
-    arguments = record["command"].removeprefix("uv run benchmark.py ").split()
-    assert benchmark.Benchmark.parse(arguments) == asked
+    assert record["command"].removeprefix("uv run benchmark.py ").split() == asked
     assert record.get("training_precision") == {"train": "bfloat16", "decode": None}[part]
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"models": {}}
+
+
+def test_a_number_out_of_range_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command.run, ["moe", "--rounds", "0"]) == 2
+    assert capsys.readouterr().err == "error: --rounds 0: must be between 1 and 10,000\n"
 
 
 @pytest.mark.slow

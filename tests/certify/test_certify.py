@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from described_gpu import Target, back_ends, lower_for
 
 from moe_jax.certify import causality
 from moe_jax.certify.arithmetic import router_precision, step_arithmetic, telling_length
@@ -16,8 +17,6 @@ from moe_jax.certify.model import certify, initial_params
 from moe_jax.model.costs import multiplied_rows, router_flops
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import abstract_model, create, merge, split
-from moe_jax.planning.device_memory import back_ends, lower_for
-from moe_jax.planning.target import load_target
 from moe_jax.system.hlo import read_program
 from moe_jax.training.programs import Programs
 from tests.support import planted_certify
@@ -184,7 +183,7 @@ def test_the_precision_of_the_router_on_a_card(bug: Bug | None, back_end: str, m
     if bug:
         bug.plant(monkeypatch)
     config = run_config(small(layers=1, seq_len=128), "bfloat16")
-    programs = Programs.of(config, target := load_target("rtx3050-4gb"))
+    programs = Programs.of(config, target := Target.load("rtx3050-4gb"))
     lowered = lower_for(target, programs.step, programs.state_shapes, programs.batch_shapes(2))
     program = read_program(lowered.compile(compiler_options=back_ends(target)[back_end]).as_text())
     certificate = router_precision(program, 3 * router_flops(config.model, 2 * 128))

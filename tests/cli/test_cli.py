@@ -1,4 +1,4 @@
-"""The command line: what is wrong is said in one line, with status 2, before jax is imported and nothing is written.
+"""The command line: what is wrong is said with status 2, before jax is imported, and nothing is written.
 
 A few command lines run in a process of their own, as a person would type them, with an import of jax made to fail. The
 others are read in this process.
@@ -7,55 +7,27 @@ others are read in this process.
 import dataclasses
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from moe_jax.cli.main import main, run_command
-from moe_jax.cli.settings import Settings
-from moe_jax.cli.train import Train
-from moe_jax.config import ConfigError
+from moe_jax.cli.main import COMMANDS, main, run_command
+from moe_jax.config import SECTIONS, ConfigError, RunConfig
 from moe_jax.config.presets import preset
-from moe_jax.config.section import SHORT_FLAGS
+from moe_jax.config.section import flag_of, long_flag, short_flags
+from tests.support.commands import plain, refusal, refused, sft_settings, train_settings
 
 ROOT = Path(__file__).resolve().parents[2]
-
-# (arguments of train.py, what the line must name). Other wrong values: tests/config, test_arguments.py, and of every
-# flag `tests/reliability/test_flags.py`.
-BAD_TRAIN = [
-    (["--experts", "1"], ["--top-k", "2", "--experts 1"]),
-    (["--model.width", "100", "--model.heads", "20"], ["--model.heads", "20", "RoPE"]),
-    (["--set", "data.eval_tokens=65537"], ["--set data.eval_tokens=65537"]),
-    (["--data", "no/such/path"], ["--data", "no/such/path", "tinystories"]),
-    (["--train.beta2", "0.9"], ["--train.beta2", "perhaps --set train.beta2 was meant"]),
-    (["--set", "train.beta3=0.9"], ["--set train.beta3=0.9", "perhaps train.beta2"]),
-    (["--set", "a." * 25_000 + "b=1"], ["--set a.a.", "must be SECTION.NAME=VALUE"]),
-    (["--set", "model.bias=maybe"], ["--set model.bias=maybe", "must be true or false"]),
-    (["--model.top-k", "2"], ["--model.top-k", "perhaps --top-k"]),
-    (["--upcycle", "no/such/run"], ["--upcycle no/such/run", "--model.dense active"]),
+SHORT = [
+    *("--preset", "--data", "--tokenizer", "--out", "--resume", "--steps", "--batch-size", "--grad-accum", "--seq-len"),
+    *("--lr", "--optimizer", "--precision", "--seed", "--eval-every", "--save-every", "--experts", "--top-k"),
+    *("--capacity-factor", "--dispatch", "--minutes"),
 ]
-
-# (arguments of python -m moe_jax, what the line must name)
-BAD_COMMANDS = [
-    (["paint"], ["paint", "generate"]),
-    (["--run"], ["--run", "command"]),
-    (["train", "--steps", "0"], ["--steps 0"]),
-    (["plan", "--gpu", "abacus"], ["--gpu abacus", "rtx3050-4gb"]),
-    (["plan", "--gpu", "/bin/ls"], ["--gpu /bin/ls", "does not describe a GPU"]),
-    (["plan", "--gpu", "held/config.json"], ["--gpu held/config.json", "does not describe a GPU"]),
-    (["generate", "--run", "held", "--step", "0.5"], ["--step 0.5", "is not a whole number"]),
-    (["generate", "--run", "no/such/run"], ["--run", "no/such/run"]),
-    (["inspect", "--run", "held", "--file", "no/such/text"], ["--file", "no/such/text"]),
-    (["inspect", "--run", "held", "--file", "held"], ["--file", "held"]),
-    (["inspect", "--run", "held", "--file", "a", "--text", "b"], ["--file", "--text"]),
-    (["inspect", "--run", "held", "--out", "held"], ["--out", "held"]),
-    (["plot", "--run", "held", "--run", "no/such/run"], ["--run", "no/such/run"]),
-    (["certify", "--mesh", "data=0"], ["--mesh data=0", "data=2,expert=4"]),
-]
+"""The short names that everybody uses."""
 
 
 @pytest.fixture(autouse=True)
@@ -77,174 +49,257 @@ def run_without_jax(folder: Path, program: list[str]) -> subprocess.CompletedPro
 
 def make_held(folder: Path, routing: dict[str, object] | None = None, **model_changes: object) -> None:
     """A folder that holds a run, as far as its names go."""
-    (folder / "held" / "checkpoints" / "step_00000010").mkdir(parents=True)
+    (folder / "held" / "checkpoints" / "step_00000010" / "arrays").mkdir(parents=True)
     values = preset("nano").to_dict()
     values["model"] |= model_changes
     values["routing"] |= routing or {}
     (folder / "held" / "config.json").write_text(json.dumps(values))
 
 
-def _settings(argv: list[str]) -> Settings:
-    return Train.parse(argv).settings
-
-
-def assert_refused(result: subprocess.CompletedProcess[str], names: list[str]) -> None:
-    assert (result.returncode, result.stdout) == (2, "")
-    lines = result.stderr.splitlines()
-    assert len(lines) == 1, result.stderr
-    assert lines[0].startswith("error: ")
-    for name in names:
-        assert name in lines[0]
-
-
-def refused(argv: Sequence[str], capsys: pytest.CaptureFixture[str], names: Sequence[str] = ()) -> str:
-    """The one line that refuses these arguments of `moe-jax`."""
-    assert main(run_command, argv) == 2
-    out, err = capsys.readouterr()
-    assert (out, err.count("\n")) == ("", 1)
-    assert err.startswith("error: ")
-    for name in names:
-        assert name in err
-    return err
-
-
-@pytest.mark.parametrize(("arguments", "names"), BAD_TRAIN, ids=lambda x: " ".join(x)[:40])
-def test_bad_training_arguments(tmp_path: Path, capsys, arguments: list[str], names: list[str]) -> None:
-    refused(["train", *arguments], capsys, names)
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--lr", "0"], "--lr 0.0: must be between 1e-12 and 1000"),
+        (["--lr", "fast"], "--lr"),
+        (["--steps", "2.5"], "--steps"),
+        (["--steps"], "--steps"),
+        (["--stesp", "3"], "Perhaps you meant: --train.steps, --steps"),
+        (["--preset", "giant"], "--preset"),
+        (["--experts", "1"], "--top-k 2: must be between 1 and --experts 1"),
+        (["--model.width", "100", "--model.heads", "20"], "--model.heads 20: head width 100 / 20 = 5 is odd; RoPE needs"),
+        (["--data.eval-tokens", "65537"], "--data.eval-tokens 65537: must be between 2 and 65"),
+        (["--data", "no/such/path"], "no/such/path"),
+        (["--upcycle", "no/such/run"], "--upcycle no/such/run: no run with a complete checkpoint there; make one with"),
+        (["--run", "held"], "--run"),
+        (["--tokenizer", "byte", "--model.vocab-size", "256"], "--model.vocab-size 256: the byte tokenizer has 257"),
+        (["--num-processes", "2"], "--coordinator-address : must be HOST:PORT of process 0, such as 127.0.0.1:9876"),
+        (["--num-processes", "2", "--coordinator-address", "h:1"], "--num-processes: needs --mesh"),
+    ],
+    ids=lambda x: " ".join(x)[:40] if isinstance(x, list) else "",
+)
+def test_bad_training_arguments(tmp_path: Path, capsys, arguments: list[str], said: str) -> None:
+    """The flag is named, and what is allowed. Nothing is written."""
+    assert said in refused(["train", *arguments], capsys)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("arguments", "names"), BAD_COMMANDS, ids=lambda x: " ".join(x)[:40])
-def test_bad_commands(tmp_path: Path, capsys, arguments: list[str], names: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["paint"], "paint: must be one of train, sft,"),
+        (["generate", "--run", "held", "--step", "0.5"], "--step"),
+        (["generate", "--run", "held", "--step", "7"], "--step 7: held has no such checkpoint; it has 10"),
+        (["generate", "--run", "held", "--temperature", "-1"], "--temperature -1.0: must be between 0 and 100"),
+        (["generate", "--run", "no/such/run"], "--run no/such/run: no run with a complete checkpoint there"),
+        (["inspect", "--run", "held", "--file", "no/such/text"], "--file no/such/text"),
+        (["inspect", "--run", "held", "--file", "a", "--text", "b"], "--file a: --text is given too"),
+        (["inspect", "--run", "held", "--out", "held"], "--out held: is a folder; name a file"),
+        (["plot", "--run", "held", "--run", "no/such/run"], "--run no/such/run"),
+        (["export", "--run", "held"], "--out"),
+        (["export", "--run", "held", "--out", "held"], "--out held: is not empty; name a new folder"),
+        (["sft", "--data", "x.jsonl"], "--run: must be given"),
+        (["sft", "--run", "held"], "--data: must be given"),
+        (["doctor"], "--run RUN: give either the folder of a run, or --gpu"),
+        (["serve", "--run", "held", "--host", "0.0.0.0"], "--host 0.0.0.0: other machines can reach it; give an --api-key"),
+    ],
+    ids=lambda x: " ".join(x)[:40] if isinstance(x, list) else "",
+)
+def test_bad_commands(tmp_path: Path, capsys, arguments: list[str], said: str) -> None:
     make_held(tmp_path)
-    refused(arguments, capsys, names)
+    assert said in refused(arguments, capsys)
 
 
 @pytest.mark.parametrize(
-    ("program", "names"),
+    ("program", "said"),
     [
-        (["train.py", "--top-k", "9"], ["--top-k", "9", "8"]),
-        (["train.py", "--out", "held"], ["--out held", "already holds a run", "--resume"]),
-        (["train.py", "--upcycle", "held"], ["--upcycle held", "has experts already"]),
-        (["benchmark.py", "moe", "--rounds", "0"], ["--rounds", "0"]),
-        (["-m", "moe_jax", "generate", "--run", "no/such/run"], ["--run", "no/such/run"]),
+        (["train.py", "--top-k", "9"], "--top-k 9: must be between 1 and --experts 8"),
+        (["train.py", "--out", "held"], "--out held: already holds a run; add --resume"),
+        (["train.py", "--upcycle", "held"], "--upcycle held: has experts already"),
+        (["-m", "moe_jax", "generate", "--run", "no/such/run"], "--run no/such/run"),
     ],
     ids=lambda x: " ".join(x)[:40],
 )
-def test_a_program_refuses_before_jax_is_imported(tmp_path: Path, program: list[str], names: list[str]) -> None:
+def test_a_program_refuses_before_jax_is_imported(tmp_path: Path, program: list[str], said: str) -> None:
     make_held(tmp_path)
     before = (tmp_path / "held" / "config.json").read_bytes()
     script = [str(ROOT / program[0])] if program[0].endswith(".py") else program[:1]
-    assert_refused(run_without_jax(tmp_path, [*script, *program[1:]]), names)
+    result = run_without_jax(tmp_path, [*script, *program[1:]])
+    assert (result.returncode, result.stdout) == (2, "")
+    assert said in plain(result.stderr)
     assert (tmp_path / "held" / "config.json").read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["held", "poison"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "names"),
-    [
-        (["--model.expert-hidden", "128"], ["--model.expert-hidden 128", "259"]),
-        (
-            ["--set", "routing.renormalise_gates=false"],
-            ["--set routing.renormalise_gates=False", "the gates must sum to 1"],
-        ),
-        (["--set", "model.norm_eps=1e-5"], ["--set model.norm_eps=1e-05", "has 0.0"]),
-        (["--preset", "story"], ["--preset story", "has nano"]),
-    ],
-)
-def test_what_a_dense_run_cannot_be_upcycled_to(tmp_path: Path, capsys, arguments: list[str], names: list[str]) -> None:
-    """The hidden width of nano's dense baseline: 2 x 128 + 8 / 3, rounded."""
-    make_held(tmp_path, dense="active")
-    refused(["train", "--upcycle", "held", *arguments], capsys, names)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["held"]
+# Help
 
 
-def test_an_upcycled_run_starts_from_the_dense_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Experts as wide as the dense FFN; what is typed differs; once it is there, it is resumed as any run."""
-    monkeypatch.chdir(tmp_path)
-    make_held(tmp_path, dense="active", layers=2)
-    config, start = _settings(["--upcycle", "held", "--experts", "4", "--lr", "1e-4"])
-    assert start.saved is None
-    assert (config.model.dense, config.model.layers, config.model.expert_hidden) == ("none", 2, 259)
-    assert (config.model.experts, config.train.lr, config.run_dir) == (4, 1e-4, "runs/nano-upcycled")
-    (tmp_path / "runs").mkdir()
-    shutil.copytree(tmp_path / "held", tmp_path / config.run_dir)
-    (tmp_path / config.run_dir / "config.json").write_text(json.dumps(config.to_dict()))
-    placed = dataclasses.replace(config, out=config.run_dir)
-    resumed = _settings(["--upcycle", "held", "--resume"])
-    assert (resumed.config, resumed.start.saved) == (dataclasses.replace(placed, resume=True), placed)
-    shutil.copytree(tmp_path / "held", tmp_path / "other")
-    with pytest.raises(ConfigError, match="--upcycle other: the run in runs/nano-upcycled has held"):
-        _settings(["--out", "runs/nano-upcycled", "--resume", "--upcycle", "other"])
+def test_the_help_of_training_shows_the_usual_flags_without_jax(tmp_path: Path) -> None:
+    """Each with its value in the preset. `--help-verbose` has every field of the configuration."""
+    brief = run_without_jax(tmp_path, [str(ROOT / "train.py"), "--preset", "story-cpu", "--help"])
+    assert brief.returncode == 0
+    shown = re.findall(r"^│ (--[a-z-]+)", brief.stdout, re.MULTILINE)
+    assert {*SHORT, "--dry-run"} <= {*shown}
+    assert len(brief.stdout.splitlines()) <= 60
+    assert "--steps INT (default: 4863)" in brief.stdout
+    every = run_without_jax(tmp_path, [str(ROOT / "train.py"), "--help-verbose"]).stdout
+    hidden = {"base", "format", "lora_rank", "lora_alpha", "train_router"}
+    for section in map(RunConfig().section, ("", *SECTIONS)):
+        for name in {name for name, _ in section.values()} - hidden:
+            assert flag_of(section, name) in every
 
 
-def test_train_has_at_most_50_flags() -> None:
-    assert sum(a.is_flag for a in Train.arguments()) <= 50
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_parameter_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Text stands between a flag and its default."""
+    with pytest.raises(SystemExit) as leaving:
+        main(run_command, [name, "--help-verbose" if name in ("train", "sft") else "--help"])
+    assert leaving.value.code == 0
+    printed = plain(capsys.readouterr().out)
+    assert not re.findall(r"--[a-z.-]+ [A-Z|{}a-z,0-9-]+ \(default", printed)
+
+
+def test_all_commands_have_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(run_command, ["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"  {name:<14} {line}\n" in out for name, line in COMMANDS.items())
+    assert all(len(line) <= 80 for line in out.splitlines())
+
+
+# The settings of a run
+
+
+def test_every_field_is_set_by_its_flag_and_by_its_long_flag() -> None:
+    """All values of seed-158m, over nano."""
+    config = preset("seed-158m")
+    for flag in (flag_of, long_flag):
+        words: list[str] = []
+        for name, field, value in config.settings():
+            typed = flag(config.section(name), field)
+            if field in ("base", "format", "lora_rank", "lora_alpha", "train_router"):
+                continue
+            if isinstance(value, bool):
+                head, _, last = typed.removeprefix("--").rpartition(".")
+                words.append(typed if value else f"--{head}.no-{last}" if head else f"--no-{last}")
+            else:
+                words.append(f"{typed}={value}")
+        assert train_settings(*words)[0] == config
 
 
 def test_short_names() -> None:
-    """Each short name sets the field that its long name sets, in both spellings."""
-    for short, long in SHORT_FLAGS.items():
-        if "lora" in long or "router" in long:  # need a run to tune: tests/training/test_sft.py
-            continue
-        value = {"--data": "stories", "--tokenizer": "byte", "--optimizer": "adamw"}.get(short)
-        value = value or {"--fit": "any", "--memory": "2GB"}.get(short)
-        value = value or {"--precision": "float32", "--dispatch": "blocks", "--mesh": "data=2"}.get(short, "2")
-        if short == "--deterministic":
-            assert _settings([short]) == _settings([long]) != _settings([])
-            assert _settings(["--no-deterministic"]) == _settings(["--no-execution.deterministic"]) == _settings([])
-        else:
-            asked = [[short, value], [f"{short}={value}"], [long, value], [f"{long}={value}"]]
-            assert len({repr(_settings(argv)) for argv in asked}) == 1
-    config, start = _settings(["--steps", "7", "--top-k=1", "--out", "nowhere"])
+    named = {flag for name in ("", *SECTIONS) for flag in short_flags(type(RunConfig().section(name))).values()}
+    assert {*SHORT} <= named
+    config, start = train_settings("--steps", "7", "--top-k=1", "--out", "nowhere")
     assert (config.train.steps, config.model.routing.top_k, config.out, start.saved) == (7, 1, "nowhere", None)
+    assert train_settings("--deterministic", "--no-deterministic")[0] == train_settings()[0]
 
 
 def test_presets_are_where_settings_start_from() -> None:
-    config, _ = _settings(["--preset", "seed-158m", "--lr", "1e-3", "--data", "stories"])
+    config, _ = train_settings("--preset", "seed-158m", "--lr", "1e-3", "--data", "stories")
     assert config.model == preset("seed-158m").model
     assert config.train.lr == 1e-3
     assert config.train.beta2 == preset("seed-158m").train.beta2
 
 
-def test_a_resumed_run_starts_from_its_own_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only what is typed differs from the saved configuration; an error in it still exits as a flag would."""
-    monkeypatch.chdir(tmp_path)
+def test_of_a_flag_given_twice_the_last_counts() -> None:
+    config, _ = train_settings("--preset", "seed-158m", "--preset=story-cpu", "--data", "stories", "--out", "nowhere")
+    assert config.model == preset("story-cpu").model
+
+
+# What a run starts from
+
+
+def test_a_resumed_run_starts_from_its_own_settings(tmp_path: Path) -> None:
+    """Only what is typed differs from the saved configuration. The folder may have been copied: its config.json names
+    another one."""
     make_held(tmp_path)
-    values = preset("nano").to_dict()
+    values = preset("nano").to_dict() | {"out": "elsewhere"}
     values["model"]["experts"] = 4
     values["train"]["lr"] = 0.5
     (tmp_path / "held" / "config.json").write_text(json.dumps(values))
-    config, start = _settings(["--out", "held", "--resume", "--steps", "4000"])
+    config, start = train_settings("--out", "held", "--resume", "--steps", "4000")
     assert start.saved is not None
-    assert (config.model.experts, config.train.lr, config.train.steps) == (4, 0.5, 4000)
-    assert start.saved.train.steps == preset("nano").train.steps
+    assert (config.model.experts, config.train.lr, config.train.steps, config.run_dir) == (4, 0.5, 4000, "held")
+    assert (start.saved.train.steps, start.saved.run_dir) == (preset("nano").train.steps, "held")
     with pytest.raises(ConfigError, match="--experts 8: the run in held has 4"):
-        _settings(["--out", "held", "--resume", "--experts", "8"])
+        train_settings("--out", "held", "--resume", "--experts", "8")
 
 
-def test_flags_of_a_resumed_run_need_not_fit_the_preset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_flags_of_a_resumed_run_need_not_fit_the_preset(tmp_path: Path) -> None:
     """Twelve of 16 experts; nano has 8. What does not fit the run itself is refused by the run's numbers."""
-    monkeypatch.chdir(tmp_path)
     make_held(tmp_path, {"top_k": 12}, experts=16)
-    config, _ = _settings(["--out", "held", "--resume", "--top-k", "12"])
+    config, _ = train_settings("--out", "held", "--resume", "--top-k", "12")
     assert (config.model.experts, config.model.routing.top_k) == (16, 12)
-    with pytest.raises(ConfigError, match="--top-k 17: must be between 1 and --experts 16"):
-        _settings(["--out", "held", "--resume", "--top-k", "17"])
+    said = refusal(train_settings, "--out", "held", "--resume", "--top-k", "17")
+    assert "--top-k 17: must be between 1 and --experts 16" in said
 
 
-def test_a_copied_folder_is_resumed_where_it_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its config.json names the folder that it was copied from."""
-    monkeypatch.chdir(tmp_path)
+def test_a_run_without_state_of_training_is_not_resumed(tmp_path: Path) -> None:
     make_held(tmp_path)
-    values = preset("nano").to_dict() | {"out": "held"}
-    (tmp_path / "held" / "config.json").write_text(json.dumps(values))
-    shutil.copytree(tmp_path / "held", tmp_path / "copy")
-    config, start = _settings(["--out", "copy", "--resume"])
-    assert start.saved is not None
-    assert (config.run_dir, start.saved.run_dir) == ("copy", "copy")
+    (tmp_path / "held" / "checkpoints" / "step_00000010" / "arrays").rmdir()
+    with pytest.raises(ConfigError, match="--out held: has weights to read, and no state of training; train from"):
+        train_settings("--out", "held", "--resume")
 
 
-def test_of_a_flag_given_twice_the_last_counts() -> None:
-    config, _ = _settings(["--preset", "seed-158m", "--preset=story-cpu", "--data", "stories", "--out", "nowhere"])
-    assert config.model == preset("story-cpu").model
+def test_without_a_checkpoint_a_new_run_starts_with_the_flags_alone(tmp_path: Path) -> None:
+    """A config.json of a run that ended early is not read. A fine-tuning must be told what it tunes."""
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "config.json").write_text("{")
+    config, start = train_settings("--out", "begun", "--resume", "--steps", "7")
+    assert (start.saved, config.train.steps, config.data.source) == (None, 7, "stories")
+    with pytest.raises(ConfigError, match="--run: must be given"):
+        sft_settings("--out", "begun", "--resume")
+
+
+def test_a_run_of_a_small_text_may_be_resumed(tmp_path: Path) -> None:
+    """Its tokenizer has fewer entries than were asked for, and its config.json says how many."""
+    make_held(tmp_path, vocab_size=400)
+    for more in ([], ["--model.vocab-size", "0"]):  # 0 is the tokenizer's number, which the run has by now
+        assert train_settings("--out", "held", "--resume", *more)[0].model.vocab_size == 400
+
+
+def test_an_upcycled_run_starts_from_the_dense_settings(tmp_path: Path) -> None:
+    """Experts as wide as the dense FFN; what is typed differs; once it is there, it is resumed as any run."""
+    make_held(tmp_path, dense="active", layers=2)
+    config, start = train_settings("--upcycle", "held", "--experts", "4", "--lr", "1e-4")
+    assert start.saved is None
+    assert (config.model.dense, config.model.layers, config.model.expert_hidden) == ("none", 2, 259)
+    assert (config.model.experts, config.train.lr, config.run_dir) == (4, 1e-4, "runs/nano-upcycled")
+    shutil.copytree(tmp_path / "held", tmp_path / config.run_dir)
+    (tmp_path / config.run_dir / "config.json").write_text(json.dumps(config.to_dict()))
+    placed = dataclasses.replace(config, out=config.run_dir)
+    resumed, again = train_settings("--upcycle", "held", "--resume")
+    assert (resumed, again.saved) == (dataclasses.replace(placed, resume=True), placed)
+    shutil.copytree(tmp_path / "held", tmp_path / "other")
+    with pytest.raises(ConfigError, match="--upcycle other: the run in runs/nano-upcycled has held"):
+        train_settings("--out", "runs/nano-upcycled", "--resume", "--upcycle", "other")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--model.expert-hidden", "128"], "--model.expert-hidden 128: a run made by --upcycle of the dense run in held"),
+        (["--routing.no-renormalise-gates"], "--routing.renormalise-gates False: .* the gates must sum to 1"),
+        (["--model.norm-eps", "1e-5"], "--model.norm-eps 1e-05: the dense run in held has 0.0"),
+        (["--preset", "story"], "--preset story: the dense run in held has nano"),
+    ],
+)
+def test_what_a_dense_run_cannot_be_upcycled_to(tmp_path: Path, arguments: list[str], said: str) -> None:
+    make_held(tmp_path, dense="active")
+    with pytest.raises(ConfigError, match=said):
+        train_settings("--upcycle", "held", *arguments)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["held"]
+
+
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [("taken", "is a file; name a folder"), ("taken/deep/below", "cannot be written"), ("closed/x", "cannot be written")],
+)
+def test_an_output_that_cannot_be_written(path: str, problem: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    """A folder that refuses stands for one without permission: root may write anywhere."""
+    (tmp_path / "taken").write_text("a file")
+    (tmp_path / "closed").mkdir()
+    true = os.access
+    monkeypatch.setattr(os, "access", lambda p, mode: Path(p).name != "closed" and true(p, mode))
+    said = refused(["train", "--out", path], capsys)
+    assert f"--out {path}: " in said
+    assert problem in said

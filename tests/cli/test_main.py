@@ -5,16 +5,14 @@ from collections.abc import Sequence
 
 import pytest
 
-from moe_jax.cli import generate, main
-from moe_jax.cli.train import Train
+from moe_jax.cli import chat, main
 
 
-def test_an_interrupt_is_one_line(monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def interrupted(cls: type, argv: Sequence[str]) -> None:
+def test_an_interrupt_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(argv: Sequence[str]) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Train, "parse", classmethod(interrupted))
-    assert main.main(main.run_command, ["train"]) == 130
+    assert main.main(interrupted, []) == 130
     assert capsys.readouterr().err == "error: interrupted\n"
 
 
@@ -41,16 +39,6 @@ def test_a_defect_keeps_its_traceback(monkeypatch) -> None:
         main.main(program, [])
 
 
-@pytest.mark.parametrize("value", ["9" * 5000, "9" * 4000, "x" * 5000])
-def test_a_long_value_is_shortened(value: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its beginning and its end are shown."""
-    assert main.main(lambda argv: main.run_as(Train, argv, "train.py"), [f"--train.warmup-steps={value}"]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith(f"error: --train.warmup-steps {value[:150]}")
-    assert f"{value[-50:]}: " in said or f"{value[-50:]} is not" in said
-    assert len(said) < 500
-
-
 def test_the_end_of_a_chat_ends_its_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """At a terminal only: in a pipe every line is an answer."""
 
@@ -59,7 +47,7 @@ def test_the_end_of_a_chat_ends_its_line(monkeypatch: pytest.MonkeyPatch, capsys
 
     monkeypatch.setattr("builtins.input", ended)
     for person, printed in ((True, "\n"), (False, "")):
-        assert generate._next_line(person) is None
+        assert chat._next_line(person) is None
         assert capsys.readouterr().out == printed
     monkeypatch.setattr("builtins.input", lambda prompt: prompt + "a cat")
-    assert (generate._next_line(True), generate._next_line(False)) == ("\n> a cat", "a cat")
+    assert (chat._next_line(True), chat._next_line(False)) == ("\n> a cat", "a cat")

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from moe_jax.cli.train import Train
 from moe_jax.config import (
     SECTIONS,
     ConfigError,
@@ -25,8 +24,7 @@ from moe_jax.config import (
     load_config,
 )
 from moe_jax.config.presets import PRESETS, preset
-from moe_jax.config.run import RETIRED
-from moe_jax.config.section import SHORT_FLAGS, flag_of, long_flag, word
+from moe_jax.config.section import flag_of, long_flag
 
 
 @pytest.mark.parametrize(
@@ -85,31 +83,31 @@ TIED = {"tie_value_output_init": True}
         (ModelConfig, {"routing": RoutingConfig(top_k=9)}, "--top-k 9", "between 1 and --experts 8"),
         (ModelConfig, {"routing": RoutingConfig(top_k=0)}, "--top-k 0", "between 1 and --experts 8"),
         (ModelConfig, {"heads": 3}, "--model.heads 3", "a divisor of --model.width 128"),
-        (ModelConfig, {"head_size": 7}, "--set model.head_size=7", "even, which RoPE needs"),
+        (ModelConfig, {"head_size": 7}, "--model.head-size 7", "even, which RoPE needs"),
         (ModelConfig, {"kv_heads": 3}, "--model.kv-heads 3", "0, or a divisor of --model.heads 4"),
-        (ModelConfig, {"kv_heads": 2, **TIED}, "--model.kv-heads 2", "0 or --model.heads 4, since model.tie_value_"),
-        (ModelConfig, {"head_size": 16, **TIED}, "--set model.head_size=16", "--model.width / --model.heads = 128 / 4"),
-        (ModelConfig, {"rope_theta": 0.5}, "--set model.rope_theta=0.5", "between 1 and 1e+09"),
+        (ModelConfig, {"kv_heads": 2, **TIED}, "--model.kv-heads 2", "0 or --model.heads 4, since --model.tie-value-"),
+        (ModelConfig, {"head_size": 16, **TIED}, "--model.head-size 16", "--model.width / --model.heads = 128 / 4"),
+        (ModelConfig, {"rope_theta": 0.5}, "--model.rope-theta 0.5", "between 1 and 1e+09"),
         (
             ModelConfig,
             {"rope_scaling": "{"},
-            "--set model.rope_scaling={",
+            "--model.rope-scaling {",
             "an object with the rope_type linear, llama3",
         ),
         (
             ModelConfig,
             {"rope_scaling": '{"rope_type": "linear"}'},
-            '--set model.rope_scaling={"rope_type": "linear"}',
+            '--model.rope-scaling {"rope_type": "linear"}',
             "an object with factor",
         ),
-        (ModelConfig, {"rope_theta": 1e6, "positions": "learned"}, "--set model.rope_theta=1000000.0", "left out"),
-        (ModelConfig, {"norm_eps": 1e-13}, "--set model.norm_eps=1e-13", "0, or between 1e-12 and 1"),
+        (ModelConfig, {"rope_theta": 1e6, "positions": "learned"}, "--model.rope-theta 1000000.0", "left out"),
+        (ModelConfig, {"norm_eps": 1e-13}, "--model.norm-eps 1e-13", "0, or between 1e-12 and 1"),
         (RoutingConfig, {"capacity_factor": float("nan")}, "--capacity-factor nan", "a finite number above 0"),
         (ModelConfig, {"dropout": 1.0}, "--model.dropout 1.0", "at least 0 and below 1"),
         (ModelConfig, {"experts": 0, "routing": RoutingConfig(top_k=0)}, "--experts 0", "between 1 and 4,096"),
         (RoutingConfig, {"dispatch": "magic"}, "--dispatch magic", "one of capacity, blocks"),
         (TrainConfig, {"lr": 0.0}, "--lr 0.0", "between 1e-12 and 1000"),
-        (TrainConfig, {"beta2": 1.0}, "--set train.beta2=1.0", "between 0 and"),
+        (TrainConfig, {"beta2": 1.0}, "--train.beta2 1.0", "between 0 and"),
         (DataConfig, {"source": " "}, "--data  ", "a corpus name or a path"),
         (DataConfig, {"vocab_size": 10}, "--data.vocab-size 10", "between 257 and"),
         (RunConfig, {"preset": "huge"}, "--preset huge", "one of " + ", ".join(PRESETS)),
@@ -158,7 +156,7 @@ def test_every_field_survives_json() -> None:
         ),
         data=DataConfig("wikitext", "byte", 300, 5, 7, "chat"),
         train=TrainConfig(
-            *(8, 2, 3, "muon", 0.5, 0.25, True, "linear", 0.1, 9, 0.8, 0.9, 1e-6, 0.2, 2.0, 0.02, 0.002, 0.003),
+            *(8, 5.0, 2, 3, "muon", 0.5, 0.25, True, "linear", 0.1, 9, 0.8, 0.9, 1e-6, 0.2, 2.0, 0.02, 0.002, 0.003),
             *("bfloat16", 11, 12, 13, 14, 4, 15, 16.0, True),
         ),
         execution=ExecutionConfig("bfloat16", True, True, "data=1", "any", "3.5GiB"),
@@ -193,40 +191,14 @@ def test_unknown_presets_schemas_and_fields_are_refused() -> None:
         RunConfig.from_dict(values | {"routing": values["routing"] | {"top_k": 99}})
 
 
-def test_a_retired_setting_is_accepted_at_its_constant_only() -> None:
-    """As version 0.2.0 wrote them before they were retired. Trackers are ignored."""
-    values = preset("nano").to_dict()
-    for (section, name), constant in RETIRED.items():
-        kept = values | {section: values[section] | {name: constant}}
-        assert RunConfig.from_dict(kept) == preset("nano")
-        other = {str: "leaky-choice-major", float: 0.5, bool: True, int: 3}[type(constant)]
-        with pytest.raises(
-            UserError,
-            match=rf"{section}\.{name} is .*in this version it is always .*the version of moe-jax that made it",
-        ):
-            RunConfig.from_dict(values | {section: values[section] | {name: other}})
-    assert RunConfig.from_dict(values | {"wandb": True, "trackio": False}) == preset("nano")
-
-
 def test_flags() -> None:
-    assert flag_of("train", "beta2") == "--set train.beta2"
-    assert word("train", "beta2", 0.9) == "--set=train.beta2=0.9"
-    assert word("execution", "remat", False) == "--no-execution.remat"
-    assert flag_of("train", "batch_size") == "--batch-size"
-    assert flag_of("model", "expert_hidden") == "--model.expert-hidden"
-    assert flag_of("", "out") == "--out"
-    assert flag_of("routing", "top_k") == "--top-k"
-    assert long_flag("routing", "top_k") == "--routing.top-k"
-    for long in SHORT_FLAGS.values():
-        section, _, name = long.removeprefix("--").partition(".")
-        assert hasattr(RunConfig().section(section), name.replace("-", "_"))
-
-
-def test_every_setting_can_be_set() -> None:
-    """All values of seed-158m, over nano."""
-    config = preset("seed-158m")
-    words = [f"--set={section}.{name}={value}".replace("=.", "=") for section, name, value in config.settings()]
-    assert Train.parse(words).settings.config == config
+    config = RunConfig()
+    assert flag_of(config.train, "beta2") == "--train.beta2"
+    assert flag_of(config.train, "batch_size") == "--batch-size"
+    assert flag_of(config.model, "expert_hidden") == "--model.expert-hidden"
+    assert flag_of(config, "out") == "--out"
+    assert flag_of(config.model.routing, "top_k") == "--top-k"
+    assert long_flag(config.model.routing, "top_k") == "--routing.top-k"
 
 
 def test_run_folder_of_baselines() -> None:

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax.cli.command import command
-from moe_jax.cli.train import Train
 from tests.docs.pages import COMMAND_LINES, OTHERS, PAGES, ROOT, blocks, links, sentences, words_of
+from tests.support.commands import accept
 
 IDS = [page.name for page in PAGES]
 
@@ -90,13 +89,11 @@ def test_every_command_line_is_accepted(
     words = words_of(line)
     monkeypatch.chdir(tmp_path if words[0] == "train.py" and not COMMAND_LINES[line] else workplace)
     if words[0] == "train.py":
-        Train.parse(words[1:])
+        accept("train", words[1:])
     elif words[:3] == ["python", "-m", "moe_jax"]:
-        command(words[3]).parse(words[4:])
+        accept(words[3], words[4:])
     elif words[0] == "moe-jax":
-        command(words[1]).parse(words[2:])
-    elif words[0] == "benchmark.py":
-        command("benchmark").parse(words[1:])
+        accept(words[1], words[2:])
     elif words[0] == "python" and words[1].startswith("benchmarks/"):
         assert (ROOT / words[1]).exists()
     elif words[:2] == ["python", "-c"]:

@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy.stats import chi2
 
 from moe_jax.inspection import corpus_routing, report, trace
 from moe_jax.inspection import specialisation as specialised
 from moe_jax.inspection.corpus_routing import CorpusRouting, corpus_data, dead_experts
-from moe_jax.inspection.specialisation import p_value, specialisation
+from moe_jax.inspection.specialisation import specialisation
 from moe_jax.inspection.trace import RoutingTrace
 from tests.inspection.test_trace import opened
 from tests.support import tiny
@@ -37,12 +38,6 @@ def corpus(by_token: Any, by_window: Any, counts: Any, dropped_at: Any = None, *
 
 
 # The corpus
-
-
-def test_p_values_of_chi_square() -> None:
-    """With one degree of freedom: 3.841 is 5 %, 6.635 is 1 %, and 10.828 is 0.1 %."""
-    for g2, p in ((0, 1), (3.841, 0.05), (6.635, 0.01), (10.828, 0.001)):
-        assert p_value(g2) == pytest.approx(p, rel=1e-3)
 
 
 def test_starved_and_dead_experts() -> None:
@@ -221,9 +216,9 @@ def test_saved_traces_are_compared_with_the_one_before(tmp_path: Path, monkeypat
 
 def test_preferences_are_corrected_for_the_number_of_tests(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two experts and two tokens that occur often enough are four tests; a rare third token is none."""
-    asked: list[float] = []
-    monkeypatch.setattr(specialised, "p_value", lambda g2: asked.append(g2) or 0.000_25)
     found = corpus([[30, 0, 1], [0, 30, 1]], [[31, 31]], [30, 30, 2])
-    assert sum(e["kinds"] for e in specialisation(found)[0]) == 0  # 4 x 0.00025 is not below 0.001
-    monkeypatch.setattr(specialised, "p_value", lambda g2: 0.000_249 if g2 else 1.0)
+    least = chi2.sf(specialised.log_likelihood_ratio(*(np.array([n]) for n in (30, 31, 30)), 62)[0], 1)
+    monkeypatch.setattr(specialised, "SIGNIFICANCE", 0.999 * 4 * least)
+    assert sum(e["kinds"] for e in specialisation(found)[0]) == 0
+    monkeypatch.setattr(specialised, "SIGNIFICANCE", 1.001 * 4 * least)
     assert [e["kinds"] for e in specialisation(found)[0]] == [1, 1]

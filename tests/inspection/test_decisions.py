@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -48,11 +47,7 @@ def test_the_decisions_are_those_of_evaluation_window_by_window() -> None:
 
 def by_hand(run: LoadedRun, tokens: np.ndarray) -> Iterator[Decisions]:
     """Two layers, three experts, two choices, four tokens, in two parts."""
-    del tokens
-    if run.config.out == "other":
-        yield Decisions(0, np.array([5, 6]), np.array([[[0, 1], [0, 2]], [[1, 0], [2, 1]]]), np.zeros((2, 2, 2)))
-        yield Decisions(2, np.array([5, 7]), np.array([[[0, 2], [1, 0]], [[1, 2], [0, 1]]]), np.zeros((2, 2, 2)))
-        return
+    del run, tokens
     yield Decisions(0, np.array([5, 6]), np.array([[[0, 1], [1, 0]], [[2, 0], [2, 1]]]), np.zeros((2, 2, 2)))
     yield Decisions(2, np.array([5, 7]), np.array([[[0, 2], [1, 0]], [[2, 1], [2, 1]]]), np.zeros((2, 2, 2)))
 
@@ -62,15 +57,12 @@ def test_counts_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     run = opened()
     model = dataclasses.replace(MODEL, experts=3)
     run = dataclasses.replace(run, config=dataclasses.replace(run.config, model=model))
-    other = dataclasses.replace(run, config=dataclasses.replace(run.config, out="other"))
-    counts = count_decisions(run, np.array([5, 6, 5, 7]), np.array([0, 0, 1, 1]), ["a", "b"], other)
+    counts = count_decisions(run, np.array([5, 6, 5, 7]), np.array([0, 0, 1, 1]), ["a", "b"])
     np.testing.assert_array_equal(counts.by_kind, [[[2, 2, 0], [1, 1, 2]], [[2, 1, 1], [0, 2, 2]]])
     np.testing.assert_array_equal(
         counts.together, [[[4, 3, 1], [3, 3, 0], [1, 0, 1]], [[1, 0, 1], [0, 3, 3], [1, 3, 4]]]
     )
     np.testing.assert_array_equal(counts.first_seen, [[0, 0, 2], [0, 1, 0]])
-    np.testing.assert_array_equal(counts.shared, [7, 6])
-    np.testing.assert_allclose(counts.saturation(), [7 / 8, 6 / 8])
     assert [counts.hot_set(n) for n in (0, 1, 2, 3, 100)] == [0, 4 / 6, 5 / 6, 1, 1]
     np.testing.assert_allclose(counts.coactivation()[0], [[1, 3 / 4, 1 / 4], [1, 1, 0], [1, 0, 1]])
     np.testing.assert_allclose(counts.specialisation()[0, 0], [1 / 2, 1 / 2, 0])
@@ -78,7 +70,6 @@ def test_counts_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts.to_json()["load"] == [[0.5, 0.375, 0.125], [0.125, 0.375, 0.5]]
     told = "\n".join(counts.describe())
     assert "66.7% after 1, 100.0% after 4" in told
-    assert "choices in common: 81.25%, fewest in layer 1 with 75.00%" in told
     assert "a: expert 0 of layer 0 has 1.5 times an even share" in told
 
 
@@ -89,7 +80,6 @@ def test_an_expert_that_nobody_chose(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counts.hot_set(1) == 2 / 8
     assert np.isfinite(counts.coactivation()).all()
     assert (counts.specialisation()[1] == 0).all()
-    assert counts.saturation() is None
 
 
 @pytest.mark.parametrize("ending", ["jsonl", "npz"])
@@ -137,13 +127,6 @@ def test_a_link_is_written_through(tmp_path: Path) -> None:
     assert len((tmp_path / "file.jsonl").read_text().splitlines()) == len(TOKENS)
 
 
-def test_a_run_of_another_shape_is_refused() -> None:
-    run = opened()
-    other = dataclasses.replace(run.config, model=dataclasses.replace(MODEL, layers=3))
-    with pytest.raises(UserError, match="--versus: that run has other layers"):
-        count_decisions(run, TOKENS, np.zeros(len(TOKENS), int), ["a"], dataclasses.replace(run, config=other))
-
-
 def test_the_files_of_a_folder_are_kinds(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("two")
     (tmp_path / "a.md").write_text("one")
@@ -158,19 +141,3 @@ def test_the_files_of_a_folder_are_kinds(tmp_path: Path) -> None:
     (tmp_path / "c.bin").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match=r"c\.bin: must be a text in UTF-8"):
         texts(tmp_path)
-
-
-def test_shared_choices_of_a_changed_model() -> None:
-    """A model with other routers: the share is that of the sets, whatever their order."""
-    run = opened()
-    changed = jax.tree.map(lambda p: p * 1.3, run.params)
-    other = dataclasses.replace(run, params=changed)
-    counts = count_decisions(run, TOKENS, np.zeros(len(TOKENS), int), ["a"], other)
-    pairs = list(zip(forward(), decisions(other, TOKENS), strict=True))
-    common = [
-        sum(len({*a.expert[layer, n]} & {*b.expert[layer, n]}) for a, b in pairs for n in range(len(a.tokens)))
-        for layer in range(MODEL.layers)
-    ]
-    assert counts.shared is not None
-    assert counts.shared.tolist() == common
-    assert 0 < sum(common) < 2 * MODEL.layers * len(TOKENS)

@@ -16,7 +16,7 @@ from moe_jax.interop.source import open_source
 from moe_jax.model.costs import adapter_parameters
 from moe_jax.runs.load import find_checkpoint, open_run
 from moe_jax.training import initial_weights
-from moe_jax.training.loop import finish, train
+from moe_jax.training.run import finish, take_steps
 from moe_jax.training.session import Session
 from moe_jax.training.start import IMPORTED_LR
 from tests.interop.made import llama
@@ -53,7 +53,7 @@ def tune(place: Path, *flags: str) -> tuple[Session, dict[str, Any]]:
     argv += ["--steps", "4", "--batch-size", "2", "--seq-len", "32", "--eval-every", "2", "--save-every", "2"]
     argv += ["--precision", "float32"]  # four small steps change the loss by less than bfloat16 rounds it
     session = Session.open(*Sft.parse([*argv, *flags]).settings)
-    train(session)
+    take_steps(session)
     return session, finish(session)
 
 

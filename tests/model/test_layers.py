@@ -4,12 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from described_gpu import Target, for_described_gpu
 
 from moe_jax.config import ExecutionConfig, RunConfig
 from moe_jax.model.kernels import embedding_lookup as lookup
 from moe_jax.model.layers import Normalisation, dropout, keep_mask
-from moe_jax.planning.device_memory import for_described_gpu
-from moe_jax.planning.target import load_target
 from moe_jax.training.programs import Programs
 from tests.support import tiny
 from tests.support.programs import scatter_adds_of_floats
@@ -109,7 +108,7 @@ def test_a_nan_stays_with_its_id() -> None:
 def test_a_training_step_of_a_gpu_has_no_scatter_add(model: dict, dispatch: str, gpu: str) -> None:
     """In no part of it: such sums have no fixed order there."""
     config = RunConfig(model=tiny.config(dispatch=dispatch, **model), execution=ExecutionConfig(remat=True))
-    programs = Programs.of(config, load_target(gpu))
+    programs = Programs.of(config, Target.load(gpu))
     with for_described_gpu():
         traced = programs.step.trace(programs.state_shapes, programs.batch_shapes(2, 1))
         text = traced.lower(lowering_platforms=("cuda",)).as_text()

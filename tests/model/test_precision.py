@@ -10,14 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from described_gpu import Target, back_ends, lower_for
 
 from moe_jax.config import DataConfig, ExecutionConfig, RunConfig, TrainConfig
 from moe_jax.inference.decode import NOTHING_GIVEN
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.moe.router import route, router_logits
 from moe_jax.model.precision import Card, choose_policy, dot_precision
-from moe_jax.planning.device_memory import back_ends, lower_for
-from moe_jax.planning.target import load_target
 from moe_jax.system.hlo import read_program
 from moe_jax.training.programs import Programs
 from tests.support import short_form, tiny
@@ -85,7 +84,7 @@ def test_every_program_of_a_run(compute_dtype: str, dispatch: str) -> None:
 @compiled_for_gpu
 def test_the_program_compiled_for_a_gpu(back_end: str) -> None:
     """An RTX 3050, which has TF32: no product of float32 numbers is left at the default precision."""
-    programs = Programs.of(run_config("float32"), target := load_target("rtx3050-4gb"))
+    programs = Programs.of(run_config("float32"), target := Target.load("rtx3050-4gb"))
     batch = jax.ShapeDtypeStruct((1, 2, tiny.T + 1), "int32")
     lowered = lower_for(target, programs.step, programs.state_shapes, batch)
     program = lowered.compile(compiler_options=back_ends(target)[back_end])

@@ -11,7 +11,6 @@ import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from moe_jax.certify.mesh import mesh_causality
 from moe_jax.certify.model import initial_params
 from moe_jax.model.moe.dispatch import Blocks, Dispatch, QueuedPairs
 from moe_jax.model.moe.layer import Mode, MoE, build_layer
@@ -19,7 +18,6 @@ from moe_jax.model.moe.router import Routing, route
 from moe_jax.model.transformer import abstract_model, merge
 from moe_jax.parallel.experts import DeviceQueues, ExpertParallelMoE
 from moe_jax.parallel.layout import AXES, mesh_of
-from moe_jax.training.on_mesh import make_mesh_forward
 from moe_jax.training.programs import Programs
 from tests.parallel import made
 from tests.support import oracles, tiny
@@ -74,9 +72,7 @@ def test_the_causality_certificate_sees_other_orders(
     """`alone_changes`: whether outputs of the sequence change whose tokens stay the same."""
     monkeypatch.setattr(DeviceQueues, "trace", planted)
     config = made.config("expert=8", dispatch="blocks")
-    mesh = mesh_of("expert=8")
-    assert mesh is not None
-    found = mesh_causality(config, initial_params(config), mesh)
+    found = made.mesh_causality(config, initial_params(config))
     assert not found.passed
     assert " 0 earlier outputs changed" not in found.found
     assert ("and 0 of the sequence that was left alone" not in found.found) == alone_changes
@@ -235,6 +231,6 @@ def test_hidden_states_drops_and_load_have_the_bits_of_one_device(factor: float,
     assert (np.asarray(expected[1]).mean() > 0.02) == (moe is BoundedMoE)
     layout = programs.layout
     assert layout is not None
-    on_mesh = make_mesh_forward(layout, programs.training_graphdef, programs.param_shapes)
+    on_mesh = made.make_mesh_forward(layout, programs.trained_graphdef, programs.param_shapes)
     placed = jax.device_put(params, layout.shardings(programs.param_shapes, layout.params))
     tiny.assert_same_bits(on_mesh(placed, tokens), expected)

@@ -10,10 +10,10 @@ import pytest
 from moe_jax.parallel import experts
 from moe_jax.parallel.layout import AXES, Layout, mesh_of
 from moe_jax.system.hlo import calls, parse
-from moe_jax.training import on_mesh
+from moe_jax.training import gradients as gradients_module
 from moe_jax.training.loss import training_loss
 from moe_jax.training.programs import Programs
-from moe_jax.training.step import gradients
+from moe_jax.training.gradients import gradients
 from tests.parallel import made
 
 pytestmark = pytest.mark.parallel
@@ -38,7 +38,7 @@ def keyed_by_device(*args: Any, blocks: Any, **kwargs: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("owner", "name", "planted"),
-    [(experts, "exchange", swapped), (Layout, "mean_gradients", unsummed), (on_mesh, "gradients", keyed_by_device)],
+    [(experts, "exchange", swapped), (Layout, "mean_gradients", unsummed), (gradients_module, "gradients", keyed_by_device)],
     ids=["results in wrong slots", "gradients not summed", "dropout by device"],
 )
 def test_a_planted_bug_is_seen(owner: Any, name: str, planted: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,11 +77,11 @@ def test_gradients_are_summed_once_a_step(monkeypatch: pytest.MonkeyPatch) -> No
             value, metrics = training_loss(model, *inputs, **named)
             return value, metrics._replace(load=jax.lax.pmean(metrics.load, AXES))
 
-        return gradients(*args, loss=reduced, **kwargs)
+        return gradients(*args, **(kwargs | {"loss": reduced}))
 
     for mesh, allowed in (("data=8", set()), ("expert=8", {"all-to-all"})):
         config = made.config(mesh, grad_accum=2)
         assert looped_collectives(Programs.of(config, mesh=mesh_of(mesh))) == allowed
-    monkeypatch.setattr(on_mesh, "gradients", summed_often)
+    monkeypatch.setattr(gradients_module, "gradients", summed_often)
     planted = Programs.of(made.config("data=8", grad_accum=2), mesh=mesh_of("data=8"))
     assert looped_collectives(planted) == {"all-reduce"}

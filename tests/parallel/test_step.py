@@ -13,7 +13,6 @@ from moe_jax.data.batches import MaskedBatch
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import merge
-from moe_jax.training.on_mesh import make_mesh_forward
 from moe_jax.training.programs import Programs
 from tests.parallel import made
 from tests.parallel.made import MESHES
@@ -63,7 +62,7 @@ def test_hidden_states_drops_and_load_have_the_bits_of_one_device(
     assert expected[1].max() > 0.2
     programs = made.programs(mesh, **WIDE)
     assert programs.layout is not None
-    forward = make_mesh_forward(programs.layout, programs.training_graphdef, programs.param_shapes)
+    forward = made.make_mesh_forward(programs.layout, programs.trained_graphdef, programs.param_shapes)
     params = jax.device_put(
         programs.initial_params(), programs.layout.shardings(programs.param_shapes, programs.layout.params)
     )

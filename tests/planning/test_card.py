@@ -10,9 +10,7 @@ import pytest
 from moe_jax.cli.main import main, run_command
 from moe_jax.config import RunConfig
 from moe_jax.planning import card
-from moe_jax.planning.card import Peaks
-from moe_jax.planning.plans import Plan
-from moe_jax.planning.target import Target, load_target
+from moe_jax.planning.plans import KnownCard, Plan, known_card
 from moe_jax.system import environment, machine
 
 WHOLE = {"jax-cuda12-plugin": "0.12.0", "nvidia-cudnn-cu12": "9.2"}
@@ -49,37 +47,27 @@ def test_what_is_missing_is_named_with_what_to_do(
         assert re.search(said, {f.what: f.detail for f in found}[name])
 
 
-def test_the_peaks_of_two_cards_by_hand() -> None:
-    """16 multiprocessors of 128 cores at 1.5 GHz, and 256 multiply-adds of bfloat16; 14 of 64 at 1.455 GHz, without
-    tensor cores."""
-    assert Peaks.of(load_target("rtx3050-4gb")) == Peaks(192e9, 2 * 16 * 128 * 1.5e9, 2 * 16 * 256 * 1.5e9)
-    turing = pytest.approx(2 * 14 * 64 * 1.455e9)
-    assert Peaks.of(load_target("quadro-t1000-4gb")) == Peaks(128e9, turing, turing)
-
-
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A card that multiplies at 6.144 TFLOP/s. Its memory is the processor's."""
     monkeypatch.setattr(machine, "READ_BYTES", 4096)
     monkeypatch.setattr(machine, "matmul_rate", lambda dtype, size: 6.144e12)
     monkeypatch.setattr(card, "ask_nvidia_smi", lambda *_: ["900", "4096"])
-    described = load_target("rtx3050-4gb")
     return SimpleNamespace(
         platform="gpu",
-        device_kind=described.device_kind,
+        device_kind=known_card("rtx3050-4gb").device_kind,
         compute_capability="8.6",
         memory_stats=lambda: {"bytes_limit": 3000 * 2**20},
     )
 
 
-def test_a_card_is_measured_beside_its_description(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(card, "target_of_device", lambda _: load_target("rtx3050-4gb"))
+def test_a_card_is_measured_beside_its_maker_s_figures(device: Any) -> None:
     found = {f.what: f.detail for f in card.reached(device, "seed-158m") if f.good}
     assert found["card"] == "NVIDIA GeForce RTX 3050 Laptop GPU, compute capability 8.6"
     assert found["computes in"].endswith("compute capability 8.6 has bfloat16 units)")
     assert found["memory"] == "JAX has taken 3,000 MiB; beside it 900 of 4096 MiB are free"
-    assert found["products"] == "6.14 TFLOP/s in bfloat16, 50% of the 12.3 of its description"
-    assert found["bandwidth"].endswith(" of the 192.0 of its description")
+    assert found["products"] == "6.14 TFLOP/s in bfloat16, 50% of its maker's 12.3"
+    assert found["bandwidth"].endswith(" of its maker's 192.0")
 
 
 @pytest.mark.parametrize(
@@ -101,7 +89,7 @@ def test_a_preset_fits_by_its_recorded_plans(
     """85 % of the 3,000 MiB that JAX has taken are 2,550. A plan is for the card that it was made for and for cards
     with more memory that compute in the same precision."""
 
-    def recorded(config: RunConfig, target: Target) -> tuple[list[Plan], str]:
+    def recorded(config: RunConfig, target: KnownCard) -> tuple[list[Plan], str]:
         whole = config.override({("train", "batch_size"): 32, ("train", "grad_accum"): 1})
         plan = Plan(whole, precision, 1, {"step": mib, "decoding": 1})
         return ([plan], "1.0") if target.name == "rtx3050-4gb" else ([], "")
@@ -112,9 +100,8 @@ def test_a_preset_fits_by_its_recorded_plans(
     assert found["train with"].detail == "uv run --extra cuda12 train.py --preset seed-158m"
 
 
-def test_without_a_description_the_rates_stand_alone(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is read from a part of jax that may change."""
-    monkeypatch.setattr(card, "target_of_device", lambda _: 1 / 0)
+def test_of_an_unknown_card_the_rates_stand_alone(device: Any) -> None:
+    device.device_kind = "A card 1"
     found = {f.what: f.detail for f in card.reached(device, "seed-158m")}
     assert found["products"] == "6.14 TFLOP/s in bfloat16"
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from moe_jax.config import DataConfig, ExecutionConfig, RunConfig, TrainConfig, UserError
-from moe_jax.planning import fitting, ladder
-from moe_jax.planning.fitting import compiled_here, fit, room_here
-from moe_jax.planning.ladder import Plan, Room
+from moe_jax.planning import fitting
+from moe_jax.planning.fitting import Device, compiled_here, device_here, fit
+from moe_jax.planning.plans import Plan
 from moe_jax.system.environment import MIB
-from moe_jax.training.loop import train
+from moe_jax.training.run import take_steps
 from moe_jax.training.session import Session
 from tests.support import saved_run, tiny
 
@@ -56,7 +56,10 @@ def document(folder: Path) -> dict[str, Any]:
 def memories(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, bool], Plan]:
     """The real memory of the first four rungs, compiled for this machine."""
     config = asked(tmp_path_factory.mktemp("measured"))
-    plans = [ladder.plan_step(rung, Room(jax.devices()[0], 1e9, compiled_here)) for rung in ladder.rungs(config)[:4]]
+    plans = [
+        fitting.plan_step(rung, Device(jax.devices()[0], 1e9, compiled_here))
+        for rung in fitting.settings_to_try(config)[:4]
+    ]
     return {setting(plan.config): plan for plan in plans}
 
 
@@ -75,7 +78,7 @@ def fitted(
     folder = tmp_path_factory.mktemp("fitted")
     with saved_run.quick_training(folder / "cache", samples=False):
         session = Session.open(asked(folder, memories[expected].total), fit=fit)
-        train(session)
+        take_steps(session)
     return folder, session, expected
 
 
@@ -92,7 +95,7 @@ def test_a_run_fits_itself_and_its_losses_are_those_of_the_run_that_was_asked_fo
     assert setting(session.config) == expected == max(fits, key=lambda rung: (rung[0], not rung[2]))
     assert session.config.tokens_per_step == asked(tmp_path).tokens_per_step
     with saved_run.quick_training(tmp_path / "cache", samples=False):
-        train(Session.open(asked(tmp_path)))
+        take_steps(Session.open(asked(tmp_path)))
     assert len(losses(folder)) == STEPS
     np.testing.assert_allclose(losses(folder), losses(tmp_path), rtol=1e-5)
 
@@ -132,8 +135,8 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
         factor = (1 if config.execution.remat else 2) * (1 if config.train.optimizer == "adamw" else 0.25)
         return Plan(config, "float32", 0.1, {"step": config.train.batch_size * factor})
 
-    monkeypatch.setattr(ladder, "plan_step", step)
-    monkeypatch.setattr(ladder, "plan_between", lambda *_: {"evaluation": 0.1, "decoding": 0.1})
+    monkeypatch.setattr(fitting, "plan_step", step)
+    monkeypatch.setattr(fitting, "plan_between", lambda *_: {"evaluation": 0.1, "decoding": 0.1})
     return compiled
 
 
@@ -179,14 +182,6 @@ def test_flags_at_a_resume_are_what_is_asked_for_now(tmp_path: Path, pretended: 
     assert changed.record["asked"] == {"train.batch_size": 3, "train.grad_accum": 1, "execution.remat": True}
 
 
-@pytest.mark.parametrize("record", [None, 3, {}, {"asked": 1}, {"asked": {"train.batch_size": "x"}}])
-def test_a_damaged_record_is_left_out(record: Any, tmp_path: Path, pretended: list[RunConfig]) -> None:
-    saved = asked(tmp_path, 16)
-    assert setting(fit(saved, saved=saved, record=record).config) == (16, 2, True)
-    wrong = {"asked": {"train.batch_size": 0, "train.grad_accum": 4, "execution.remat": False}}
-    assert setting(fit(saved, saved=saved, record=wrong).config) == (16, 2, True)
-
-
 def test_off_and_a_mesh_and_a_device_without_a_limit_change_nothing(tmp_path: Path, pretended: list[RunConfig]) -> None:
     for config in (asked(tmp_path, 1, fit="off"), asked(tmp_path), asked(tmp_path, mesh="data=2")):
         assert fit(config).config is config or fit(config).config == config
@@ -198,14 +193,14 @@ def test_the_free_memory_is_what_the_device_says(monkeypatch: pytest.MonkeyPatch
     stats = {"bytes_limit": 3000 * MIB, "bytes_in_use": 200 * MIB, "pool_bytes": 1}
     device = SimpleNamespace(device_kind="A card", memory_stats=lambda: stats)
     monkeypatch.setattr(jax, "devices", lambda *_: [device])
-    found = room_here(asked(tmp_path))
+    found = device_here(asked(tmp_path))
     assert found is not None
     assert (found.device, found.budget) == (device, pytest.approx(2380))
-    limited = room_here(asked(tmp_path, 50))
+    limited = device_here(asked(tmp_path, 50))
     assert limited is not None
     assert limited.budget == pytest.approx(50)
     stats.clear()
-    assert room_here(asked(tmp_path)) is None
+    assert device_here(asked(tmp_path)) is None
 
 
 # What nothing fits, and a first step that runs out of memory

@@ -35,7 +35,7 @@ def certificates(name: str) -> Iterator[Certificate]:
         params, model = initial_params(config), config.model
         decoder = Decoder(abstract_model(model)[0], model.seq_len, model.vocab_size)
         if kind == "compilations":
-            yield compilations(config, params, 2, decoder)
+            yield compilations(config, params, 2)
         elif claim.startswith("the whole model") or claim == "crowded expert":
             yield from model_causality(config, params)
         elif claim == "prefill and decoding":

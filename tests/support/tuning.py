@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from moe_jax.cli.train import Sft
 from moe_jax.config import RunConfig
 from tests.support import saved_run
+from tests.support.commands import sft_settings
 
 ANSWERS = {"cat": "meow", "dog": "woof", "cow": "moo", "owl": "hoot"}
 
@@ -30,5 +30,5 @@ def base_run(folder: Path, **model: object) -> Path:
 def settings(base: Path, data: Path, out: Path, *flags: str) -> RunConfig:
     """The settings of `sft`, for 6 steps."""
     given = ["--run", str(base), "--data", str(data), "--out", str(out), "--steps", "6", "--batch-size", "4"]
-    given += ["--eval-every", "3", "--save-every", "3", "--set", "train.log_every=1"]
-    return Sft.parse([*given, *flags]).settings.config
+    given += ["--eval-every", "3", "--save-every", "3", "--train.log-every", "1"]
+    return sft_settings(*given, *flags)[0]

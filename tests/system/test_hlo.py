@@ -7,12 +7,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import pytest
+from described_gpu import Target, back_ends, lower_for
 
 from moe_jax.config import TrainConfig
 from moe_jax.config.presets import preset
 from moe_jax.model.costs import layer_flops, step_products
-from moe_jax.planning.device_memory import back_ends, lower_for
-from moe_jax.planning.target import load_target
 from moe_jax.system.hlo import Program, instructions, read_program, scopes
 from moe_jax.training.programs import Programs
 from tests.support import short_form
@@ -142,7 +141,7 @@ def test_a_gpu_program_has_the_operations_of_the_cpu_program(gpu: str, back_end:
     not compute the scores of later positions."""
     config = dataclasses.replace(preset("nano"), train=TrainConfig(optimizer="adamw"))
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=512))
-    programs = Programs.of(config, target := load_target(gpu))
+    programs = Programs.of(config, target := Target.load(gpu))
     batch = jax.ShapeDtypeStruct((1, 8, config.model.seq_len + 1), jnp.int32)
     lowered = lower_for(target, programs.step, programs.state_shapes, batch)
     program = read_program(lowered.compile(compiler_options=back_ends(target)[back_end]).as_text())

@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax.cli.train import Train
+from moe_jax.cli.main import run_command
 from moe_jax.config.presets import with_vocabulary
 from moe_jax.model.costs import count_parameters, duration, totals, training_flops
 from moe_jax.system import machine
+from tests.support.commands import train_settings
 
 
 @pytest.fixture
@@ -19,15 +20,15 @@ def printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.setenv("COLUMNS", "120")
     monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(machine, "matmul_rate", lambda dtype: 1e12)
-    typed = "--preset seed-158m --steps 100 --lr 1e-3 --precision float32 --set model.bias=false --dry-run"
-    assert Train.parse(typed.split()).execute() == 0
+    typed = "--preset seed-158m --steps 100 --lr 1e-3 --precision float32 --model.no-bias --dry-run"
+    assert run_command(["train", *typed.split()]) == 0
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
     return " ".join(capsys.readouterr().out.split())
 
 
 def test_the_costs_stand_first_and_then_what_differs_from_the_preset(printed: str) -> None:
     assert printed.index("GFLOP/s") < printed.index("settings that differ")
-    for line in ("--steps 100 (preset 5000)", "--lr 0.001 (preset 0.0003)", "--set model.bias off (preset on)"):
+    for line in ("--steps 100 (preset 5000)", "--lr 0.001 (preset 0.0003)", "--model.bias off (preset on)"):
         assert line in printed
         assert printed.index(line) < printed.index("warmup_steps 100")
 
@@ -38,8 +39,8 @@ def test_parameters_memory_and_time(printed: str) -> None:
     Activations of 6 layers and 4 sequences of 256 in float32, by hand: the residual stream of width 512 takes 12 MiB,
     half of the attention weights of 8 heads take 24 MiB.
     """
-    typed = ["--preset", "seed-158m", "--set", "model.bias=false", "--steps", "100", "--out", "new"]
-    config = with_vocabulary(Train.parse(typed).settings.config)
+    typed = ["--preset", "seed-158m", "--model.no-bias", "--steps", "100", "--out", "new"]
+    config = with_vocabulary(train_settings(*typed)[0])
     groups = count_parameters(config.model)
     total = totals(groups)
     for name, count in groups.items():

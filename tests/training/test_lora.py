@@ -21,13 +21,14 @@ from moe_jax.model.transformer import merge as build
 from moe_jax.runs.arrays import named_leaves
 from moe_jax.runs.doctor import examine
 from moe_jax.runs.load import open_run
-from moe_jax.training.loop import finish, train
+from moe_jax.training.run import finish, take_steps
 from moe_jax.training.optimizers.factory import make_optimizer
 from moe_jax.training.quantize import quantize_run
 from moe_jax.training.session import Session
 from moe_jax.training.start import new_start
 from moe_jax.training.state import initial_state
-from moe_jax.training.step import gradients, make_step
+from moe_jax.training.gradients import gradients
+from moe_jax.training.step import make_step
 from tests.support import short_form, tiny, tuning
 
 SHAPE = LoraShape(4, 0.75, train_router=True)
@@ -167,7 +168,7 @@ def tuned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Session, dict[str, 
     base, data = tuning.base_run(folder / "base"), tuning.write_conversations(folder / "chats.jsonl")
     config = tuning.settings(base, data, folder / "run", "--lora", "4", "--lr", "1e-2")
     session = Session.open(config, new_start(config))
-    train(session)
+    take_steps(session)
     return session, finish(session), base
 
 

@@ -14,7 +14,7 @@ from moe_jax.model.kernels import cross_entropy
 from moe_jax.training.loss import training_loss
 from moe_jax.training.optimizers.muon import ITERATIONS
 from moe_jax.training.programs import Programs
-from moe_jax.training.step import gradients
+from moe_jax.training.gradients import gradients
 from tests.support import tiny
 
 CONFIG = RunConfig(

@@ -12,7 +12,7 @@ import pytest
 import moe_jax
 from foundation.trained import Problem
 from foundation.trained.weights import read_safetensors
-from moe_jax.cli.export import Quantize
+from moe_jax.cli.main import run_command
 from moe_jax.config import ConfigError, RunConfig, UserError, load_config
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
@@ -45,7 +45,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="module")
 def made(run: Path) -> Path:
     """The run with int4 weights, in the folder that the command chooses."""
-    assert Quantize.parse(["--run", str(run), "--to", "int4"]).execute() == 0
+    assert run_command(["quantize", "--run", str(run), "--to", "int4"]) == 0
     return run.with_name("run-int4")
 
 
@@ -53,7 +53,7 @@ def test_the_result_says_what_the_rounding_changed(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "small"
-    assert Quantize.parse(["--run", str(run), "--to", "int8", "--out", str(out)]).execute() == 0
+    assert run_command(["quantize", "--run", str(run), "--to", "int8", "--out", str(out)]) == 0
     said = capsys.readouterr().out.splitlines()
     result = json.loads(said[-1])
     assert result["bytes_after"] < 0.5 * result["bytes_before"]
@@ -98,7 +98,7 @@ def test_commands_that_need_the_full_weights_refuse_it(made: Path, tmp_path: Pat
     with pytest.raises(UserError, match=f"--run .*{says}"):
         initial_weights.of_run("--run", str(made))
     with pytest.raises(UserError, match=f"--run .*{says}"):
-        Quantize.parse(["--run", str(made), "--to", "int8", "--out", str(tmp_path / "x")]).execute()
+        run_command(["quantize", "--run", str(made), "--to", "int8", "--out", str(tmp_path / "x")])
     with pytest.raises(UserError, match=f"--out .*{says}"):
         Session.open(config, resuming(config))
     with pytest.raises(Problem, match="has quantised weights; name the run that they were made of"):
@@ -108,9 +108,9 @@ def test_commands_that_need_the_full_weights_refuse_it(made: Path, tmp_path: Pat
 
 def test_wrong_values(run: Path, made: Path) -> None:
     with pytest.raises(ConfigError, match="is not empty; name a new folder"):
-        Quantize.parse(["--run", str(run), "--to", "int4", "--out", str(made)]).execute()
+        run_command(["quantize", "--run", str(run), "--to", "int4", "--out", str(made)])
     with pytest.raises(ConfigError, match="--to int2"):
-        Quantize.parse(["--run", str(run), "--to", "int2"])
+        run_command(["quantize", "--run", str(run), "--to", "int2"])
 
 
 def test_without_the_text_the_run_is_made_and_not_scored(
@@ -121,7 +121,7 @@ def test_without_the_text_the_run_is_made_and_not_scored(
     config = json.loads((copy / "config.json").read_text())
     config["data"]["source"] = str(tmp_path / "gone.txt")
     (copy / "config.json").write_text(json.dumps(config))
-    assert Quantize.parse(["--run", str(copy), "--to", "int8"]).execute() == 0
+    assert run_command(["quantize", "--run", str(copy), "--to", "int8"]) == 0
     said = capsys.readouterr().out
     assert "not scored: " in said
     assert set(json.loads(said.splitlines()[-1])) == {"bytes_before", "bytes_after"}
@@ -146,7 +146,7 @@ def test_a_tuned_run_is_scored_on_the_answers_only(run: Path, tmp_path: Path) ->
     config = json.loads((copy / "config.json").read_text())
     config["data"] |= {"source": str(chats), "format": "chat"}
     (copy / "config.json").write_text(json.dumps(config))
-    assert Quantize.parse(["--run", str(copy), "--to", "int8"]).execute() == 0
+    assert run_command(["quantize", "--run", str(copy), "--to", "int8"]) == 0
     chat_count = open_run(copy).validation_text().store.valid.documents
     summary = read_summary(tmp_path / "copy-int8")
     assert summary["val_tokens"] == chat_count * len("A cat.\0")  # bytes, and the separator that ends the answer

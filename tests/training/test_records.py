@@ -17,7 +17,7 @@ from moe_jax.config import DataConfig, ExecutionConfig, ModelConfig, RoutingConf
 from moe_jax.data.token_store import Stream
 from moe_jax.runs.checkpoint import restore
 from moe_jax.training.evaluate import Evaluation
-from moe_jax.training.loop import finish, train
+from moe_jax.training.run import finish, take_steps
 from moe_jax.training.session import Session
 from tests.support import saved_run
 
@@ -96,7 +96,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
         seen = Watched(session, {}, {}, {}, {}, "")
         saved_run.replace_step(session, watched_step(session, seen.rates, seen.drops))
         lines: list[str] = []
-        patch.setattr("moe_jax.training.logging.Terminal.say", lambda _, text: lines.append(text))
+        patch.setattr("moe_jax.training.logging.StepLogger.say", lambda _, text: lines.append(text))
         score = session.score
 
         def told(stream: Stream) -> Evaluation:
@@ -106,7 +106,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
             return dataclasses.replace(score(stream), loss=seen.losses[step])
 
         session.score = told
-        train(session)
+        take_steps(session)
         session.score = score
         seen.result, seen.shown = finish(session), "\n".join(lines)
         yield seen

@@ -10,9 +10,9 @@ import pytest
 
 from moe_jax.config import ConfigError, DataConfig, ExecutionConfig, RunConfig, TrainConfig, load_config
 from moe_jax.config.presets import preset
-from moe_jax.config.section import typed
+from moe_jax.config.section import flag_of
 from moe_jax.model import precision
-from moe_jax.training.loop import finish, train
+from moe_jax.training.run import finish, take_steps
 from moe_jax.training.session import Session
 from moe_jax.training.start import resumed_run
 from tests.support import tiny
@@ -57,14 +57,14 @@ def test_which_settings_may_change_at_a_resume(name: str) -> None:
     with pytest.raises(ConfigError) as caught:
         resumed_run(SAVED).check(config)
     assert str(caught.value) == (
-        f"{typed(section, field, value)}: the run in runs/held has {there}; "
+        f"{flag_of(config.section(section), field)} {value}: the run in runs/held has {there}; "
         "leave the flag out to resume it, or start a new run with another --out"
     )
 
 
 def test_preset_and_origin_stay() -> None:
     changes = {"--preset story": {"preset": "story"}}
-    changes |= {"--upcycle runs/other": {"upcycle": "runs/other"}, "--set base=runs/other": {"base": "runs/other"}}
+    changes |= {"--upcycle runs/other": {"upcycle": "runs/other"}, "--run runs/other": {"base": "runs/other"}}
     for flag, change in changes.items():
         with pytest.raises(ConfigError, match=flag):
             resumed_run(SAVED).check(dataclasses.replace(SAVED, **change))
@@ -87,7 +87,7 @@ def run(folder: Path, steps: int, **execution: Any) -> Session:
     if saved is not None:
         resumed_run(saved).check(config)
     session = Session.open(config, resuming(saved))
-    train(session)
+    take_steps(session)
     return session
 
 

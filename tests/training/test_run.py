@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+import os
 import re
 import shutil
 import signal
@@ -22,10 +24,10 @@ from moe_jax.config import (
     load_config,
 )
 from moe_jax.system import environment
-from moe_jax.system.signals import Signals, Stopped
 from moe_jax.training.header import print_run_header
-from moe_jax.training.loop import finish, train
-from moe_jax.training.programs import Programs, RandomTokenTrainer
+from moe_jax.training.run import finish, take_steps
+from moe_jax.training.programs import Programs
+from suites.random_tokens import RandomTokenTrainer
 from moe_jax.training.session import Session
 from tests.support import saved_run, tiny
 from tests.support.saved_run import resuming
@@ -88,11 +90,11 @@ def run(config: RunConfig, die_at: int | None = None) -> Session:
         return step(state, batch)
 
     if die_at is None:
-        train(session)
+        take_steps(session)
         return session
     saved_run.replace_step(session, mortal)
     with pytest.raises(Stop):
-        train(session)
+        take_steps(session)
     return session
 
 
@@ -224,22 +226,39 @@ def test_a_resume_before_the_first_checkpoint_starts_again(text: Path, tmp_path:
 
 
 def test_a_signal_while_the_last_step_is_saved_counts(text: Path, tmp_path: Path) -> None:
-    """The process ends as stopped, with the step saved."""
+    """The run ends as stopped, with the step saved."""
     session = Session.open(configuration(text, tmp_path / "run"))
-    signals, write, saves = Signals(), session.save, []
+    write, saves = session.save, []
 
     def interrupted(step: int, val_loss: float | None) -> None:
         write(step, val_loss)
         saves.append(step)
         if step == session.config.train.steps:
-            signals.stop_signal = signal.SIGTERM
+            os.kill(os.getpid(), signal.SIGTERM)
 
     session.save = interrupted
-    with pytest.raises(Stopped) as stopped:
-        train(session, signals)
-    assert stopped.value.status == 128 + signal.SIGTERM
+    assert take_steps(session) == signal.SIGTERM
     assert saves == [4, 6, 8, 12]
     assert session.saved_step == int(session.state.step) == 12
+
+
+def test_the_number_of_steps_follows_the_pace(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With --minutes: after 20 steps it is set once and recorded, and the learning rate falls to 0 at the new end. A
+    clock that goes a second a step: 40 of 60 s are left, of which 0.85 are for steps."""
+    config = configuration(text, tmp_path / "run", minutes=1.0, warmup_steps=4, steps=500, log_every=1, eval_every=1000)
+    session = Session.open(config)
+    monkeypatch.setattr(Session, "elapsed", property(lambda session: float(session.state.step)))
+    assert take_steps(session) is None
+    saved = load_config(tmp_path / "run")
+    assert saved is not None
+    assert saved.train.steps == session.config.train.steps == 20 + int(0.85 * 40)
+    records = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    rates = {record["step"]: record["lr"] for record in records if record["split"] == "train"}
+    assert list(rates) == list(range(1, 55))
+    peak = config.train.lr
+    assert [rates[n] for n in (1, 2, 5)] == pytest.approx([peak / 5, peak * 2 / 5, peak])
+    assert rates[21] == pytest.approx(peak * (1 + math.cos(math.pi * 16 / 49)) / 2)
+    assert rates[54] == pytest.approx(0, abs=1e-9)
 
 
 def test_the_header_fits_a_small_terminal_and_says_that_the_card_is_not_used(
@@ -248,7 +267,7 @@ def test_the_header_fits_a_small_terminal_and_says_that_the_card_is_not_used(
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr(environment, "has_nvidia_card", lambda: True)
     monkeypatch.setattr(environment, "has_cuda_plugin", lambda: False)
-    print_run_header(Session.open(configuration(text, tmp_path / "run")), [])
+    print_run_header(Session.open(configuration(text, tmp_path / "run")))
     said = "this computes on the CPU, although this machine seems to have an NVIDIA card: JAX's CUDA plugin is not"
     printed = capsys.readouterr().out
     assert said in " ".join(printed.split())

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.cli.evaluate import Evaluate
-from moe_jax.cli.train import Sft
+from moe_jax.cli.main import run_command
 from moe_jax.config import ConfigError, RunConfig, TrainConfig, UserError, load_config
 from moe_jax.data.batches import MaskedBatch
 from moe_jax.inference.chat import RoleChat
@@ -24,10 +23,11 @@ from moe_jax.model.kernels.cross_entropy import mean_cross_entropy, token_losses
 from moe_jax.runs.doctor import examine
 from moe_jax.runs.load import open_run
 from moe_jax.training.evaluate import evaluate, make_evaluation_step
-from moe_jax.training.loop import finish, train
+from moe_jax.training.run import finish, take_steps
 from moe_jax.training.session import Session
 from moe_jax.training.start import new_start
-from moe_jax.training.step import gradients
+from moe_jax.training.gradients import gradients
+from tests.support.commands import sft_settings
 from tests.support import tiny, tuning
 from tests.support.saved_run import resuming
 
@@ -152,7 +152,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_of(config: RunConfig, saved: RunConfig | None = None) -> tuple[Session, dict[str, Any]]:
     session = Session.open(config, resuming(saved) or new_start(config))
-    train(session)
+    take_steps(session)
     return session, finish(session)
 
 
@@ -201,7 +201,7 @@ def test_resumed_is_uninterrupted_by_bits(flags: tuple[str, ...], base: Path, da
 
     session.save = save_and_die
     with pytest.raises(KeyboardInterrupt):
-        train(session)
+        take_steps(session)
     saved = load_config(tmp_path / "part")
     assert saved is not None
     shutil.move(base, f"{base}.away")  # a resumed run does not need its base
@@ -229,7 +229,7 @@ def test_resumed_is_uninterrupted_by_bits(flags: tuple[str, ...], base: Path, da
 def test_wrong_settings_are_refused(flags: list[str], said: str, base: Path, data: Path, tmp_path: Path) -> None:
     given = [flag.format(base=base, data=data) for flag in flags]
     with pytest.raises(ConfigError) as caught:
-        Sft.parse([*given, "--out", str(tmp_path / "new")])
+        sft_settings(*given, "--out", str(tmp_path / "new"))
     assert said in str(caught.value)
     assert not (tmp_path / "new").exists()
 
@@ -265,7 +265,7 @@ def test_evaluate_scores_the_answers_of_a_file(tuned: Any, data: Path, capsys: p
     found = []
     for given in ((), ("--data", str(data)), ("--data", str(data.parent / "plain.txt"))):
         (data.parent / "plain.txt").write_text("A plain text.")
-        assert Evaluate.parse(["--run", run, "--json", *given]).execute() == 0
+        assert run_command(["evaluate", "--run", run, "--json", *given]) == 0
         found.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
     assert [f["scored"] for f in found] == ["answers", "answers", "all tokens"]
     assert found[0]["val_loss"] == tuned[1]["val_loss"]
@@ -275,6 +275,6 @@ def test_evaluate_scores_the_answers_of_a_file(tuned: Any, data: Path, capsys: p
 
 def test_a_scored_part_without_an_answer_is_refused_at_the_start(base: Path, data: Path, tmp_path: Path) -> None:
     """The first token of an answer comes after more than two tokens of its question."""
-    config = tuning.settings(base, data, tmp_path / "run", "--set", "data.eval_tokens=2")
-    with pytest.raises(UserError, match=r"--set data\.eval_tokens=2: no answer is in the first 2 validation tokens"):
+    config = tuning.settings(base, data, tmp_path / "run", "--data.eval-tokens", "2")
+    with pytest.raises(UserError, match=r"--data\.eval-tokens 2: no answer is in the first 2 validation tokens"):
         Session.open(config, new_start(config))

@@ -47,7 +47,7 @@ TRAINED = RunConfig(
 
 def saved(folder: Path, config: RunConfig = TRAINED) -> str:
     """A folder that looks like a run's. Its path."""
-    (folder / "checkpoints" / "step_00000001").mkdir(parents=True)
+    (folder / "checkpoints" / "step_00000001" / "arrays").mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config.to_dict()))
     return str(folder)
 
@@ -195,7 +195,7 @@ def test_a_vocabulary_has_room_for_the_tokenizer(tokenizer: Any, entries: int, s
     for size in (0, entries, entries + 1):
         check(RunConfig(model=ModelConfig(vocab_size=size), data=data, init_from="hf"))
     if entries > 1:
-        with pytest.raises(ConfigError, match=rf"vocab_size={entries - 1}: {said} entries; give at least that, or 0"):
+        with pytest.raises(ConfigError, match=rf"--model.vocab-size {entries - 1}: {said} entries; give at least that, or 0"):
             check(RunConfig(model=ModelConfig(vocab_size=entries - 1), data=data))
 
 
@@ -218,7 +218,7 @@ def test_a_dense_run_is_upcycled_to_copies_of_its_network(there: str) -> None:
         ({"model_experts": 2}, "--top-k 2: with --upcycle"),
         ({"model_shared_experts": 1}, "--model.shared-experts 1: a run made by --upcycle of the dense run in dense"),
         ({"model_expert_hidden": 9}, "--model.expert-hidden 9: a run made by --upcycle"),
-        ({"routing_renormalise_gates": False}, "renormalise_gates=False: a run made by --upcycle"),
+        ({"routing_renormalise_gates": False}, "renormalise-gates False: a run made by --upcycle"),
         ({"model_width": 64}, "--model.width 64: the dense run in dense has 32"),
         ({"data_tokenizer": "byte"}, "--tokenizer byte: the dense run in dense has bpe"),
         ({"_preset": "nano"}, "--preset nano: the dense run in dense has story"),

@@ -11,7 +11,8 @@ import pytest
 from moe_jax.config import TrainConfig
 from moe_jax.training.optimizers.factory import learning_rate, make_optimizer, muon_labels, warmup_steps
 from moe_jax.training.state import TrainState, initial_state
-from moe_jax.training.step import gradients, make_step
+from moe_jax.training.gradients import gradients
+from moe_jax.training.step import make_step
 from tests.support import tiny
 
 CONFIG = TrainConfig(steps=150, lr=2e-2, warmup_steps=5)

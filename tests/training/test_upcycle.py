@@ -27,7 +27,7 @@ from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import merge
 from moe_jax.training.evaluate import Evaluation
 from moe_jax.training.initial_weights import copy_dense_params
-from moe_jax.training.loop import finish, train
+from moe_jax.training.run import finish, take_steps
 from moe_jax.training.session import Session
 from moe_jax.training.start import new_start
 from tests.support import tiny
@@ -106,7 +106,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, dict[str
         return scored if len(args) == 2 else dataclasses.replace(scored, loss=next(losses))
 
     session.score = best_at_step_3
-    train(session)
+    take_steps(session)
     result = finish(session)
     assert result["best_step"] == 3
     return config, result
@@ -114,7 +114,7 @@ def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, dict[str
 
 def whole(config: RunConfig) -> tuple[Session, dict[str, Any]]:
     session = Session.open(config, resuming(load_config(Path(config.out))) or new_start(config))
-    train(session)
+    take_steps(session)
     return session, finish(session)
 
 
@@ -132,7 +132,7 @@ def test_a_run_starts_at_the_dense_loss_and_its_experts_part(
     assert (config.model.dense, config.model.expert_hidden) == ("none", 17)  # 2 x 8 + 4 / 3 rounded
     session = Session.open(config, new_start(config))
     assert session.score(session.data.store.valid.stream).loss == pytest.approx(result["val_loss"], rel=1e-6)
-    train(session)
+    take_steps(session)
     experts = np.asarray(session.state.params["blocks"][0]["ffn"]["experts"]["w_in"])
     distance = np.abs(experts[:, None] - experts).max((-1, -2))
     assert (distance[~np.eye(4, dtype=bool)] > 1e-4).all()

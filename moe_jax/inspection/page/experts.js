@@ -192,7 +192,7 @@ const startExperts = () => {
     return;
   }
   byId("found").append(el("p", { id: "specialists-said" }, specialists()));
-  byId("experts-tested").textContent = "A single token is listed if it chooses the expert more often than by chance: log-likelihood ratio G², p < 0.001 after correction for all pairs tested. A kind of token is named if its tokens, each different token counted once, choose the expert more often than randomly shuffled kinds do: p ≤ 0.01 for all kinds and experts of the model together. Its examples are its most frequent tokens of those that choose the expert more often than by chance. Point at a token for its counts.";
+  byId("experts-tested").textContent = "A single token is listed if it chooses the expert more often than by chance: log-likelihood ratio G², p < 0.001 after correction for all pairs tested. A kind of token is named if its tokens, each different token counted once, choose the expert more often than by chance: p < 0.01 after correction for all kinds and experts of the model. Its examples are its most frequent tokens of those that choose the expert more often than by chance. Point at a token for its counts.";
   section("experts", () => { drawVerdict(); drawMap(); drawExperts(); }, ["layer"], drawExperts);
   listeners.push((what) => {
     if (what === "layer") byId("map").querySelector(".frame")?.style.setProperty("--row", state.layer);

@@ -28,8 +28,8 @@ from moe_jax.training.optimizers.muon import scale_by_muon
 
 
 def warmup_steps(config: TrainConfig) -> int:
-    """Steps of the warm-up: `config.warmup_steps`, but at most a tenth of the run."""
-    return min(config.warmup_steps, config.steps // 10)
+    """Steps of the warm-up: `config.warmup_steps`, but at most a tenth of a run whose number of steps is known."""
+    return config.warmup_steps if config.minutes else min(config.warmup_steps, config.steps // 10)
 
 
 def learning_rate(config: TrainConfig, peak: float) -> optax.Schedule:

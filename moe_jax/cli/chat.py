@@ -1,0 +1,85 @@
+"""`moe-jax chat`."""
+
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from moe_jax.cli.sampling import Drawing, loading
+from moe_jax.config import UserError
+from moe_jax.runs.catalog import title
+from moe_jax.system import environment
+from moe_jax.system.terminal import say, stream_text, working
+
+if TYPE_CHECKING:
+    from moe_jax.inference import chat as conversation
+
+
+def chat(drawing: Annotated[Drawing, tyro.conf.arg(name="")] = Drawing()) -> int:
+    """Give a trained model the beginnings of texts, and read how it goes on. The model is loaded and compiled once.
+
+    A line is a beginning; the model continues it, word by word. For a run that is tuned on conversations (`sft`) a line
+    is a question; the model answers, and remembers what was said before. A line such as /temp 0.5 changes a setting,
+    and /help lists them. Ctrl-C ends the present text, Ctrl-D leaves. If the input is a file or a pipe, each of its
+    lines is answered in turn, without colours or other output.
+    """
+    folder = drawing.checked_run()
+    environment.prepare_environment()
+    person = sys.stdin.isatty() and sys.stdout.isatty()
+    talk = _begin(drawing, folder, person)
+    while not talk.ended and (line := _next_line(person)) is not None:
+        _answer(talk, line)
+    return 0
+
+
+def _begin(drawing: Drawing, folder: str, person: bool) -> "conversation.Chat":
+    with working(loading(folder)):
+        from moe_jax.inference.chat import Chat, RoleChat
+        from moe_jax.inference.decode import SHORT_PROMPT
+        from moe_jax.runs.records import read_summary
+
+        run, generator, settings = drawing.open(folder)
+        tuned = run.converses
+        generator.compile(SHORT_PROMPT if tuned else 1)  # the roles of a question are tokens too
+    if person:
+        with suppress(ImportError):  # Windows has none
+            import readline  # noqa: F401, gives `input` a history and the arrow keys
+
+        what = "Ask" if tuned else "Type how a text begins"
+        say(f"{title(Path(folder))}, step {run.checkpoint.step}. {what}; /help lists the commands, Ctrl-D leaves.")
+        if opening := read_summary(Path(folder)).get("opening"):
+            say(f"try: {opening}")
+    if not tuned:
+        return Chat(generator, settings, seed=drawing.seed, limit=drawing.max_tokens)
+    context = run.config.model.seq_len
+    return RoleChat(generator, settings, seed=drawing.seed, limit=drawing.max_tokens, context=context)
+
+
+def _next_line(person: bool) -> str | None:
+    """The next line that is typed. None at the end, such as Ctrl-D."""
+    try:
+        return input("\n> " if person else "")
+    except EOFError:
+        if person:
+            print()  # the shell's prompt begins a line of its own
+        return None
+
+
+def _answer(talk: "conversation.Chat", line: str) -> None:
+    """Answer one line: obey it, or continue it."""
+    try:
+        if line.strip() == "/again":
+            line = talk.again()
+        elif line.startswith("/") and not line.startswith("//"):
+            if answer := talk.command(line):
+                say(answer)
+            return
+        prompt = line.removeprefix("/") if line.startswith("//") else line
+        try:
+            stream_text(prompt if talk.echoes else "", talk.reply(prompt))
+        except KeyboardInterrupt:
+            print("(ended by Ctrl-C)")
+    except UserError as error:
+        say(error)

@@ -1,0 +1,68 @@
+"""`moe-jax doctor`: a run on the disk, or the card of this machine."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from moe_jax.config import ConfigError, PresetName
+from moe_jax.runs.catalog import run_folder
+from moe_jax.system import environment
+from moe_jax.system.terminal import say, working
+
+if TYPE_CHECKING:
+    from moe_jax.planning.card import Finding
+
+
+def doctor(run: str = "", gpu: bool = False, preset: PresetName = "seed-158m") -> int:
+    """Verify every file of every checkpoint of a run; or look at this machine's NVIDIA card.
+
+    With --gpu, what JAX needs of the machine is checked step by step. If nothing is missing, the card's products and
+    bandwidth are measured, and the command that trains on it is printed. The exit status is 1 if anything is damaged or
+    missing.
+
+    Args:
+        run: Folder of a run.
+        gpu: Look at the card, and not at a run.
+        preset: With --gpu: the preset that is to be trained on the card.
+    """
+    if gpu == bool(run):
+        raise ConfigError(f"--run {run or 'RUN'}: give either the folder of a run, or --gpu to look at the card")
+    if gpu:
+        return _examine_card(preset)
+    folder = run_folder(run)
+    if not (folder / "checkpoints").is_dir():
+        raise ConfigError(f"--run {run}: is not the folder of a run; it has no folder `checkpoints`")
+    environment.prepare_environment()
+    with working(f"reading every checkpoint of {folder}"):
+        from moe_jax.runs.doctor import examine
+
+        findings = examine(folder)
+    width = max(len(f.what) for f in findings)
+    for finding in findings:
+        say(f"{finding.what:<{width}}  {finding.state:<8}  {finding.detail}".rstrip())
+    damaged = sum(finding.state == "damaged" for finding in findings)
+    if damaged:
+        say(f"{damaged} damaged")
+    return 1 if damaged else 0
+
+
+def _examine_card(preset: PresetName) -> int:
+    from moe_jax.planning import card
+
+    if not _said_all_good(card.needs()):
+        say("put the first missing thing right, and try again")
+        return 1
+    say(*environment.prepare_environment())
+    with working("starting JAX"):
+        import jax
+
+        device = jax.devices()[0]
+    return 0 if _said_all_good(card.reached(device, preset)) else 1
+
+
+def _said_all_good(findings: "Iterable[Finding]") -> bool:
+    """Print a line for each finding, as soon as it is made."""
+    all_good = True
+    for what, detail, good in findings:
+        say(f"{what:<13}  {'good' if good else 'missing'}  {detail}")
+        all_good &= good
+    return all_good

@@ -1,0 +1,94 @@
+"""What commands share: parameters, the checks of their values, and the last line of JSON."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from moe_jax.config import ConfigError, RunConfig, holds_run
+from moe_jax.config.run import missing_run
+from moe_jax.config.section import format_bound
+from moe_jax.model.costs import least_step_bytes
+from moe_jax.runs.catalog import run_or_default
+from moe_jax.system.environment import GIB, machine_memory, runs_on_cpu
+from moe_jax.system.files import json_text, steps_in
+
+_RUN = (
+    "Folder of a run; or its name in runs/, or a model that comes with moe-jax: nano, stories. Empty: the newest run in "
+    "runs/, else stories."
+)
+RunName = Annotated[str, tyro.conf.arg(help=_RUN)]
+StepNumber = Annotated[int | None, tyro.conf.arg(help="Step of the checkpoint to load. Default: the best one.")]
+Active = Annotated[
+    int, tyro.conf.arg(help="Experts that a token chooses, fewer than in training: faster, and less good. 0: as trained.")
+]
+Json = Annotated[bool, tyro.conf.arg(help="Print the result as JSON too.")]
+
+MOST_ACTIVE = 4096
+"""Most experts of any model, and so the bound of --active before a model is opened."""
+
+
+def checked_run(run: str, step: int | None = None) -> str:
+    """The folder of the run that --run names, or of the default one.
+
+    Raises ConfigError unless it holds a complete checkpoint, and one of `step` if that is given.
+    """
+    folder = run_or_default(run)
+    if not holds_run(folder):
+        raise ConfigError(missing_run("--run", folder))
+    steps = steps_in(folder / "checkpoints")
+    if step is not None and step not in steps:
+        raise ConfigError(f"--step {step}: {folder} has no such checkpoint; it has {', '.join(map(str, steps))}")
+    return str(folder)
+
+
+def check_range(flag: str, value: float, low: float, high: float) -> None:
+    """Raise ConfigError unless low <= value <= high."""
+    if not low <= value <= high:
+        raise ConfigError(f"{flag} {value}: must be between {format_bound(low)} and {format_bound(high)}")
+
+
+def check_memory(config: RunConfig) -> None:
+    """Raise ConfigError if a training step needs more memory than this machine has.
+
+    Only for a CPU without --memory. Elsewhere the run is made to fit.
+    """
+    least, memory = least_step_bytes(config), machine_memory()
+    if runs_on_cpu() and memory is not None and least > memory and not config.execution.memory:
+        raise ConfigError(
+            f"--seq-len {config.model.seq_len}, --batch-size {config.train.batch_size}: a training step needs at least "
+            f"{least / GIB:,.1f} GiB, and this machine has {memory / GIB:,.1f} GiB; use a smaller --seq-len or model, "
+            "or give the run some of it with --memory, such as --memory 8GB"
+        )
+
+
+def check_out_folder(flag: str, path: str | Path, new: bool = False) -> None:
+    """Raise ConfigError unless a folder of this name exists and can be written, or can be made; with `new`, unless it
+    is not there yet, or empty."""
+    if os.path.exists(path) and not os.path.isdir(path):
+        raise ConfigError(f"{flag} {path}: is a file; name a folder")
+    if new and os.path.isdir(path) and os.listdir(path):
+        raise ConfigError(f"{flag} {path}: is not empty; name a new folder")
+    _check_writable(flag, Path(path))
+
+
+def check_out_file(flag: str, path: str | Path) -> None:
+    """Raise ConfigError unless a file of this name can be written, perhaps after its folder is made."""
+    if os.path.isdir(path):
+        raise ConfigError(f"{flag} {path}: is a folder; name a file")
+    _check_writable(flag, Path(path))
+
+
+def _check_writable(flag: str, path: Path) -> None:
+    """Raise ConfigError unless the path, or the nearest folder above it that exists, can be written."""
+    nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not os.access(nearest, os.W_OK) or (nearest != path and not nearest.is_dir()):
+        raise ConfigError(f"{flag} {path}: {nearest} cannot be written; name another")
+
+
+def print_json(result: dict[str, Any], asked: bool) -> None:
+    """Print the result as one line of JSON if it was asked for, or if the output is a file or a pipe."""
+    if asked or not sys.stdout.isatty():
+        print(json_text(result))

@@ -1,0 +1,31 @@
+"""`moe-jax plot`."""
+
+from pathlib import Path
+
+import tyro
+
+from moe_jax.cli.options import check_out_folder, checked_run
+from moe_jax.system import environment
+from moe_jax.system.terminal import say, working
+
+
+def plot(run: tyro.conf.UseAppendAction[list[str]], out: str = "") -> int:
+    """Draw pictures of a run, as PNG and SVG: loss, bits per byte, learning rate, throughput, load of the experts.
+
+    With several runs, each picture compares them.
+
+    Args:
+        run: Folder of a run. Repeat the flag to compare several.
+        out: Folder for the pictures. Empty: RUN/report of the first run.
+    """
+    runs = [Path(checked_run(name)) for name in run or [""]]
+    if out:
+        check_out_folder("--out", out)
+    environment.prepare_environment()
+    with working("drawing the pictures"):
+        from moe_jax.plots.figures import run_figures, save_figures
+
+        figures = run_figures(runs)
+        paths = save_figures(figures, Path(out) if out else runs[0] / "report")
+    say(*paths)
+    return 0

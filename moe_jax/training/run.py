@@ -1,0 +1,212 @@
+"""A run from its settings to its report: set-up, loop, report. `train` is the whole story, from top to bottom.
+
+A resumed run is bit-identical to an uninterrupted run, because a step is a function of saved values only. A checkpoint
+holds the whole `TrainState` and the `RunCounters`. A batch is a function of (seed, step): `data/batches.py`. A random
+key is made of (seed, purpose, step): `system/random_keys.py`. Records after the checkpoint are removed at a resume. (On
+a GPU the programs must be deterministic too: `--deterministic`.)
+"""
+
+import gc
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from moe_jax.config import ProcessGroup, RunConfig, UserError
+from moe_jax.parallel.layout import mesh_of
+from moe_jax.parallel.processes import check_same_program, is_process_zero, process_group, stop_reason
+from moe_jax.runs.folder import locked_together
+from moe_jax.runs.load import restore_weights
+from moe_jax.system.signals import Signals
+from moe_jax.system.terminal import say
+from moe_jax.training.evaluate import Evaluation
+from moe_jax.training.header import print_next_step, print_result, print_run_header
+from moe_jax.training.logging import StepLogger, shown_sample, summary
+from moe_jax.training.session import Fit, Session
+from moe_jax.training.start import Start
+from moe_jax.training.step import StepReport
+
+PACE_STEPS = 20
+"""Steps after which `--minutes` sets the number of steps. The pace is that of the later half."""
+STEPS_SHARE = 0.85
+"""Share of the time that is left for steps. The rest is for evaluations and checkpoints."""
+
+
+class FirstStepOutOfMemory(RuntimeError):
+    """The first step of this process ran out of memory. It was not logged, and nothing of it was saved."""
+
+
+def train(
+    config: RunConfig,
+    start: Start,
+    fit: Fit,
+    report: Callable[[Path], list[str]],
+    group: ProcessGroup | None = None,
+    resume: str = "--resume",
+) -> int:
+    """Train a run to its end, or until a signal stops it, and report it. Returns the exit status.
+
+    `fit` chooses settings that fit the device (`fit.py`), `report` draws the pictures of a finished run and returns
+    lines to print, and `resume` is the command that goes on with a stopped run.
+    """
+    group = group or ProcessGroup()
+    mesh_of(config.execution.mesh)  # refuses a mesh of other devices before anything is written
+    with process_group(group):
+        check_same_program(config, start.saved is not None)
+        with locked_together(Path(config.run_dir)):
+            session, stopped = _trained(config, start, fit, resume)
+            if stopped is not None:
+                return 128 + stopped
+            result = finish(session)
+            if is_process_zero():
+                print_result(session, result)
+                say(*report(session.folder.path))
+                print_next_step(session)
+    return 0
+
+
+def _trained(config: RunConfig, start: Start, fit: Fit, resume: str) -> tuple[Session, int | None]:
+    """The session after its training, and the signal that stopped it. Where the first step runs out of memory although
+    the settings were made to fit, the next ones are taken that may fit."""
+    failed = None
+    while True:
+        session = Session.open(config, start, partial(fit, failed=failed))
+        print_run_header(session)
+        try:
+            return session, take_steps(session, resume)
+        except FirstStepOutOfMemory:
+            failed = session.config
+            if not failed.execution.fitted:
+                raise
+        del session  # its arrays, before new ones are made
+        gc.collect()
+        say("the first step ran out of memory; trying the next setting")
+
+
+def take_steps(session: Session, resume: str = "--resume") -> int | None:
+    """Take the remaining steps. Evaluate, sample and save when due. Returns the signal that stopped the run, if any.
+
+    Raises FirstStepOutOfMemory.
+    """
+    step = begin = session.saved_step
+    with Signals() as signals, StepLogger(session) as logger:
+        if step >= session.config.train.steps:
+            logger.say(f"{session.folder.path}: already trained to step {step}; --steps extends it")
+        while not evaluate_and_save_if_due(session, step, logger, signals):
+            report = _take_step(session, step, is_first=step == begin)
+            step += 1
+            logger.add(step, report)
+            if session.config.train.minutes and step in (PACE_STEPS // 2, PACE_STEPS):
+                jax.block_until_ready(report)
+                set_steps_from_pace(session, step, logger)
+        if (signal := stop_reason(signals.stop_signal)) is not None:
+            where = f"at step {step}, which is saved; go on with {resume}" if step else "before the first step"
+            logger.say(f"stopped {where}")
+            return signal
+    return None
+
+
+def _take_step(session: Session, step: int, is_first: bool) -> StepReport:
+    """Take the step that follows `step` earlier ones. The first one of a process is waited for: where it lacks memory,
+    that is known before anything else starts."""
+    try:
+        session.state, report = session.programs.step(session.state, session.batch(step))
+        if is_first:
+            jax.block_until_ready(report)
+    except jax.errors.JaxRuntimeError as error:
+        if is_first and "RESOURCE_EXHAUSTED" in str(error):
+            raise FirstStepOutOfMemory(str(error)) from None
+        raise
+    return report
+
+
+def set_steps_from_pace(session: Session, step: int, logger: StepLogger) -> None:
+    """After PACE_STEPS steps of a run with `--minutes`: set its number of steps, once, and record it.
+
+    The later half of these steps says how long one takes. The schedule of the learning rate follows the new number. Its
+    warm-up does not depend on it, so the steps that were taken are those of the new schedule.
+    """
+    if step < PACE_STEPS:
+        session.half_time = session.elapsed
+        return
+    pace = (session.elapsed - session.half_time) / (PACE_STEPS - PACE_STEPS // 2)
+    left = 60 * session.config.train.minutes - session.elapsed
+    steps = PACE_STEPS + max(int(STEPS_SHARE * left / pace), 1)
+    session.set_steps(steps)
+    logger.set_total(steps)
+    logger.say(f"a step takes {pace:.2f} s: {steps:,} steps fit in {session.config.train.minutes:g} minutes")
+
+
+def evaluate_and_save_if_due(session: Session, step: int, logger: StepLogger, signals: Signals) -> bool:
+    """After `step` steps: evaluate if an evaluation is due, and save if a checkpoint is due or a signal asked to stop.
+
+    Returns whether training stops here. A resumed run calls this before its first step, so it makes up an evaluation
+    that a signal has prevented.
+    """
+    config, counters = session.config.train, session.counters
+    last = step >= config.steps
+    stop = stop_reason(signals.stop_signal) is not None
+    due = step > 0 and (step % config.eval_every == 0 or last) and counters.evaluated < step
+    val_loss, improved = None, False
+    if due and not stop:
+        with logger.paused():
+            val_loss = _evaluate_and_sample(session, step, logger)
+        improved = counters.add_evaluation(step, val_loss)
+        stop = stop_reason(signals.stop_signal) is not None
+    enough = bool(config.patience) and counters.without_improvement >= config.patience
+    save_due = step % config.save_every == 0 or last or enough or stop
+    made_up = val_loss is not None and step == session.saved_step  # its checkpoint has no loss yet
+    if improved or made_up or (step > session.saved_step and save_due):
+        with logger.paused():
+            logger.sync()
+            session.save(step, val_loss)
+    if enough and not last:
+        logger.say(f"stopped early at step {step}: {config.patience} evaluations without improvement")
+    return last or enough or stop
+
+
+def _evaluate_and_sample(session: Session, step: int, logger: StepLogger) -> float:
+    """Evaluate, write a sample, a routing snapshot, a record and summary.json, and return the validation loss."""
+    scored = session.score(session.data.subset())
+    params = session.params  # with several processes, by all together
+    sample, trace = session.sample(step, params), session.tracer(params) if session.tracer else None
+    if is_process_zero():
+        _write_evaluation(session, step, scored, sample, trace, logger)
+    return scored.loss
+
+
+def _write_evaluation(
+    session: Session, step: int, scored: Evaluation, sample: str, trace: dict[str, Any] | None, logger: StepLogger
+) -> None:
+    session.folder.add_sample(step, sample)
+    if trace is not None:
+        session.folder.add_trace(step, trace)
+    record = {"step": step, "split": "val", "loss": scored.loss, "bits_per_byte": scored.bits_per_byte}
+    record |= {"drop_fraction": scored.drop_fraction, "tokens": scored.tokens}
+    record |= {"stream": session.data.stream_of(scored)}
+    logger.write(record | {"wall_seconds": session.elapsed})
+    floor = session.data.baselines and session.data.baselines.entropy_floor
+    best = "" if floor is None else f" (floor {floor:.3f})"
+    logger.say(
+        f"step {step} | validation loss {scored.loss:.4f} | {scored.bits_per_byte:.4f} bits/byte{best}, on "
+        f"{scored.tokens:,} of {session.data.store.valid.targets:,} validation tokens"
+    )
+    logger.say(shown_sample(sample))
+    session.folder.write_summary(summary(session, scored, step, scored.loss, whole_stream=False))
+
+
+def finish(session: Session) -> dict[str, Any]:
+    """Score the best checkpoint on the whole validation stream, and write the summary of the run."""
+    best = session.checkpoints.best()
+    if best is None:
+        raise UserError(f"{session.folder.path}: every checkpoint was damaged after it was saved; check the disk")
+    params = None
+    if best.step != int(session.state.step):
+        programs = session.programs
+        params = restore_weights(best, session.config, programs.param_shapes, programs.layout)
+    scored = session.score(session.data.store.valid.stream, params)
+    result = summary(session, scored, best.step, best.val_loss, whole_stream=True)
+    session.folder.write_summary(result)
+    return result

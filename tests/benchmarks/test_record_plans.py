@@ -1,0 +1,159 @@
+"""`benchmarks/record_plans.py`: descriptions of GPUs, and what compiles for them.
+
+The tests with the marker `plan` need the extra `gpu-plan`: `uv run --isolated --extra gpu-plan pytest -m plan`.
+"""
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import described_gpu
+import jax
+import pytest
+import record_plans
+from described_gpu import GPUS, Target, compile_for_gpu
+from presets import preset_with
+
+from moe_jax.cli.main import main
+from moe_jax.config import ConfigError, RunConfig, TrainConfig, UserError
+from moe_jax.config.presets import preset, with_vocabulary
+from moe_jax.model.costs import count_parameters
+from moe_jax.model.precision import choose_policy
+from moe_jax.planning.plans import RECORDED, known_card, known_cards, recorded
+from moe_jax.system.environment import MIB
+from tests.support import short_form, tiny
+from tests.support.programs import compiled_for_gpu
+
+CONFIG = RunConfig(model=tiny.config(), train=TrainConfig(batch_size=4, grad_accum=2, optimizer="adamw"))
+
+
+@pytest.mark.parametrize("path", sorted(GPUS.glob("*.txtpb")), ids=lambda p: p.stem)
+def test_every_description_says_where_it_comes_from_and_its_facts_are_recorded(path: Path) -> None:
+    target = Target.load(path.stem)
+    gigabytes = int(path.stem.rpartition("-")[2].removesuffix("gb"))
+    facts = target.facts()
+    assert known_cards()[path.stem] == facts
+    assert 0.9 * gigabytes * 2**30 < facts.memory <= gigabytes * 2**30, "what a card reports, not what is on its box"
+    assert "Source: " in target.text
+    older = {"quadro-t1000-4gb": "float32", "rtx2060-6gb": "float16"}  # without bfloat16 units
+    assert str(choose_policy("auto", target)).startswith(older.get(path.stem, "bfloat16"))
+
+
+def test_the_peaks_of_two_cards_by_hand() -> None:
+    """16 multiprocessors of 128 cores at 1.5 GHz, and 256 multiply-adds of bfloat16; 14 of 64 at 1.455 GHz, without
+    tensor cores."""
+    ampere, turing = known_card("rtx3050-4gb"), known_card("quadro-t1000-4gb")
+    assert ampere[4:] == (192e9, 2 * 16 * 128 * 1.5e9, 2 * 16 * 256 * 1.5e9)
+    assert turing[4:] == (128e9, *[pytest.approx(2 * 14 * 64 * 1.455e9)] * 2)
+
+
+def test_the_compute_capability_is_read_from_its_own_block() -> None:
+    """The text leaves out a minor number of 0, and cuDNN's version has a major and a minor number too."""
+    cudnn = "dnn_version_info { major: 9 minor: 10 }"
+    assert Target("a100", f"{cudnn} cuda_compute_capability {{ major: 8 }} {cudnn}").compute_capability == "8.0"
+    assert Target("b200", f"cuda_compute_capability {{\n  major: 10\n}}\n{cudnn}").compute_capability == "10.0"
+    for text in (cudnn, f"cuda_compute_capability {{ minor: 5 }} {cudnn}"):
+        with pytest.raises(ConfigError, match=r"^--gpu x: its description has no major; the files in "):
+            _ = Target("x", text).compute_capability
+
+
+def test_a_target_is_a_name_or_a_file(tmp_path: Path) -> None:
+    own = tmp_path / "own.txtpb"
+    own.write_text((GPUS / "h100-80gb.txtpb").read_text(encoding="utf-8").replace("H100", "X100"), encoding="utf-8")
+    assert Target.load(str(own)).device_kind == "NVIDIA X100 80GB HBM3"
+    own.write_text("gpu { }", encoding="utf-8")
+    for name, said in (("gone", "must be one of h100-80gb, "), (str(own), "its description has no ")):
+        with pytest.raises(ConfigError, match=f"^--gpu .*{said}"):
+            Target.load(name)
+
+
+def test_changes_of_a_preset_have_the_types_of_their_fields() -> None:
+    found = preset_with("nano", ["model.layers=3", "train.lr=0.5", "routing.top_k=1", "execution.remat=true"])
+    assert (found.model.layers, found.train.lr, found.model.routing.top_k, found.execution.remat) == (3, 0.5, 1, True)
+    for text, said in (("model.size=3", "must be SECTION.NAME=VALUE"), ("model.layers=x", "is no int")):
+        with pytest.raises(ConfigError, match=f"^--set {text}: {said}"):
+            preset_with("nano", [text])
+
+
+def compiled(text: str) -> Any:
+    """A lowered program."""
+    return SimpleNamespace(compile=lambda compiler_options: SimpleNamespace(as_text=lambda: text))
+
+
+def test_what_was_not_compiled_for_the_gpu_is_an_error() -> None:
+    assert compile_for_gpu(compiled("operation_queue_id"), {})
+    with pytest.raises(AssertionError, match="compiled for the CPU"):
+        compile_for_gpu(compiled("other"), {})
+
+
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(compiler_options: Any) -> None:
+        raise jax.errors.JaxRuntimeError("INTERNAL: No PTX compilation provider here")
+
+    with pytest.raises(UserError, match=r"needs ptxas: .*--extra gpu-plan"):
+        compile_for_gpu(SimpleNamespace(compile=refuse), {})
+    monkeypatch.setattr(described_gpu, "has_cuda_plugin", lambda: False)
+    with pytest.raises(UserError, match=r"needs JAX's CUDA plugin: .*--extra gpu-plan"):
+        described_gpu.gpu_devices(Target.load("rtx3050-4gb"))
+
+
+@pytest.mark.parametrize(("mib", "status"), [(100.0, 0), (5000.0, 1)])
+def test_the_script_prints_the_plan_that_fits(
+    mib: float, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(record_plans, "bound", lambda *_, most: mib)
+    asked = ["--preset", "nano", "--set", "train.lora_rank=4", "--set", "train.batch_size=2"]
+    assert main(record_plans.run, asked) == status
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (result["fits"], result["micro_batch"], result["optimizer"]) == (status == 0, 2, "adamw")
+
+
+@pytest.mark.parametrize(
+    ("mesh", "topology"),
+    [("data=1", "1x1x1"), ("expert=4", "1x1x4"), ("data=8", "1x1x8"), ("data=4,expert=4", "1x2x8")],
+)
+def test_the_cards_of_a_mesh_are_described_by_machines_of_eight(
+    mesh: str, topology: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described: list[str] = []
+    step = SimpleNamespace(lower=lambda *_: "lowered")
+    programs = SimpleNamespace(layout=1, step=step, state_shapes="state", batch_shapes=max)
+    monkeypatch.setattr(described_gpu, "gpu_devices", lambda _, topology: described.append(topology) or ["cards"])
+    monkeypatch.setattr(described_gpu, "compile_for_gpu", lambda *_: "compiled")
+    monkeypatch.setattr(record_plans, "mesh_of", lambda text, devices: (text, devices))
+    monkeypatch.setattr(record_plans.Programs, "of", lambda *_, mesh: programs)
+    monkeypatch.setattr(record_plans, "program_mib", {"compiled": 7.0}.__getitem__)
+    assert record_plans.mesh_mib(CONFIG.on_mesh(mesh, 2), Target.load("rtx3060-12gb")) == 7
+    assert described == [topology]
+    with pytest.raises(ConfigError, match="mesh data=9: has 9 places; give at most 8, or a multiple"):
+        record_plans.mesh_mib(CONFIG.on_mesh("data=9", 2), Target.load("rtx3060-12gb"))
+
+
+# Compiled for described cards
+
+PAIRS = [tuple(key.split()) for key in json.loads(RECORDED.read_text())["plans"]]
+
+
+@pytest.mark.parametrize(("name", "gpu"), short_form(PAIRS, [("nano", "quadro-t1000-4gb")]))
+@compiled_for_gpu
+def test_a_pair_compiles_to_what_is_recorded(name: str, gpu: str) -> None:
+    """With the jaxlib that recorded it, to the last digit; with another one, within 2 %."""
+    config, target = with_vocabulary(preset(name)), Target.load(gpu)
+    plans, jaxlib = recorded(config, known_card(gpu))
+    now = [plan.to_json() for plan in record_plans.walk(config, target, target.facts().budget)]
+    if jaxlib == version("jaxlib"):
+        assert now == [plan.to_json() for plan in plans]
+    assert [p["setting"] for p in now] == [plan.to_json()["setting"] for plan in plans]
+    for plan, old in zip(now, plans, strict=True):
+        assert plan["programs"] == pytest.approx(old.programs, rel=0.02)
+
+
+@compiled_for_gpu
+def test_two_cards_divide_the_experts() -> None:
+    """Half of the experts and of their state on each card, and all of the rest: what is measured is one card's."""
+    card = Target.load("rtx3060-12gb")
+    one, two = (record_plans.mesh_mib(CONFIG.on_mesh(f"expert={n}", 2), card) for n in (1, 2))
+    experts = sum(count.total for name, count in count_parameters(CONFIG.model).items() if name == "experts")
+    assert (one - two) * MIB == pytest.approx(experts / 2 * 3 * 4, rel=0.5)
