@@ -139,7 +139,8 @@ def check_same_program(config: RunConfig, resumed: bool) -> None:
     """
     if not is_multi_process():
         return
-    facts = {flag_of(config.section(section), name): value for section, name, value in config.settings() if name != "out"}
+    settings = ((config.section(section), name, value) for section, name, value in config.settings())
+    facts = {flag_of(section, name): value for section, name, value in settings if name != "out"}
     facts |= {"a run in --out": resumed}
     agree_on(facts | {f"version of {name}": version for name, version in versions().items()})
 

@@ -17,8 +17,8 @@ WORKER = Path(__file__).parent / "worker.py"
 MESH = "fsdp=2,expert=4"
 SETTINGS = """
     --tokenizer byte --model.layers 1 --model.width 32 --model.heads 2 --model.expert-hidden 32 --seq-len 32
-    --experts 8 --batch-size 8 --set data.eval_tokens=400 --eval-every 8 --save-every 4 --steps 20
-    --set train.log_every=1
+    --experts 8 --batch-size 8 --data.eval-tokens 400 --eval-every 8 --save-every 4 --steps 20
+    --train.log-every 1
     --precision float32 --model.dropout 0.1 --optimizer adamw --lr 1e-3 --train.warmup-steps 0
 """.split()  # noqa: SIM905, a list would hide the pairs of flag and value
 LIMIT = 240.0

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from moe_jax.cli.main import main, run_as
-from moe_jax.cli.train import Train
 from tests.parallel.pairs import ended, free_port, start
 from tests.support import saved_run
 
@@ -64,7 +63,7 @@ def test_processes_that_differ_are_refused(folder: Path, flags: tuple[str, ...],
 )
 def test_flags_that_name_no_group(flags: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--out", str(tmp_path / "run"), *flags.split()]
-    assert main(lambda given: run_as(Train, given, "train.py"), argv) == 2
+    assert main(lambda given: run_as("train", given, "train.py"), argv) == 2
     assert capsys.readouterr().err.startswith(f"error: {line}")
 
 

@@ -11,9 +11,9 @@ from moe_jax.parallel import experts
 from moe_jax.parallel.layout import AXES, Layout, mesh_of
 from moe_jax.system.hlo import calls, parse
 from moe_jax.training import gradients as gradients_module
+from moe_jax.training.gradients import gradients
 from moe_jax.training.loss import training_loss
 from moe_jax.training.programs import Programs
-from moe_jax.training.gradients import gradients
 from tests.parallel import made
 
 pytestmark = pytest.mark.parallel
@@ -38,7 +38,11 @@ def keyed_by_device(*args: Any, blocks: Any, **kwargs: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("owner", "name", "planted"),
-    [(experts, "exchange", swapped), (Layout, "mean_gradients", unsummed), (gradients_module, "gradients", keyed_by_device)],
+    [
+        (experts, "exchange", swapped),
+        (Layout, "mean_gradients", unsummed),
+        (gradients_module, "gradients", keyed_by_device),
+    ],
     ids=["results in wrong slots", "gradients not summed", "dropout by device"],
 )
 def test_a_planted_bug_is_seen(owner: Any, name: str, planted: Callable, monkeypatch: pytest.MonkeyPatch) -> None:

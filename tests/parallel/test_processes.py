@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from moe_jax.cli.main import main, run_as
-from moe_jax.cli.train import Sft, Train
 from moe_jax.config import load_config
 from moe_jax.parallel.layout import mesh_of
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore, restore
@@ -36,7 +35,7 @@ def two(folder: Path) -> Ended:
 def one(folder: Path, out: str, *flags: str) -> int:
     """The same by one process with eight devices."""
     argv = [*SETTINGS, "--data", str(folder / "text.txt"), "--out", str(folder / out), *flags]
-    return main(lambda given: run_as(Train, given, "train.py"), argv)
+    return main(lambda given: run_as("train", given, "train.py"), argv)
 
 
 def newest(folder: Path, out: str) -> Checkpoint:
@@ -195,13 +194,13 @@ def test_two_processes_tune_as_one(folder: Path) -> None:
     of the run that is tuned."""
     base, data = tuning.base_run(folder / "base"), tuning.write_conversations(folder / "chats.jsonl")
     words = ["sft", "--run", str(base), "--data", str(data), "--lora", "4", "--steps", "6", "--batch-size", "8"]
-    words += ["--eval-every", "6", "--save-every", "6", "--set", "train.log_every=1", "--precision", "float32"]
+    words += ["--eval-every", "6", "--save-every", "6", "--train.log-every", "1", "--precision", "float32"]
     port = free_port()
     found = ended([start(folder, "tuned", index, port, words=words) for index in range(2)])
     assert found.status == (0, 0), found.errors
     assert [*found.lines(0), *found.lines(1)] == []
     argv = [*words[1:], "--out", str(folder / "tuned1"), "--mesh", MESH]
-    assert main(lambda given: run_as(Sft, given, "sft"), argv) == 0
+    assert main(lambda given: run_as("sft", given, "sft"), argv) == 0
     losses = [loss for _, loss in records(folder, "tuned")]
     np.testing.assert_allclose(losses, [loss for _, loss in records(folder, "tuned1")], atol=5e-6, rtol=0)
     assert len(losses) == 6

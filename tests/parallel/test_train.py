@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from moe_jax.cli.main import main, run_as
-from moe_jax.cli.train import Train
 from moe_jax.runs.records import read_metrics
 from tests.support import saved_run
 
@@ -17,8 +16,8 @@ pytestmark = pytest.mark.parallel
 
 SETTINGS = (
     "--tokenizer byte --model.layers 1 --model.width 32 --model.heads 2 --model.expert-hidden 32 --seq-len 32 "
-    "--experts 8 --batch-size 8 --set data.eval_tokens=400 --eval-every 4 --save-every 4 --set train.log_every=1 "
-    "--precision float32 --model.dropout 0.1 --set train.final_lr_ratio=1 --train.warmup-steps 0"
+    "--experts 8 --batch-size 8 --data.eval-tokens 400 --eval-every 4 --save-every 4 --train.log-every 1 "
+    "--precision float32 --model.dropout 0.1 --train.final-lr-ratio 1 --train.warmup-steps 0"
 )
 """The learning rate stays the same, so that a run may be longer at a resume."""
 
@@ -34,7 +33,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def run(folder: Path, out: str, *flags: str) -> int:
     argv = [*SETTINGS.split(), "--data", str(folder / "text.txt"), "--out", str(folder / out), *flags]
-    return main(lambda given: run_as(Train, given, "train.py"), argv)
+    return main(lambda given: run_as("train", given, "train.py"), argv)
 
 
 def last(folder: Path, out: str) -> tuple[dict[str, str], list[float]]:
@@ -67,15 +66,9 @@ def test_a_run_moves_between_meshes(text: Path) -> None:
 def test_blocks_over_an_expert_axis_count_what_they_drop(text: Path) -> None:
     """With half a device's fair share of rows, half or more of the choices are dropped: in the records and the sums. It
     goes on with another factor and on one device, where nothing is dropped."""
-    flags = ("--dispatch", "blocks", "--set")
-    assert (
-        run(text, "blocks", *flags, "routing.device_capacity_factor=0.5", "--steps", "4", "--mesh", "fsdp=2,expert=4")
-        == 0
-    )
-    assert (
-        run(text, "blocks", "--resume", *flags, "routing.device_capacity_factor=4", "--steps", "8", "--mesh", "data=1")
-        == 0
-    )
+    flags = ("--dispatch", "blocks", "--routing.device-capacity-factor")
+    assert run(text, "blocks", *flags, "0.5", "--steps", "4", "--mesh", "fsdp=2,expert=4") == 0
+    assert run(text, "blocks", "--resume", *flags, "4", "--steps", "8", "--mesh", "data=1") == 0
     drops = [record["drop_fraction"] for record in read_metrics(text / "blocks")["train"]]
     assert min(drops[:4]) >= 0.5
     assert drops[4:] == [0] * 4

@@ -52,7 +52,7 @@ def write_text(path: Path) -> None:
 def flags(text: Path, out: Path, **changes: Any) -> list[str]:
     """The arguments of train.py; `changes` by the field's name, `save_every=3`."""
     values = MODEL | TRAIN | {f"train.{name}": value for name, value in changes.items()}
-    settings = [word for name, value in values.items() for word in ("--set", f"{name}={value}")]
+    settings = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
     return ["--data", str(text), "--out", str(out), *settings]
 
 

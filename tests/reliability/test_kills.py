@@ -44,7 +44,7 @@ def run(
     if request.param == "sft":
         write_chats(folder / "chats.jsonl", 40)
         start = ["sft", "--run", str(whole[0]), "--data", str(folder / "chats.jsonl"), "--lora", "2", "--steps", "12"]
-        start += ["--set", "train.save_every=2", "--set", "train.eval_every=4", "--set", "train.log_every=1"]
+        start += ["--save-every", "2", "--eval-every", "4", "--train.log-every", "1"]
         program, words = runs.COMMANDS, lambda out: [*start, "--out", str(out)]
     begin = time.monotonic()
     ended = runs.complete(words(folder / "timed"), cache, program)
