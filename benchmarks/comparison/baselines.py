@@ -20,6 +20,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from suites.random_tokens import RandomTokenTrainer
+from suites.request import describe_machine
+
 from comparison.plots import comparison_figures
 from comparison.report import IN_BRACKETS, Interval, Report, apart, difference_in_words, paired, t_interval
 from comparison.study_runs import BITS, run_config
@@ -27,10 +30,8 @@ from comparison.tuning import MIXTURE, Basis, Side, Tuning, sides
 from moe_jax.config import Dense, RunConfig
 from moe_jax.config.presets import DENSE_BASELINES, dense_baseline
 from moe_jax.model.costs import training_flops
-from moe_jax.system import machine
 from moe_jax.system.files import json_text, write_atomically
 from moe_jax.system.machine import alternate
-from suites.random_tokens import RandomTokenTrainer
 
 ROUNDS = 9
 """Steps of each model that are timed."""
@@ -111,7 +112,7 @@ class Plan:
             "step_seconds": self.step_seconds,
             "steps": {arm.name: arm.steps for arm in self.arms()},
             "tuning": None if self.tuning is None else self.tuning.to_json(),
-            "machine": machine.describe(),
+            "machine": describe_machine(),
         }
         write_atomically(path, json_text(document, indent=1) + "\n")
 

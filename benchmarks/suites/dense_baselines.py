@@ -24,8 +24,8 @@ from moe_jax.system.environment import runs_on_cpu
 from moe_jax.system.hlo import read_program
 from moe_jax.system.machine import Times, alternate
 from moe_jax.training.programs import Programs
-from .random_tokens import RandomTokenTrainer
 
+from .random_tokens import RandomTokenTrainer
 from .request import BenchmarkRequest, matmul_rate_in, print_numbers, times_table
 
 SCOPES = {"attention": "attention", "experts and router": "ffn", "head": "head"}

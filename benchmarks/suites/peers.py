@@ -28,10 +28,10 @@ from moe_jax.model.precision import choose_policy
 from moe_jax.system.environment import usable_cores
 from moe_jax.system.files import json_text
 from moe_jax.system.machine import Measured, Times, alternate
-from .random_tokens import RandomTokenTrainer
 
 from . import decoding, mixtral
 from .mixtral import Shape
+from .random_tokens import RandomTokenTrainer
 from .request import WORDS, BenchmarkRequest, print_numbers, times_table
 
 PROMPT = 128
