@@ -49,16 +49,15 @@ def test_processes_that_differ_are_refused(folder: Path, flags: tuple[str, ...],
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        ("--mesh data=8 --num-processes 2 --coordinator-address h:1", "--process-id: must be given, between 0 and 1"),
         (
             "--mesh data=8 --num-processes 2 --process-id 2 --coordinator-address h:1",
             "--process-id 2: must be between 0",
         ),
         (
             "--mesh data=8 --coordinator-address cluster --num-processes 2",
-            "--coordinator-address cluster: the cluster says the number of processes",
+            "--coordinator-address cluster: must be given alone, since the cluster says",
         ),
-        ("--num-processes 2 --process-id 0 --coordinator-address h:1", "--num-processes 2: needs --mesh"),
+        ("--num-processes 2 --process-id 0 --coordinator-address h:1", "--num-processes: needs --mesh"),
     ],
 )
 def test_flags_that_name_no_group(flags: str, line: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
