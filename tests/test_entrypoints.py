@@ -49,7 +49,7 @@ def test_training_leaves_its_files(trained: Path) -> None:
     names = {"config.json", "tokenizer.json", "metrics.jsonl", "summary.json", "samples.txt", "checkpoints"}
     assert names <= {p.name for p in trained.iterdir()}
     newest = trained / "checkpoints" / "step_00000004"
-    assert {"arrays", "manifest.json", "weights.safetensors"} == {p.name for p in newest.iterdir()}
+    assert {"arrays", "manifest.json", "weights.safetensors"} <= {p.name for p in newest.iterdir()}
 
 
 def train(out: Path, *argv: str) -> None:

@@ -12,16 +12,19 @@ backward pass computes again and with the padding of the head's blocks.
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from moe_jax.certify import Certificate
 from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.model.costs import layer_flops, multiplied_rows, router_flops, step_products
 from moe_jax.model.kernels import cross_entropy
-from moe_jax.model.moe.layer import layer_shapes, with_gradients
+from moe_jax.model.moe.layer import Mode, MoE
+from moe_jax.model.transformer import build_layer
 from moe_jax.system.hlo import Program, instructions, read_program, scopes
 from moe_jax.training.programs import Programs
 
@@ -135,3 +138,43 @@ def part_products(programs: Programs, batch: int) -> dict[str, int]:
     rows = math.prod(cross_entropy.token_blocks(batch * model.seq_len, columns))
     cudnn = programs.attention.implementation == "cudnn"
     return step_products(programs.config, batch, cudnn=cudnn) | {"head": 6 * model.width * columns * rows}
+
+
+# A layer as a plain function of its parameters
+
+
+type LayerFunction = Callable[[dict[str, Any], jax.Array], jax.Array]
+"""(parameters, x [B, T, D]) -> y [B, T, D], in training mode."""
+
+
+def layer_function(config: ModelConfig, moe: type[MoE] = MoE) -> tuple[LayerFunction, dict[str, Any]]:
+    """The layer as a function, and its initial parameters."""
+    return _function(_initial_layer(config, moe))
+
+
+def layer_shapes(config: ModelConfig) -> tuple[LayerFunction, dict[str, Any]]:
+    """The layer as a function, and the shapes of its parameters. Allocates nothing."""
+    return _function(nnx.eval_shape(lambda: _initial_layer(config, MoE)))
+
+
+def _initial_layer(config: ModelConfig, moe: type[MoE]) -> MoE:
+    return build_layer(config, nnx.Rngs(params=jax.random.key(0)), moe)
+
+
+def _function(layer: MoE) -> tuple[LayerFunction, dict[str, Any]]:
+    graphdef, state = nnx.split(layer, nnx.Param)
+
+    def moe_layer(params: dict[str, Any], x: jax.Array) -> jax.Array:
+        return nnx.merge(graphdef, nnx.State(jax.tree.map(lambda p: p, params)))(x, Mode.TRAIN)[0]
+
+    return moe_layer, nnx.to_pure_dict(state)
+
+
+def with_gradients(forward: LayerFunction) -> Callable[..., Any]:
+    """(params, x, cotangent) -> (y, the gradients of parameters and x): what a training step needs of a layer."""
+
+    def run(params: Any, x: jax.Array, cotangent: jax.Array) -> Any:
+        y, pull = jax.vjp(forward, params, x)
+        return y, pull(cotangent)
+
+    return run

@@ -27,9 +27,9 @@ from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.inference.decode import NOTHING_GIVEN, Decoder
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.costs import attention_flops, layer_flops
-from moe_jax.model.moe.layer import Mode, MoE, build_layer
+from moe_jax.model.moe.layer import Mode, MoE
 from moe_jax.model.moe.router import Routing, route
-from moe_jax.model.transformer import Params, abstract_model, merge
+from moe_jax.model.transformer import Params, abstract_model, build_layer, merge
 
 CAPACITY_SCALE = 0.5
 """The tests multiply the configured capacity factor by this number, so that many pairs are dropped."""

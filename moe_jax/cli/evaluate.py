@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_jax.cli.options import MOST_ACTIVE, Active, Json, RunName, StepNumber, check_range, checked_run, print_json
-from moe_jax.config import DataConfig
+from moe_jax.config import DataConfig, load_config
 from moe_jax.runs.catalog import title
 from moe_jax.system import environment
 from moe_jax.system.terminal import say, working
@@ -29,15 +29,11 @@ def evaluate(run: RunName = "", step: StepNumber = None, data: str = "", active:
     """
     folder = checked_run(run, step)
     check_range("--active", active, 0, MOST_ACTIVE)
-    from moe_jax.data.corpora import check_source, scored_documents
-
-    form: DataFormat = "text"
-    if data:
-        form = _form_of(folder, data)
-        check_source(DataConfig(source=data, format=form))
+    form = _form_of(folder, data) if data else "text"
     environment.prepare_environment()
     with working(f"loading {title(Path(folder))}"):
         from moe_jax.data.baselines import corpus_baselines
+        from moe_jax.data.corpora import scored_documents
         from moe_jax.data.token_store import token_stream
         from moe_jax.runs.load import open_run, with_fewer_experts
         from moe_jax.training.evaluate import evaluate_run
@@ -53,36 +49,37 @@ def evaluate(run: RunName = "", step: StepNumber = None, data: str = "", active:
     if changed:
         print(f"warning: {changed}", file=sys.stderr)
     scored = evaluate_run(opened, stream, "scoring")
-    less = evaluate_run(fewer, stream, f"scoring with {active} experts") if fewer else None
-    answers = stream.answers is not None
-    what = "tokens of answers (no other token counts)" if answers else "tokens"
-    say(f"{scored.tokens:,} {what}, {scored.bytes:,} bytes, checkpoint of step {opened.checkpoint.step}")
-    say(f"loss {scored.loss:.4f} nats per token, {scored.bits_per_byte:.4f} bits per byte")
-    if less:
-        loss = f"loss {less.loss:.4f}, {less.bits_per_byte:.4f} bits per byte"
-        say(f"with {active} of {opened.config.model.routing.top_k} experts for a token: {loss}")
-    if baselines:
-        say(f"to compare: {baselines.describe()}")
     result = {
         "val_loss": scored.loss,
         "val_bits_per_byte": scored.bits_per_byte,
         "val_drop_fraction": scored.drop_fraction,
         "tokens": scored.tokens,
-        "scored": "answers" if answers else "all tokens",
+        "scored": "all tokens" if stream.answers is None else "answers",
         "text_has_changed": None if data else bool(changed),
         "baselines_bits_per_byte": dataclasses.asdict(baselines) if baselines else None,
     }
-    if less:
+    what = "tokens" if stream.answers is None else "tokens of answers (no other token counts)"
+    say(f"{scored.tokens:,} {what}, {scored.bytes:,} bytes, checkpoint of step {opened.checkpoint.step}")
+    say(f"loss {scored.loss:.4f} nats per token, {scored.bits_per_byte:.4f} bits per byte")
+    if fewer:
+        less = evaluate_run(fewer, stream, f"scoring with {active} experts")
         result |= {"active": active, "val_loss_active": less.loss}
+        loss = f"loss {less.loss:.4f}, {less.bits_per_byte:.4f} bits per byte"
+        say(f"with {active} of {opened.config.model.routing.top_k} experts for a token: {loss}")
+    if baselines:
+        say(f"to compare: {baselines.describe()}")
     print_json(result, json)
     return 0
 
 
 def _form_of(run: str, data: str) -> "DataFormat":
-    """How a file is read: a tuned run reads JSON lines of conversations as such. Everything else is text."""
-    from moe_jax.config import load_config
+    """How a file is read: a tuned run reads JSON lines of conversations as such. Everything else is text. Raises
+    ConfigError if there is no such text."""
+    from moe_jax.data.corpora import check_source
     from moe_jax.data.documents import holds_chats
 
     config = load_config(Path(run))
     tuned = config is not None and config.data.format == "chat"
-    return "chat" if tuned and holds_chats(Path(data)) else "text"
+    form: DataFormat = "chat" if tuned and holds_chats(Path(data)) else "text"
+    check_source(DataConfig(source=data, format=form))
+    return form

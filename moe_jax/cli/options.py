@@ -16,14 +16,13 @@ from moe_jax.system.environment import GIB, machine_memory, runs_on_cpu
 from moe_jax.system.files import json_text, steps_in
 
 _RUN = (
-    "Folder of a run; or its name in runs/, or a model that comes with moe-jax: nano, stories. Empty: the newest run in "
-    "runs/, else stories."
+    "Folder of a run; or its name in runs/, or a model that comes with moe-jax: nano, stories. Empty: the newest run "
+    "in runs/, else stories."
 )
+_ACTIVE = "Experts that a token chooses, fewer than in training: faster, and less good. 0: as trained."
 RunName = Annotated[str, tyro.conf.arg(help=_RUN)]
 StepNumber = Annotated[int | None, tyro.conf.arg(help="Step of the checkpoint to load. Default: the best one.")]
-Active = Annotated[
-    int, tyro.conf.arg(help="Experts that a token chooses, fewer than in training: faster, and less good. 0: as trained.")
-]
+Active = Annotated[int, tyro.conf.arg(help=_ACTIVE)]
 Json = Annotated[bool, tyro.conf.arg(help="Print the result as JSON too.")]
 
 MOST_ACTIVE = 4096

@@ -160,7 +160,7 @@ def check_tuning(config: RunConfig) -> None:
 
 
 def train_as_asked(arguments: TrainingArguments, start: Start, program: str) -> int:
-    """Train, or print what that would cost. `program` is the command, without its arguments. Returns the exit status."""
+    """Train, or print what that would cost. Returns the exit status. `program` is the command without its arguments."""
     config, group = arguments.config, arguments.group
     run = Path(config.run_dir)
     check_out_folder("--out", run)

@@ -171,8 +171,8 @@ class ModelConfig(Section):
         divides = self.heads % self.key_value_heads == 0
         self.check(divides, "kv_heads", f"0, or a divisor of --model.heads {self.heads}")
         if self.tie_value_output_init:
-            why = ", since --model.tie-value-output-init copies each head's value matrix; --model.no-tie-value-output-init "
-            why += "turns that off"
+            why = ", since --model.tie-value-output-init copies each head's value matrix; "
+            why += "--model.no-tie-value-output-init turns that off"
             one_each = self.key_value_heads == self.heads
             self.check(one_each, "kv_heads", f"0 or --model.heads {self.heads}{why}")
             square = self.heads * self.head_width == self.width

@@ -154,6 +154,7 @@ PRESETS: dict[PresetName, Callable[[], RunConfig]] = {
     "max-4gb": _max_4gb,
 }
 
+
 def preset(name: str) -> RunConfig:
     """The settings of a preset. Raises ConfigError for an unknown name."""
     if name not in PRESETS:

@@ -23,10 +23,11 @@ from moe_jax.data.tokenizers import StreamDecoder, Tokenizer
 from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.slots import PromptState, advance, draw, prefill
 from moe_jax.inference.traced_pass import check_routed, tokens_at_once
+from moe_jax.inspection.switches import SWITCHES, SwitchableMoE, with_switches
 from moe_jax.inspection.trace import windows
 from moe_jax.model.costs import count_parameters, totals
 from moe_jax.model.kernels.cross_entropy import blocked_token_losses
-from moe_jax.model.moe.layer import SWITCHES, Mode, SwitchableMoE, with_switches
+from moe_jax.model.moe.layer import Mode
 from moe_jax.model.precision import writing_policy
 from moe_jax.model.transformer import Params, abstract_model, merge
 from moe_jax.runs.load import LoadedRun

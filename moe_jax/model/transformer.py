@@ -13,20 +13,48 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int, Key
 
-from moe_jax.config import ModelConfig, ParamDtype
+from moe_jax.config import Activation, ModelConfig, ParamDtype
 from moe_jax.model.attention import Attention, KeyValue
 from moe_jax.model.kernels.causal_attention import Implementation
 from moe_jax.model.kernels.embedding_lookup import embedding_lookup
 from moe_jax.model.kernels.matmul import matmul_wide
 from moe_jax.model.layers import Normalisation, dropout, embedding_init, matrix_init
 from moe_jax.model.low_rank import Adapters, LoraShape, adapters_in, add_adapters
-from moe_jax.model.moe.layer import DenseFFN, Mode, MoE, RouterStats, build_layer
+from moe_jax.model.moe.experts import Experts
+from moe_jax.model.moe.layer import Mode, MoE, RouterStats
 from moe_jax.model.moe.router import DECISIONS
 from moe_jax.model.precision import at_least_float32, to_param_dtype
 from moe_jax.model.quantized import QuantizedMatrix, quantized_matmul
 from moe_jax.system.random_keys import sequence_keys, split_each
 
 type Params = dict[str, Any]
+
+
+class DenseFFN(nnx.Module):
+    """The dense baseline of an MoE layer: one feed-forward network that every token passes through."""
+
+    def __init__(self, width: int, hidden: int, activation: Activation, out_scale: float, rngs: nnx.Rngs) -> None:
+        self.experts = Experts(1, width, hidden, activation, out_scale, rngs)
+
+    def __call__(self, x: Float[Array, "B T D"], mode: Mode, trace: bool = False) -> tuple[Float[Array, "B T D"], None]:
+        del mode, trace  # every token goes through the same network in training, evaluation and decoding
+        with jax.named_scope("experts"):
+            return self.experts(x.reshape(1, -1, x.shape[-1])).reshape(x.shape), None
+
+
+def build_layer(config: ModelConfig, rngs: nnx.Rngs, moe: type[MoE] = MoE, out_scale: float = 1.0) -> MoE:
+    """An MoE layer of a model's shape and routing policy, with initial parameters."""
+    return moe(
+        config.width,
+        config.expert_hidden,
+        config.experts,
+        config.routing,
+        activation=config.activation,
+        shared_experts=config.shared_experts,
+        shared_gate=config.shared_gate,
+        out_scale=out_scale,
+        rngs=rngs,
+    )
 
 
 class Block(nnx.Module):

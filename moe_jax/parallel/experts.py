@@ -41,8 +41,7 @@ from moe_jax.model.moe.dispatch import (
 )
 from moe_jax.model.moe.experts import Experts
 from moe_jax.model.moe.layer import Mode, MoE, block_rows
-from moe_jax.model.moe.queues import queue_positions
-from moe_jax.model.moe.router import Routing
+from moe_jax.model.moe.router import Routing, queue_positions
 
 AXIS = "expert"
 

@@ -119,9 +119,7 @@ def _gradients_on_mesh(
         micro_batches = len(jax.tree.leaves(batch)[0])
         blocks = jnp.arange(micro_batches) * layout.devices + jax.lax.axis_index(AXES)
         whole, own = gathered(frozen), gathered(params)
-        grads, metrics = gradients(
-            graphdef, own, batch, key, scale, config, loss=loss, frozen=whole, blocks=blocks
-        )
+        grads, metrics = gradients(graphdef, own, batch, key, scale, config, loss=loss, frozen=whole, blocks=blocks)
         mean: Metrics = jax.lax.pmean(metrics, AXES)
         if mean.answers is not None:
             mean = mean._replace(answers=mean.answers * layout.devices)

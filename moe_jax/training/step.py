@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Key
 
 from moe_jax.config import TrainConfig
 from moe_jax.data.batches import MaskedBatch
-from moe_jax.model.moe.balance import adjusted_bias
+from moe_jax.model.moe.router import adjusted_bias
 from moe_jax.model.precision import stochastic_round
 from moe_jax.model.transformer import Params
 from moe_jax.parallel.layout import Layout
@@ -24,6 +24,7 @@ from moe_jax.training.gradients import gradients, widened
 from moe_jax.training.loss import Metrics
 from moe_jax.training.optimizers.factory import learning_rate
 from moe_jax.training.state import LossScale, TrainState, next_scale
+
 
 class StepReport(NamedTuple):
     """The report of a step. The host reads it one step late, so that the device does not wait for the host."""
@@ -102,9 +103,7 @@ def make_step(
         scale: LossScale = state.loss_scale
         factor = scale.scale if loss_scaling else None
         trained = state.trained
-        grads, metrics = gradients(
-            graphdef, trained, batch, key, factor, config, frozen=state.frozen, layout=layout
-        )
+        grads, metrics = gradients(graphdef, trained, batch, key, factor, config, frozen=state.frozen, layout=layout)
         norm = global_norm(grads)
         finite = jnp.isfinite(norm) & jnp.isfinite(metrics.loss)
         with jax.named_scope("optimizer"):

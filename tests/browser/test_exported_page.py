@@ -22,9 +22,10 @@ from moe_jax.data.documents import Message
 from moe_jax.data.tokenizers import Tokenizer, _byte, answer_prompt, token_pieces, train_tokenizer
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
+from moe_jax.inspection.switches import SwitchableMoE, with_switches
 from moe_jax.interop import html
 from moe_jax.interop.html import html_page
-from moe_jax.model.moe.layer import Mode, SwitchableMoE, with_switches
+from moe_jax.model.moe.layer import Mode
 from moe_jax.model.quantized import quantize
 from moe_jax.model.transformer import merge
 from moe_jax.runs.load import LoadedRun

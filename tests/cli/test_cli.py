@@ -66,7 +66,10 @@ def make_held(folder: Path, routing: dict[str, object] | None = None, **model_ch
         (["--stesp", "3"], "Perhaps you meant: --train.steps, --steps"),
         (["--preset", "giant"], "--preset"),
         (["--experts", "1"], "--top-k 2: must be between 1 and --experts 1"),
-        (["--model.width", "100", "--model.heads", "20"], "--model.heads 20: head width 100 / 20 = 5 is odd; RoPE needs"),
+        (
+            ["--model.width", "100", "--model.heads", "20"],
+            "--model.heads 20: head width 100 / 20 = 5 is odd; RoPE needs",
+        ),
         (["--data.eval-tokens", "65537"], "--data.eval-tokens 65537: must be between 2 and 65"),
         (["--data", "no/such/path"], "no/such/path"),
         (["--upcycle", "no/such/run"], "--upcycle no/such/run: no run with a complete checkpoint there; make one with"),
@@ -100,7 +103,10 @@ def test_bad_training_arguments(tmp_path: Path, capsys, arguments: list[str], sa
         (["sft", "--data", "x.jsonl"], "--run: must be given"),
         (["sft", "--run", "held"], "--data: must be given"),
         (["doctor"], "--run RUN: give either the folder of a run, or --gpu"),
-        (["serve", "--run", "held", "--host", "0.0.0.0"], "--host 0.0.0.0: other machines can reach it; give an --api-key"),
+        (
+            ["serve", "--run", "held", "--host", "0.0.0.0"],
+            "--host 0.0.0.0: other machines can reach it; give an --api-key",
+        ),
     ],
     ids=lambda x: " ".join(x)[:40] if isinstance(x, list) else "",
 )
@@ -277,7 +283,10 @@ def test_an_upcycled_run_starts_from_the_dense_settings(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--model.expert-hidden", "128"], "--model.expert-hidden 128: a run made by --upcycle of the dense run in held"),
+        (
+            ["--model.expert-hidden", "128"],
+            "--model.expert-hidden 128: a run made by --upcycle of the dense run in held",
+        ),
         (["--routing.no-renormalise-gates"], "--routing.renormalise-gates False: .* the gates must sum to 1"),
         (["--model.norm-eps", "1e-5"], "--model.norm-eps 1e-05: the dense run in held has 0.0"),
         (["--preset", "story"], "--preset story: the dense run in held has nano"),
@@ -292,7 +301,11 @@ def test_what_a_dense_run_cannot_be_upcycled_to(tmp_path: Path, arguments: list[
 
 @pytest.mark.parametrize(
     ("path", "problem"),
-    [("taken", "is a file; name a folder"), ("taken/deep/below", "cannot be written"), ("closed/x", "cannot be written")],
+    [
+        ("taken", "is a file; name a folder"),
+        ("taken/deep/below", "cannot be written"),
+        ("closed/x", "cannot be written"),
+    ],
 )
 def test_an_output_that_cannot_be_written(path: str, problem: str, tmp_path: Path, monkeypatch, capsys) -> None:
     """A folder that refuses stands for one without permission: root may write anywhere."""

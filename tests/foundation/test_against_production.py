@@ -38,12 +38,11 @@ from moe_jax.model.costs import count_parameters, totals
 from moe_jax.model.kernels import causal_attention
 from moe_jax.model.kernels.cross_entropy import mean_cross_entropy
 from moe_jax.model.low_rank import LowRank, merged
-from moe_jax.model.moe.balance import adjusted_bias, balance_loss
-from moe_jax.model.moe.layer import Mode, MoE, build_layer
-from moe_jax.model.moe.queues import queue_positions
-from moe_jax.model.moe.router import Routing, route
+from moe_jax.model.moe.layer import Mode, MoE
+from moe_jax.model.moe.router import Routing, adjusted_bias, balance_loss, queue_positions, route
 from moe_jax.model.precision import stochastic_round
 from moe_jax.model.quantized import quantize
+from moe_jax.model.transformer import build_layer
 from moe_jax.system.random_keys import sequence_keys
 from moe_jax.training.initial_weights import copy_dense_params
 from moe_jax.training.optimizers.adafactor import scale_by_adafactor

@@ -9,11 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from suites.all_experts import AllExpertsMoE
 
 from moe_jax.config import TrainConfig, UserError
 from moe_jax.inference.traced_pass import TracedStep, check_routed
 from moe_jax.inspection.trace import make_trace_step, trace_tokens
-from moe_jax.model.moe.layer import AllExpertsMoE, Mode, MoE
+from moe_jax.model.moe.layer import Mode, MoE
 from moe_jax.model.transformer import abstract_model, merge
 from moe_jax.runs.load import LoadedRun
 from moe_jax.training.optimizers.factory import make_optimizer

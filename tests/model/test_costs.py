@@ -6,7 +6,9 @@ import math
 import jax
 import pytest
 from flax import nnx
+from suites.all_experts import AllExpertsMoE
 
+from moe_jax.certify.arithmetic import layer_function
 from moe_jax.config import ExecutionConfig, ModelConfig, RunConfig, TrainConfig
 from moe_jax.config.presets import preset
 from moe_jax.model.costs import (
@@ -19,7 +21,7 @@ from moe_jax.model.costs import (
     totals,
     training_flops,
 )
-from moe_jax.model.moe.layer import AllExpertsMoE, MoE, layer_function
+from moe_jax.model.moe.layer import MoE
 from moe_jax.model.transformer import create, split
 from moe_jax.runs.checkpoint import named_leaves
 from moe_jax.system.hlo import read_program

@@ -13,9 +13,9 @@ from jax.sharding import PartitionSpec as P
 
 from moe_jax.certify.model import initial_params
 from moe_jax.model.moe.dispatch import Blocks, Dispatch, QueuedPairs
-from moe_jax.model.moe.layer import Mode, MoE, build_layer
+from moe_jax.model.moe.layer import Mode, MoE
 from moe_jax.model.moe.router import Routing, route
-from moe_jax.model.transformer import abstract_model, merge
+from moe_jax.model.transformer import abstract_model, build_layer, merge
 from moe_jax.parallel.experts import DeviceQueues, ExpertParallelMoE
 from moe_jax.parallel.layout import AXES, mesh_of
 from moe_jax.training.programs import Programs

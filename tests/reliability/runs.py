@@ -52,8 +52,16 @@ def write_text(path: Path) -> None:
 def flags(text: Path, out: Path, **changes: Any) -> list[str]:
     """The arguments of train.py; `changes` by the field's name, `save_every=3`."""
     values = MODEL | TRAIN | {f"train.{name}": value for name, value in changes.items()}
-    settings = [f"--{name.replace('_', '-')}={value}" for name, value in values.items()]
-    return ["--data", str(text), "--out", str(out), *settings]
+    return ["--data", str(text), "--out", str(out), *(word for item in values.items() for word in flag(*item))]
+
+
+def flag(name: str, value: object) -> list[str]:
+    """A setting as it is typed, by its SECTION.NAME."""
+    long = name.replace("_", "-")
+    if isinstance(value, bool):
+        head, _, last = long.rpartition(".")
+        return [f"--{long}" if value else f"--{head}.no-{last}"]
+    return [f"--{long}", str(value)]
 
 
 def environment(cache: Path) -> dict[str, str]:

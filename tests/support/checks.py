@@ -19,10 +19,9 @@ from moe_jax.inference.sampling import Sampling, adjusted_logits, sample
 from moe_jax.inference.slots import advance, prefill
 from moe_jax.model.attention import Attention
 from moe_jax.model.layers import dropout
-from moe_jax.model.moe.balance import balance_loss, z_loss
 from moe_jax.model.moe.dispatch import Blocks, Capacity
 from moe_jax.model.moe.layer import Mode, MoE
-from moe_jax.model.moe.router import Routing, route
+from moe_jax.model.moe.router import Routing, balance_loss, route, z_loss
 from moe_jax.model.transformer import merge
 from tests.support import oracles, tiny
 

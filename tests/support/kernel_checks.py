@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from moe_jax.certify.arithmetic import layer_function, with_gradients
 from moe_jax.model.kernels import causal_attention as attention_kernel
 from moe_jax.model.kernels import cross_entropy, embedding_lookup
 from moe_jax.model.kernels import grouped_matmul as grouped
@@ -17,7 +18,8 @@ from moe_jax.model.kernels import query_blocks as cut
 from moe_jax.model.kernels.causal_attention import causal_attention
 from moe_jax.model.kernels.grouped_matmul import grouped_matmul
 from moe_jax.model.moe.dispatch import Blocks
-from moe_jax.model.moe.layer import MoE, build_layer, layer_function, with_gradients
+from moe_jax.model.moe.layer import MoE
+from moe_jax.model.transformer import build_layer
 from tests.support import oracles, tiny
 from tests.support.one_hot import OneHotMoE
 

@@ -14,8 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.model.moe.dispatch import Capacity, Dispatch, Plan, QueuedPairs
 from moe_jax.model.moe.layer import Mode, MoE
-from moe_jax.model.moe.queues import queue_positions
-from moe_jax.model.moe.router import Routing
+from moe_jax.model.moe.router import Routing, queue_positions
 
 Priority = Literal["leaky-choice-major", "leaky-batch-priority", "leaky-expert-choice"]
 

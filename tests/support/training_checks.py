@@ -15,11 +15,11 @@ from moe_jax.data.batches import train_positions
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import merge
 from moe_jax.training.evaluate import evaluate, make_evaluation_step
+from moe_jax.training.gradients import gradients
 from moe_jax.training.loss import training_loss
 from moe_jax.training.optimizers.adam import BLOCK, decode, scale_by_adam8bit
 from moe_jax.training.optimizers.factory import learning_rate, make_optimizer
 from moe_jax.training.state import LossScale, initial_state, next_scale
-from moe_jax.training.gradients import gradients
 from moe_jax.training.step import apply_updates, clip_factor, global_norm, make_step
 from tests.support import oracles, tiny
 

@@ -13,7 +13,6 @@ import pytest
 
 from moe_jax.config import RunConfig, TrainConfig, UserError
 from moe_jax.runs.records import last_train_record
-from moe_jax.system.files import Folder
 from moe_jax.system.terminal import rich_console
 from moe_jax.training import logging
 from moe_jax.training.logging import StepLogger
@@ -26,7 +25,7 @@ RECORD = {"step": 7, "split": "train", "loss": 1.5, "skipped": False, "starved":
 def test_the_newest_record_of_training_is_found_among_those_of_validation(tmp_path: Path) -> None:
     records = [{"step": step, "split": split} for step, split in ((1, "train"), (2, "train"), (2, "val"), (3, "val"))]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    assert last_train_record(Folder(tmp_path)) == {"step": 2, "split": "train"}
+    assert last_train_record(tmp_path) == {"step": 2, "split": "train"}
 
 
 # The reports of steps
@@ -55,7 +54,7 @@ class Seen:
         config = RunConfig(model=tiny.config(**({"seq_len": 100} | (model or {}))), train=TrainConfig(**train))
         self.session: Any = SimpleNamespace(
             config=config,
-            folder=SimpleNamespace(files=Folder(folder)),
+            folder=SimpleNamespace(path=folder),
             state=SimpleNamespace(step=first),
             counters=self.counters,
             begin=-2.5,
@@ -104,7 +103,7 @@ def test_a_record_of_a_step(clock: list[float], tmp_path: Path) -> None:
         }
     ]
     (line,) = seen.said[1:]
-    assert line == "step  3/10 | 4 s left | 0.962 bits/byte | 150 tokens/s | loss 2.000 | 50.0% dropped"
+    assert line == "step  3/10 | 5 s left | 0.962 bits/byte | 150 tokens/s | loss 2.000 | 50.0% dropped"
     seen.logger.flush()
     assert len(seen.records) == 1
 
@@ -120,9 +119,7 @@ def test_which_steps_are_written(clock: list[float], tmp_path: Path) -> None:
     assert seen.said[0] == "first step done 2.5 s after the start, data and compilation included"
 
 
-@pytest.mark.parametrize(
-    ("balancing", "flag"), [("loss", "--train.aux-loss-coef"), ("bias", "--train.router-bias-lr")]
-)
+@pytest.mark.parametrize(("balancing", "flag"), [("loss", "--train.aux-loss-coef"), ("bias", "--train.router-bias-lr")])
 def test_a_starved_expert_is_said_when_it_has_starved_long_enough(
     balancing: Any, flag: str, clock: list[float], tmp_path: Path
 ) -> None:

@@ -21,13 +21,13 @@ from moe_jax.model.transformer import merge as build
 from moe_jax.runs.arrays import named_leaves
 from moe_jax.runs.doctor import examine
 from moe_jax.runs.load import open_run
-from moe_jax.training.run import finish, take_steps
+from moe_jax.training.gradients import gradients
 from moe_jax.training.optimizers.factory import make_optimizer
 from moe_jax.training.quantize import quantize_run
+from moe_jax.training.run import finish, take_steps
 from moe_jax.training.session import Session
 from moe_jax.training.start import new_start
 from moe_jax.training.state import initial_state
-from moe_jax.training.gradients import gradients
 from moe_jax.training.step import make_step
 from tests.support import short_form, tiny, tuning
 

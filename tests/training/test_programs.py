@@ -11,10 +11,10 @@ import pytest
 
 from moe_jax.config import ComputeDtype, ExecutionConfig, RunConfig, TrainConfig
 from moe_jax.model.kernels import cross_entropy
+from moe_jax.training.gradients import gradients
 from moe_jax.training.loss import training_loss
 from moe_jax.training.optimizers.muon import ITERATIONS
 from moe_jax.training.programs import Programs
-from moe_jax.training.gradients import gradients
 from tests.support import tiny
 
 CONFIG = RunConfig(

@@ -30,6 +30,7 @@ from moe_jax.training.quantize import _scores_in_summary, _summary_at, quantize_
 from moe_jax.training.session import Session
 from tests.serving import made as serving
 from tests.support import saved_run
+from tests.support.commands import refusal
 from tests.support.saved_run import resuming
 
 pytestmark = pytest.mark.runs
@@ -109,8 +110,7 @@ def test_commands_that_need_the_full_weights_refuse_it(made: Path, tmp_path: Pat
 def test_wrong_values(run: Path, made: Path) -> None:
     with pytest.raises(ConfigError, match="is not empty; name a new folder"):
         run_command(["quantize", "--run", str(run), "--to", "int4", "--out", str(made)])
-    with pytest.raises(ConfigError, match="--to int2"):
-        run_command(["quantize", "--run", str(run), "--to", "int2"])
+    assert "--to" in refusal(run_command, ["quantize", "--run", str(run), "--to", "int2"])
 
 
 def test_without_the_text_the_run_is_made_and_not_scored(

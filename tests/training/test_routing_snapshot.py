@@ -50,7 +50,6 @@ def test_what_came_after_a_checkpoint_is_forgotten(tmp_path: Path) -> None:
     folder, saved = RunFolder(tmp_path), traced()[1]
     for step in (10, 20, 30):
         folder.add_trace(step, saved)
-    (folder.path / "traces" / "step_00000005.json").write_text('{"step": 5, "tok')  # cut short
     assert [trace["step"] for trace in read_snapshots(tmp_path)] == [10, 20, 30]
     folder.truncate_logs_after(25, 20)
     assert [trace["step"] for trace in read_snapshots(tmp_path)] == [10, 20]

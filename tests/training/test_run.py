@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from suites.random_tokens import RandomTokenTrainer
 
 from moe_jax.config import (
     DataConfig,
@@ -25,9 +26,8 @@ from moe_jax.config import (
 )
 from moe_jax.system import environment
 from moe_jax.training.header import print_run_header
-from moe_jax.training.run import finish, take_steps
 from moe_jax.training.programs import Programs
-from suites.random_tokens import RandomTokenTrainer
+from moe_jax.training.run import finish, take_steps
 from moe_jax.training.session import Session
 from tests.support import saved_run, tiny
 from tests.support.saved_run import resuming

@@ -181,7 +181,7 @@ def test_a_run_that_is_not_there(there: str) -> None:
     with pytest.raises(ConfigError, match=rf"^--upcycle {there}: has experts already; name a run made with"):
         new_start(RunConfig(upcycle=there))
     Path("there/config.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"^--run there: .*config\.json cannot be read"):
+    with pytest.raises(ConfigError, match=r"^--run there: .*config\.json: cannot be read"):
         new_start(RunConfig(base=there))
 
 
@@ -195,7 +195,9 @@ def test_a_vocabulary_has_room_for_the_tokenizer(tokenizer: Any, entries: int, s
     for size in (0, entries, entries + 1):
         check(RunConfig(model=ModelConfig(vocab_size=size), data=data, init_from="hf"))
     if entries > 1:
-        with pytest.raises(ConfigError, match=rf"--model.vocab-size {entries - 1}: {said} entries; give at least that, or 0"):
+        with pytest.raises(
+            ConfigError, match=rf"--model.vocab-size {entries - 1}: {said} entries; give at least that, or 0"
+        ):
             check(RunConfig(model=ModelConfig(vocab_size=entries - 1), data=data))
 
 

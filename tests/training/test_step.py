@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from moe_jax.config import TrainConfig
+from moe_jax.training.gradients import gradients
 from moe_jax.training.optimizers.factory import learning_rate, make_optimizer, muon_labels, warmup_steps
 from moe_jax.training.state import TrainState, initial_state
-from moe_jax.training.gradients import gradients
 from moe_jax.training.step import make_step
 from tests.support import tiny
 

@@ -7,7 +7,6 @@ the experts, and sums the results for each token. `trace` returns the place of e
     Blocks     rows sorted by expert and cut into blocks of R rows, one expert a block; drops nothing. Dropless
                training, evaluation and prefill, at about the active arithmetic.
     PerToken   each pair is a group of its own and reads its expert's weights only; drops nothing. Decoding.
-    AllExperts every expert on every token, then a sum over the chosen ones. The others are compared with it.
 
 The first two have a method `plan`, which decides the row of each pair. They use two functions over rows `[G, B, R, D]`,
 that is G groups of R rows for each sequence. `dispatch` copies tokens into rows, and `combine` sums rows back into
@@ -30,8 +29,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.model.moe.experts import Experts, gated
-from moe_jax.model.moe.queues import choice_counts, queue_positions
-from moe_jax.model.moe.router import DECISIONS, Routing
+from moe_jax.model.moe.router import DECISIONS, Routing, choice_counts, queue_positions
 
 
 class Plan(NamedTuple):
@@ -172,7 +170,7 @@ class Blocks:
         return y.reshape(x.shape), (~plan.keep).reshape(len(x), -1).mean(1, dtype=jnp.float32)
 
     def trace(self, routing: Routing) -> QueuedPairs:
-        return _unlimited(routing)
+        return unlimited(routing)
 
 
 @dataclass(frozen=True)
@@ -202,33 +200,10 @@ class PerToken:
         return y, (~routing.valid).mean(1, dtype=jnp.float32)
 
     def trace(self, routing: Routing) -> QueuedPairs:
-        return _unlimited(routing)
+        return unlimited(routing)
 
 
-@dataclass(frozen=True)
-class AllExperts:
-    """Every expert computes every token. The chosen experts' outputs are summed with their gates. Drops nothing.
-
-    No run can choose it: `benchmark.py moe` and the tests compare the others with it.
-    """
-
-    def apply(
-        self, x: Float[Array, "B T D"], routing: Routing, experts: Experts
-    ) -> tuple[Float[Array, "B T D"], Float[Array, " B"]]:
-        count = routing.logits.shape[-1]
-        flat = x.reshape(-1, x.shape[-1])
-        with jax.named_scope("experts"):
-            rows = experts(jnp.broadcast_to(flat, (count, *flat.shape)))
-        gate = jnp.where(routing.valid[..., None], routing.gate, 0)
-        weight = (jax.nn.one_hot(routing.expert_index, count, dtype=gate.dtype) * gate[..., None]).sum(-2)
-        y = jnp.einsum("ne,end->nd", weight.reshape(-1, count).astype(rows.dtype), rows)
-        return y.reshape(x.shape), jnp.zeros(len(x))
-
-    def trace(self, routing: Routing) -> QueuedPairs:
-        return _unlimited(routing)
-
-
-def _unlimited(routing: Routing) -> QueuedPairs:
+def unlimited(routing: Routing) -> QueuedPairs:
     position = queue_positions(routing.expert_index, routing.valid, routing.logits.shape[-1])
     return QueuedPairs(position, jnp.broadcast_to(routing.valid[..., None], position.shape))
 

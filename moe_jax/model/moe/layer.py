@@ -1,25 +1,23 @@
-"""The mixture-of-experts layer, and the dense network that it is compared with.
+"""The mixture-of-experts layer.
 
 The path of a token through the layer: `router.py` chooses its experts, `dispatch.py` brings it to the experts and back,
 `experts.py` computes.
 """
 
 import math
-from collections.abc import Callable
 from enum import Enum
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from moe_jax.config import Activation, ModelConfig, RoutingConfig, capacity
+from moe_jax.config import Activation, RoutingConfig, capacity
 from moe_jax.model.layers import matrix_init
-from moe_jax.model.moe.balance import balance_loss, expert_load, z_loss
-from moe_jax.model.moe.dispatch import AllExperts, Blocks, Capacity, Dispatch, PerToken
+from moe_jax.model.moe.dispatch import Blocks, Capacity, Dispatch, PerToken
 from moe_jax.model.moe.experts import Experts
-from moe_jax.model.moe.router import Routing, gate_of_shared, route, router_logits
+from moe_jax.model.moe.router import Routing, balance_loss, expert_load, gate_of_shared, route, router_logits, z_loss
 
 BLOCK_ROWS = 128
 """Most rows of a block in training. A product with 128 rows is already fast."""
@@ -187,28 +185,6 @@ class MoE(nnx.Module):
         return Blocks(inference_block_rows(pairs, experts), in_place=True)
 
 
-class AllExpertsMoE(MoE):
-    """The same layer, which trains by `AllExperts`."""
-
-    def dispatch_for(self, mode: Mode, batch: int, tokens: int) -> Dispatch:
-        return AllExperts() if mode is Mode.TRAIN else super().dispatch_for(mode, batch, tokens)
-
-
-def build_layer(config: ModelConfig, rngs: nnx.Rngs, moe: type[MoE] = MoE, out_scale: float = 1.0) -> MoE:
-    """An MoE layer of a model's shape and routing policy, with initial parameters."""
-    return moe(
-        config.width,
-        config.expert_hidden,
-        config.experts,
-        config.routing,
-        activation=config.activation,
-        shared_experts=config.shared_experts,
-        shared_gate=config.shared_gate,
-        out_scale=out_scale,
-        rngs=rngs,
-    )
-
-
 def block_rows(pairs: int, experts: int) -> int:
     """Rows of a block in training: an expert's fair share of the pairs, rounded up to a power of 2. At least 8, at most
     `pairs` and BLOCK_ROWS.
@@ -223,95 +199,3 @@ def inference_block_rows(pairs: int, experts: int) -> int:
     """Rows of a block outside training: INFERENCE_BLOCK_FACTOR times an expert's fair share of the pairs, rounded up to
     a multiple of 8, and at most `pairs`. The first blocks of all experts are one batched product."""
     return min(8 * math.ceil(INFERENCE_BLOCK_FACTOR * pairs / experts / 8), pairs)
-
-
-class DenseFFN(nnx.Module):
-    """The dense baseline of an MoE layer: one feed-forward network that every token passes through."""
-
-    def __init__(self, width: int, hidden: int, activation: Activation, out_scale: float, rngs: nnx.Rngs) -> None:
-        self.experts = Experts(1, width, hidden, activation, out_scale, rngs)
-
-    def __call__(self, x: Float[Array, "B T D"], mode: Mode, trace: bool = False) -> tuple[Float[Array, "B T D"], None]:
-        del mode, trace  # every token goes through the same network in training, evaluation and decoding
-        with jax.named_scope("experts"):
-            return self.experts(x.reshape(1, -1, x.shape[-1])).reshape(x.shape), None
-
-
-# A layer as a plain function of its parameters, for code that compiles it, counts its operations or times it
-
-
-type LayerFunction = Callable[[dict[str, Any], jax.Array], jax.Array]
-"""(parameters, x [B, T, D]) -> y [B, T, D], in training mode."""
-
-
-def layer_function(config: ModelConfig, moe: type[MoE] = MoE) -> tuple[LayerFunction, dict[str, Any]]:
-    """The layer as a function, and its initial parameters."""
-    return _function(_initial_layer(config, moe))
-
-
-def layer_shapes(config: ModelConfig) -> tuple[LayerFunction, dict[str, Any]]:
-    """The layer as a function, and the shapes of its parameters. Allocates nothing."""
-    return _function(nnx.eval_shape(lambda: _initial_layer(config, MoE)))
-
-
-def _initial_layer(config: ModelConfig, moe: type[MoE]) -> MoE:
-    return build_layer(config, nnx.Rngs(params=jax.random.key(0)), moe)
-
-
-def _function(layer: MoE) -> tuple[LayerFunction, dict[str, Any]]:
-    graphdef, state = nnx.split(layer, nnx.Param)
-
-    def moe_layer(params: dict[str, Any], x: jax.Array) -> jax.Array:
-        return nnx.merge(graphdef, nnx.State(jax.tree.map(lambda p: p, params)))(x, Mode.TRAIN)[0]
-
-    return moe_layer, nnx.to_pure_dict(state)
-
-
-def with_gradients(forward: LayerFunction) -> Callable[..., Any]:
-    """(params, x, cotangent) -> (y, the gradients of parameters and x): what a training step needs of a layer."""
-
-    def run(params: Any, x: jax.Array, cotangent: jax.Array) -> Any:
-        y, pull = jax.vjp(forward, params, x)
-        return y, pull(cotangent)
-
-    return run
-
-
-# A layer whose experts can be switched off while its program runs
-
-
-SWITCHES = "off"
-"""The name of the switches among the parameters of a layer."""
-
-
-class SwitchableMoE(MoE):
-    """`MoE` with switches: True where an expert is off.
-
-    An expert that is switched off cannot be chosen. The router decides as if the expert did not exist: its logit is
-    -inf, so it has the probability 0, the next-best expert takes its place, and the gates are renormalised over the K
-    experts that are chosen instead. Where fewer than K experts are left, the gates of those that are left add up to 1.
-    Without `renormalise_gates` a gate is the probability among the experts that are left.
-
-    The switches are an argument of the program, beside the parameters. So one compiled program serves every choice of
-    experts. Each sequence of a batch has switches of its own, so one call can answer "and without expert 3?" for many
-    experts.
-
-    They are kept as a parameter `[1, E]` or `[B, E]`, because parameters are what a compiled program is called with.
-    """
-
-    def __init__(self, width: int, hidden: int, experts: int, *arguments: Any, **settings: Any) -> None:
-        super().__init__(width, hidden, experts, *arguments, **settings)
-        self.off = nnx.Param(jnp.zeros((1, experts), bool))
-
-    def choose(self, logits: Float[Array, "B T E"]) -> Routing:
-        return super().choose(jnp.where(self.off[...][:, None, :], -jnp.inf, logits))
-
-    def selection_bias(self) -> Float[Array, "*batch E"] | None:
-        bias = super().selection_bias()  # it could lift an expert of probability 0 above the others
-        return None if bias is None else jnp.where(self.off[...][:, None, :], -jnp.inf, bias)
-
-
-def with_switches(params: dict[str, Any], off: Bool[Array, "L B E"]) -> dict[str, Any]:
-    """The parameters of a model with the switches of each layer. B is 1, or the number of sequences of the batch."""
-    blocks = {n: {**block, "ffn": {**block["ffn"], SWITCHES: off[n]}} for n, block in params["blocks"].items()}
-    return {**params, "blocks": blocks}

@@ -1,4 +1,4 @@
-"""The router: which experts a token goes to, and with which gates.
+"""The router: which experts a token goes to, with which gates, in which order; and what keeps their load even.
 
 Pure functions of arrays. B sequences of T tokens, E experts, K choices of a token. p = softmax(logits), the top K by
 logit, gates renormalised over the K chosen (Shazeer et al. 2017, section 2.1; for K = 1 Fedus et al. 2021, section
@@ -6,7 +6,10 @@ logit, gates renormalised over the K chosen (Shazeer et al. 2017, section 2.1; f
 
 A token whose logits hold a NaN or +inf is *invalid*. It takes no slot, and its gates and its output are NaN.
 
-`queues.py` says who gets the slots of an expert.
+The queue of an expert is *token-major*: earlier tokens first, then the choices of a token in order. No token can take a
+slot from an earlier one, so the layer is causal at a fixed T (the capacity depends on T). `dispatch.Capacity` keeps a
+pair whose place is below the capacity. The keep mask is an array of its own: a choice whose gate underflows to 0 still
+holds its slot. Chapter 12 of `foundation` derives which orders leak the future, chapter 8 compares ways of balancing.
 """
 
 from typing import NamedTuple
@@ -87,3 +90,59 @@ def route(
     valid = checkpoint_name(~jnp.isnan(probs).any(-1), DECISIONS)
     gate = jnp.where(valid[..., None], gate, jnp.nan)
     return Routing(logits, probs, expert, gate, valid)
+
+
+# The queue of each expert
+
+
+def choice_counts(expert: Int[Array, "B T K"], valid: Bool[Array, "B T"], experts: int) -> Int[Array, "B T E"]:
+    """1 where a valid token chose the expert, else 0. The K choices of a token are distinct."""
+    hits = jax.nn.one_hot(expert, experts, dtype=jnp.int32).sum(-2)
+    return hits * valid[..., None]
+
+
+def queue_positions(expert: Int[Array, "B T K"], valid: Bool[Array, "B T"], experts: int) -> Int[Array, "B T K"]:
+    """The place of each pair in its expert's queue, from 0: the number of earlier tokens of the sequence that chose the
+    expert.
+
+    The K choices of a token are distinct, so the pairs of one token are in different queues. Therefore counting tokens
+    gives the token-major order of pairs.
+    """
+    hits = choice_counts(expert, valid, experts)
+    before = jnp.cumsum(hits, axis=1) - hits
+    return jnp.take_along_axis(before, expert, axis=-1)
+
+
+# The load of the experts, and what keeps it even
+
+
+def expert_load(routing: Routing) -> Float[Array, "B E"]:
+    """f: share of a sequence's (token, choice) pairs that chose each expert, before drops. The shares sum to 1 if no
+    token is invalid."""
+    tokens, top_k = routing.expert_index.shape[1:]
+    counts = choice_counts(routing.expert_index, routing.valid, routing.logits.shape[-1]).sum(1)
+    return counts.astype(routing.probs.dtype) / (tokens * top_k)
+
+
+def balance_loss(routing: Routing) -> Float[Array, ""]:
+    """E * sum_e f_e P_e within each sequence, then the mean over sequences (Fedus et al. 2021, equations 4 to 6).
+
+    f counts choices and has no gradient. The gradient comes from P, the mean probability of each expert. The loss is 1
+    at perfect balance for every K, and E / K where all tokens choose the same K experts with certainty. It can be below
+    1 where f and P put the experts in different orders.
+    Taken within each sequence, it is the same for micro-batches and for the whole batch (chapter 13 of `foundation`).
+    """
+    share = jax.lax.stop_gradient(expert_load(routing))
+    mean_prob = routing.probs.mean(1)
+    return (routing.logits.shape[-1] * (share * mean_prob).sum(-1)).mean()
+
+
+def adjusted_bias(bias: Float[Array, " E"], load: Float[Array, " E"], rate: float) -> Float[Array, " E"]:
+    """The bias for the next step (Wang et al. 2024, algorithm 1). An expert below its fair share of the pairs gets
+    `rate` more, and an expert above its fair share gets `rate` less."""
+    return bias + rate * jnp.sign(load.mean() - load).astype(bias.dtype)
+
+
+def z_loss(routing: Routing) -> Float[Array, ""]:
+    """Mean of logsumexp(logits)^2 over tokens (Zoph et al. 2022, equation 5)."""
+    return jnp.square(jax.nn.logsumexp(routing.logits, axis=-1)).mean()

@@ -5,8 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import TrainConfig
-from moe_jax.model.moe.balance import adjusted_bias, expert_load
-from moe_jax.model.moe.router import route
+from moe_jax.model.moe.router import adjusted_bias, expert_load, route
 from moe_jax.training.optimizers.factory import make_optimizer
 from moe_jax.training.state import initial_state
 from moe_jax.training.step import make_step

@@ -7,19 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from suites.all_experts import AllExpertsMoE
 
+from moe_jax.certify.arithmetic import layer_function, with_gradients
 from moe_jax.config import Activation, ModelConfig, capacity
 from moe_jax.model.moe import dispatch as d
 from moe_jax.model.moe.experts import Experts, gated
-from moe_jax.model.moe.layer import (
-    AllExpertsMoE,
-    Mode,
-    MoE,
-    block_rows,
-    inference_block_rows,
-    layer_function,
-    with_gradients,
-)
+from moe_jax.model.moe.layer import Mode, MoE, block_rows, inference_block_rows
 from moe_jax.model.moe.router import route
 from moe_jax.model.transformer import create, merge
 from tests.support import oracles, tiny
