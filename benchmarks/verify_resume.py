@@ -28,6 +28,7 @@ from moe_jax.cli.main import main
 from moe_jax.cli.options import check_memory
 from moe_jax.cli.train import parse
 from moe_jax.config import RunConfig, UserError
+from moe_jax.config.presets import preset
 from moe_jax.config.section import long_flag
 from moe_jax.system import environment
 
@@ -72,7 +73,8 @@ def verify_resume(config: RunConfig) -> int:
 
 
 def short_flags(config: RunConfig) -> list[str]:
-    """The flags of a short run with this configuration: all fields, with fewer steps and a smaller corpus.
+    """The flags of a short run with this configuration: what differs from its preset, with fewer steps and a smaller
+    corpus.
 
     A vocabulary size of 0 means the tokenizer's size. It is left out, because a saved run holds the tokenizer's size
     instead, and a resume with 0 would be refused.
@@ -87,12 +89,13 @@ def short_flags(config: RunConfig) -> list[str]:
         data=c(config.data, eval_tokens=min(config.data.eval_tokens, 2048), stories=min(config.data.stories, STORIES)),
         train=c(config.train, steps=STEPS, log_every=1, eval_every=STEPS // 2, save_every=SAVE_EVERY, patience=0),
     )
+    usual = {(section, name): value for section, name, value in preset(config.preset).settings()}
     left_out = {("", "out")} | ({("model", "vocab_size")} if not short.model.vocab_size else set())
     return [
         _word(long_flag(short.section(section), name), value)
         for section, name, value in short.settings()
-        if (section, name) not in left_out
-    ]
+        if (section, name) not in left_out and value != usual[section, name]
+    ] + [f"--preset={config.preset}"]
 
 
 def _word(flag: str, value: Any) -> str:
