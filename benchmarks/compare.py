@@ -18,7 +18,6 @@ line of the output is the result as JSON.
 import argparse
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,6 @@ from moe_jax.config import ConfigError, Dense, RunConfig, UserError
 from moe_jax.config.presets import PRESETS, preset
 from moe_jax.system import environment
 from moe_jax.system.files import json_text, parse_json, write_atomically
-from moe_jax.system.signals import Signals, Stopped
 
 if TYPE_CHECKING:
     from comparison.report import Report
@@ -124,16 +122,15 @@ def request_of(asked: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
     return {name: getattr(asked, name) for name in names} | {"config": config.to_dict()}
 
 
-def train(asked: argparse.Namespace, config: RunConfig, signals: Signals) -> "Report":
-    """Train what is not trained yet. Raises Stopped, UserError."""
+def train(asked: argparse.Namespace, config: RunConfig) -> "Report":
+    """Train what is not trained yet. Raises UserError, and SystemExit at a signal."""
     from comparison.study_runs import train_all, with_prepared_text
-
-    from moe_jax.system import machine
+    from suites.request import describe_machine
 
     path, request = asked.out / "plan.json", request_of(asked, config)
     if not path.exists():
-        write_atomically(path, json_text({"asked": request, "machine": machine.describe()}, indent=1) + "\n")
-    base, train_runs = with_prepared_text(config), partial(train_all, signals=signals)
+        write_atomically(path, json_text({"asked": request, "machine": describe_machine()}, indent=1) + "\n")
+    base, train_runs = with_prepared_text(config), train_all
     if asked.scaling:
         from comparison import scaling
 
@@ -191,15 +188,11 @@ def run(argv: Sequence[str]) -> int:
     check_same_request(request_of(asked, config), asked.out / "plan.json")
     if asked.experts:
         expert_counts(asked.experts, config)
-    with Signals() as signals:
-        environment.prepare_environment()
-        from moe_jax.runs.folder import locked_for_training
+    environment.prepare_environment()
+    from moe_jax.runs.folder import locked_for_training
 
-        try:
-            with locked_for_training(asked.out):
-                report = train(asked, config, signals)
-        except Stopped as stop:
-            return stop.status
+    with locked_for_training(asked.out):
+        report = train(asked, config)
     publish(report, asked.out)
     return 0
 

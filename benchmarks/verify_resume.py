@@ -16,21 +16,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import xxhash
-from moe_jax.cli.command import check_memory
 
-from moe_jax.cli.main import main, run_as
-from moe_jax.cli.settings import RunCommand
+from moe_jax.cli.main import main
+from moe_jax.cli.options import check_memory
+from moe_jax.cli.train import parse
 from moe_jax.config import RunConfig, UserError
-from moe_jax.config.section import word
+from moe_jax.config.presets import preset
+from moe_jax.config.section import long_flag
 from moe_jax.system import environment
 
 ROOT = Path(__file__).parents[1]
@@ -41,21 +40,12 @@ TIMES = frozenset({"tokens_per_second", "wall_seconds"})
 """Fields of metrics.jsonl that are times. They differ between any two runs, so they are not compared."""
 
 
-@dataclass(frozen=True)
-class VerifyResume(RunCommand):
-    """Show that a killed and resumed run loses nothing on this machine.
-
-    A short run with your settings is killed and resumed. Every bit of it is compared with a run that was never stopped.
-    Both runs are in a temporary folder. The exit status is 1 if a bit differs.
-    """
-
-    interrupted: ClassVar[str] = "nothing was shown; its temporary runs are removed"
-
-    def execute(self) -> int:
-        config = self.settings.config
-        check_memory(config)
-        environment.prepare_environment(config.execution.deterministic)
-        return verify_resume(config)
+def run(argv: Sequence[str]) -> int:
+    """Compare two runs with the settings in argv. Returns the exit status: 1 if a bit differs."""
+    config = parse(argv, "verify_resume.py")[0].config
+    check_memory(config)
+    environment.prepare_environment(config.execution.deterministic)
+    return verify_resume(config)
 
 
 def verify_resume(config: RunConfig) -> int:
@@ -83,7 +73,8 @@ def verify_resume(config: RunConfig) -> int:
 
 
 def short_flags(config: RunConfig) -> list[str]:
-    """The flags of a short run with this configuration: all fields, with fewer steps and a smaller corpus.
+    """The flags of a short run with this configuration: what differs from its preset, with fewer steps and a smaller
+    corpus.
 
     A vocabulary size of 0 means the tokenizer's size. It is left out, because a saved run holds the tokenizer's size
     instead, and a resume with 0 would be refused.
@@ -98,8 +89,21 @@ def short_flags(config: RunConfig) -> list[str]:
         data=c(config.data, eval_tokens=min(config.data.eval_tokens, 2048), stories=min(config.data.stories, STORIES)),
         train=c(config.train, steps=STEPS, log_every=1, eval_every=STEPS // 2, save_every=SAVE_EVERY, patience=0),
     )
+    usual = {(section, name): value for section, name, value in preset(config.preset).settings()}
     left_out = {("", "out")} | ({("model", "vocab_size")} if not short.model.vocab_size else set())
-    return [word(section, name, value) for section, name, value in short.settings() if (section, name) not in left_out]
+    return [
+        _word(long_flag(short.section(section), name), value)
+        for section, name, value in short.settings()
+        if (section, name) not in left_out and value != usual[section, name]
+    ] + [f"--preset={config.preset}"]
+
+
+def _word(flag: str, value: Any) -> str:
+    """A setting as it is typed. A switch is on by its name, and off by `--model.no-bias`."""
+    if isinstance(value, bool):
+        section, _, name = flag.removeprefix("--").rpartition(".")
+        return flag if value else f"--{section}{'.' if section else ''}no-{name}"
+    return f"{flag}={value}"
 
 
 def fingerprint(run: Path) -> dict[str, str]:
@@ -172,4 +176,4 @@ def _kill_after(flags: list[str], metrics: Path, step: int) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(partial(run_as, VerifyResume, prog="verify_resume.py")))
+    sys.exit(main(run))

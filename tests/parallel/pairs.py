@@ -32,6 +32,10 @@ class Ended(NamedTuple):
     out: tuple[str, str]
     errors: tuple[str, str]
 
+    def printed(self, process: int) -> list[str]:
+        """The lines of stdout, without those of gloo, which connects the processes on CPUs."""
+        return [line for line in self.out[process].splitlines() if not line.startswith("[Gloo]")]
+
     def lines(self, process: int) -> list[str]:
         """The lines of stderr."""
         return [line for line in self.errors[process].splitlines() if not line.startswith("tokenizing ")]
@@ -63,7 +67,7 @@ def start(
     named = ["--num-processes", "2", "--process-id", str(index), "--coordinator-address", f"127.0.0.1:{port}"]
     command += ["--coordinator-address", "cluster"] if cluster else named
     values = runs.environment(folder / "cache")
-    values["TF_CPP_MIN_LOG_LEVEL"] = "2"  # as train.py sets it; the worker imports jax earlier
+    values["TF_CPP_MIN_LOG_LEVEL"] = "2"  # XLA warns at every start of several processes
     values["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=4 {QUICK_COMPILER}"
     return subprocess.Popen(
         command,

@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax.cli.generate import Generate
 from moe_jax.cli.main import main, run_command
-from moe_jax.config import ConfigError
 from moe_jax.runs import catalog
 
 
@@ -28,25 +26,24 @@ def _folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_name_is_a_folder_then_a_run_then_a_model_of_the_package(tmp_path: Path) -> None:
-    assert Generate.parse(["--run", "nano"]).run == str(tmp_path / "package" / "nano")
-    assert Generate.parse(["--run", "nano"]).name == "nano"
+    assert catalog.run_folder("nano") == tmp_path / "package" / "nano"
+    assert catalog.title(catalog.run_folder("nano")) == "nano"
     make_run(Path("runs/nano"), 5)
-    assert Generate.parse(["--run", "nano"]).run == "runs/nano"
+    assert catalog.run_folder("nano") == Path("runs/nano")
     Path("nano").mkdir()  # holds no run
-    assert Generate.parse(["--run", "nano"]).run == "runs/nano"
+    assert catalog.run_folder("nano") == Path("runs/nano")
     make_run(Path("nano"), 5)
-    assert Generate.parse(["--run", "nano"]).run == "nano"
-    with pytest.raises(ConfigError, match="--run absent: no run with a complete checkpoint there"):
-        Generate.parse(["--run", "absent"]).check()
+    assert catalog.run_folder("nano") == Path("nano")
+    assert catalog.run_folder("absent") == Path("absent")
 
 
 def test_without_a_name_the_newest_run_and_one_line_says_which(capsys: pytest.CaptureFixture[str]) -> None:
-    assert Generate.parse([]).name == "stories"
+    assert catalog.title(catalog.run_or_default("")) == "stories"
     assert capsys.readouterr().err == "no --run: this is stories, a model that comes with moe-jax\n"
     for name, seconds in (("old", 1_000_000_000), ("new", 1_000_000_100), ("older", 999_999_999)):
         make_run(Path("runs") / name, seconds)
     Path("runs/bench").mkdir()
-    assert Generate.parse([]).run == "runs/new"
+    assert catalog.run_or_default("") == Path("runs/new")
     assert capsys.readouterr() == ("", "no --run: this is runs/new, the newest run in runs\n")
 
 
