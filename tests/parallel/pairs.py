@@ -35,9 +35,8 @@ class Ended(NamedTuple):
 
     def printed(self, process: int) -> list[str]:
         """The lines of stdout, without those of gloo. It connects processes on CPUs, and its threads mix their lines."""
-        mine = re.sub(
-            r"\[Gloo\] Rank|[\s\d]+is connected to|\d+ peer ranks\.|Expected number of.*", "", self.out[process]
-        )
+        gloo = r"\[Gloo\] Rank|[\s\d]+is connected to|\d+ peer ranks\.|Expected number of.*"
+        mine = re.sub(gloo, "", self.out[process])
         return [line for line in mine.splitlines() if line.strip()]
 
     def lines(self, process: int) -> list[str]:
