@@ -34,7 +34,7 @@ class Ended(NamedTuple):
     errors: tuple[str, str]
 
     def printed(self, process: int) -> list[str]:
-        """The lines of stdout, without those of gloo. It connects processes on CPUs, and its threads mix their lines."""
+        """The lines of stdout without those of gloo, which connects processes on CPUs. Its threads mix their lines."""
         gloo = r"\[Gloo\] Rank|[\s\d]+is connected to|\d+ peer ranks\.|Expected number of.*"
         mine = re.sub(gloo, "", self.out[process])
         return [line for line in mine.splitlines() if line.strip()]
