@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -33,8 +34,10 @@ class Ended(NamedTuple):
     errors: tuple[str, str]
 
     def printed(self, process: int) -> list[str]:
-        """The lines of stdout, without those of gloo, which connects the processes on CPUs."""
-        return [line for line in self.out[process].splitlines() if not line.startswith("[Gloo]")]
+        """The lines of stdout without those of gloo, which connects processes on CPUs. Its threads mix their lines."""
+        gloo = r"\[Gloo\] Rank|[\s\d]+is connected to|\d+ peer ranks\.|Expected number of.*"
+        mine = re.sub(gloo, "", self.out[process])
+        return [line for line in mine.splitlines() if line.strip()]
 
     def lines(self, process: int) -> list[str]:
         """The lines of stderr."""
