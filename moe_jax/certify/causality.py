@@ -29,7 +29,7 @@ from moe_jax.inference.sampling import Sampling
 from moe_jax.model.costs import attention_flops, layer_flops
 from moe_jax.model.moe.layer import Mode, MoE
 from moe_jax.model.moe.router import Routing, route
-from moe_jax.model.transformer import Params, abstract_model, build_layer, merge
+from moe_jax.model.transformer import Forms, Params, abstract_model, build_layer, merge
 
 CAPACITY_SCALE = 0.5
 """The tests multiply the configured capacity factor by this number, so that many pairs are dropped."""
@@ -236,7 +236,7 @@ class _Crowded(MoE):
 def crowded(model: ModelConfig, params: Params) -> Params:
     """The parameters with balance biases that make CROWD of random tokens choose expert 0 in every layer."""
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, model.vocab_size, (2, model.seq_len)), jnp.int32)
-    graphdef = abstract_model(model, moe=_Crowded)[0]
+    graphdef = abstract_model(model, Forms(moe=_Crowded))[0]
     blocks = {
         n: {**b, "ffn": {"balance_bias": jnp.zeros(model.experts)} | b["ffn"]} for n, b in params["blocks"].items()
     }
