@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from moe_jax.config import TrainConfig
 from moe_jax.data.batches import MaskedBatch
-from moe_jax.model.kernels.cross_entropy import Implementation, mean_cross_entropy
+from moe_jax.model.kernels.cross_entropy import mean_cross_entropy
 from moe_jax.model.moe.layer import Mode, RouterStats
 from moe_jax.model.quantized import QuantizedMatrix
 from moe_jax.model.transformer import Transformer
@@ -52,12 +52,11 @@ def training_loss(
     tokens: Int[Array, "B T_plus_1"] | MaskedBatch,
     key: Key[Array, "..."] | None,
     config: TrainConfig,
-    implementation: Implementation = "blocked",
     loss_scale: Float[Array, ""] | None = None,
 ) -> tuple[Float[Array, ""], Metrics]:
     """The loss to minimise (mean cross-entropy plus the weighted auxiliary losses), and the metrics.
 
-    A key, or one key for each sequence, turns on dropout. `implementation` chooses how the cross-entropy is computed.
+    A key, or one key for each sequence, turns on dropout.
 
     `loss_scale` is the factor by which the caller multiplies the loss (see `mean_cross_entropy`). The loss that is
     returned is not multiplied.
@@ -74,7 +73,7 @@ def training_loss(
         targets = tokens[:, 1:].reshape(-1)
         head = model.head_matrix()
         assert not isinstance(head, QuantizedMatrix), "quantised weights are not trained"
-        loss = mean_cross_entropy(hidden, head, targets, implementation, loss_scale, weights)
+        loss = mean_cross_entropy(hidden, head, targets, loss_scale, weights)
     aux_loss_coef = config.aux_loss_coef if model.config.routing.balancing == "loss" else 0.0
     extra, reported = auxiliary(stats, aux_loss_coef, config.z_loss_coef, loss.dtype)
     return loss + extra, Metrics(loss, *reported, answers=answers)

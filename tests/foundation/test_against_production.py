@@ -99,7 +99,7 @@ def test_recomputed_attention_has_the_gradients_of_the_tiles(rate: float) -> Non
     def production(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return causal_attention.causal_attention(q, k, v, rate, keys, "recomputed")
 
-    keep = causal_attention._mask_again(q, rate, keys, jnp.int32(0), 9)[:, :, :9] if rate else None
+    keep = causal_attention._dropout_mask(q, rate, keys, jnp.int32(0), 9)[:, :, :9] if rate else None
 
     def both(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[Any, Any]:
         theirs, gradient = jax.vjp(production, q, k, v)
@@ -138,7 +138,7 @@ def test_masked_micro_batches_have_the_loss_and_the_gradient_of_one_batch() -> N
 
     def production(logits: jax.Array) -> jax.Array:
         parts = zip(logits.reshape(2, 6, 5), jnp.maximum(targets, 0).reshape(2, 6), weights.reshape(2, 6), strict=True)
-        return sum(mean_cross_entropy(z, jnp.eye(5), wanted, "reference", None, w) for z, wanted, w in parts) / 2  # type: ignore[return-value]
+        return sum(mean_cross_entropy(z, jnp.eye(5), wanted, None, w) for z, wanted, w in parts) / 2  # type: ignore[return-value]
 
     loss, gradient = jax.jit(jax.value_and_grad(production))(logits)
     assert float(loss) == pytest.approx(float(ours), rel=1e-6)  # its weights are float32

@@ -20,7 +20,7 @@ from moe_jax.model.kernels.grouped_matmul import grouped_matmul
 from moe_jax.model.moe.dispatch import Blocks
 from moe_jax.model.moe.layer import MoE
 from moe_jax.model.transformer import build_layer
-from tests.support import oracles, tiny
+from tests.support import oracles, plain_kernels, tiny
 from tests.support.one_hot import OneHotMoE
 
 
@@ -63,7 +63,7 @@ def check_blocks() -> None:
 
 
 def check_grouped_matmul() -> None:
-    """Both implementations against NumPy loops: the product, and both gradients, without further groups and with them.
+    """Ours and the plain one against NumPy loops: product and gradients, without further groups and with them.
 
     A group of 7 rows takes a copy of its 5 x 3 matrix. A group of 1 row has fewer numbers than the matrix, so the
     further groups are multiplied in turn.
@@ -80,13 +80,13 @@ def check_grouped_matmul() -> None:
             d_weights[e] += rows[g].T @ cotangent[g]
         with jax.enable_x64(True):
             index = None if chosen is None else jnp.asarray(chosen)
-            for implementation in ("blocked", "reference"):
-                multiply = functools.partial(grouped_matmul, further_expert=index, implementation=implementation)
+            for function in (grouped_matmul, plain_kernels.grouped_matmul):
+                multiply = functools.partial(function, further_expert=index)
                 y, pull = jax.vjp(multiply, jnp.asarray(rows), jnp.asarray(weights))
                 for ours, expected in zip(
                     (y, *pull(jnp.asarray(cotangent))), (product, d_rows, d_weights), strict=True
                 ):
-                    assert np.abs(np.asarray(ours) - expected).max() < 1e-12, implementation
+                    assert np.abs(np.asarray(ours) - expected).max() < 1e-12, function.__module__
 
 
 def check_gathered_matmul() -> None:
@@ -134,14 +134,15 @@ def check_causal_attention(heads: int = 2) -> None:
         operands = [jnp.asarray(rng.normal(size=(2, n, 150, 4))) for n in (heads, 2, 2)]
         cotangent = jnp.asarray(rng.normal(size=(2, heads, 150, 4)))
 
-        def run(implementation: str, *args: jax.Array) -> tuple[jax.Array, ...]:
+        def run(function: Callable[..., jax.Array], *args: jax.Array) -> tuple[jax.Array, ...]:
             def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-                return causal_attention(q, k, v, 0.3, jax.random.split(jax.random.key(3), 2), implementation)
+                return function(q, k, v, 0.3, jax.random.split(jax.random.key(3), 2))
 
             out, pull = jax.vjp(attend, *args)
             return out, *pull(cotangent)
 
-        ours, expected = (jax.jit(run, static_argnums=0)(name, *operands) for name in ("blocked", "reference"))
+        functions = causal_attention, plain_kernels.causal_attention
+        ours, expected = (jax.jit(run, static_argnums=0)(function, *operands) for function in functions)
         for name, one, other in zip(("out", "d_query", "d_key", "d_value"), ours, expected, strict=True):
             assert tiny.relative_error(one, other) < 1e-12, name
 
@@ -164,12 +165,10 @@ def check_long_attention() -> None:
             out, pull = jax.vjp(attend, *args)
             return out, *pull(cotangent)
 
-        def plain(implementation: str) -> Callable[..., jax.Array]:
-            return functools.partial(causal_attention, implementation=implementation)
-
-        by_hand = functools.partial(plain("recomputed"), dropout=0.3, dropout_keys=keys)
+        recomputed = functools.partial(causal_attention, implementation="recomputed")
+        by_hand = functools.partial(recomputed, dropout=0.3, dropout_keys=keys)
         pairs = [
-            (plain("recomputed"), plain("reference")),
+            (recomputed, plain_kernels.causal_attention),
             (by_hand, lambda q, k, v: attention_kernel._forward_again(0.3, q, k, v, keys)[0]),
         ]
         for pair in pairs:
@@ -217,20 +216,18 @@ def _check_cross_entropy(tokens: int, cases: tuple[tuple[int, tuple[int, int]], 
     )
     with jax.enable_x64(True):
         operands = (jnp.asarray(hidden), jnp.asarray(head))
-        on_cpu = [("blocked", 1, case) for case in cases]
-        for implementation, columns, (most, blocks) in [*on_cpu, ("blocked", 8, cases[0]), ("reference", 1, cases[0])]:
+        ours, plain = cross_entropy.mean_cross_entropy, plain_kernels.mean_cross_entropy
+        on_cpu = [(ours, 1, case) for case in cases]
+        for function, columns, (most, blocks) in [*on_cpu, (ours, 8, cases[0]), (plain, 1, cases[0])]:
             with pytest.MonkeyPatch.context() as patch:
                 padded = 13 + -13 % columns
                 form = cross_entropy.Form(columns, one_pass=columns > 1)
                 patch.setattr(cross_entropy, "cpu_form", lambda form=form: form)
                 patch.setattr(cross_entropy, "LOGITS_BYTES", most * padded * 4)
                 assert cross_entropy.token_blocks(tokens, padded) == blocks
-                mean = functools.partial(
-                    cross_entropy.mean_cross_entropy, targets=jnp.asarray(targets), implementation=implementation
-                )
-                loss, pull = jax.vjp(mean, *operands)
-                for ours, exact in zip((loss, *pull(jnp.asarray(1.7))), expected, strict=True):
-                    assert np.abs(np.asarray(ours) - exact).max() < 1e-13, implementation
+                loss, pull = jax.vjp(functools.partial(function, targets=jnp.asarray(targets)), *operands)
+                for one, exact in zip((loss, *pull(jnp.asarray(1.7))), expected, strict=True):
+                    assert np.abs(np.asarray(one) - exact).max() < 1e-13, function
                 losses = cross_entropy.blocked_token_losses(*operands, jnp.asarray(targets))
                 assert losses.shape == (tokens,)
                 assert np.abs(np.asarray(losses) - nats).max() < 1e-12

@@ -182,7 +182,7 @@ BUGS = [
         "certify: every expert on every token",
         "moe_jax.model.moe.layer:MoE.dispatch_for",
         "return Capacity(capacity(tokens, experts, policy.top_k, policy.capacity_factor))",
-        "return AllExperts()",
+        "from suites.all_experts import AllExperts; return AllExperts()",
         claim(STEP.format("expert layers")),
     ),
     Bug(
@@ -194,10 +194,10 @@ BUGS = [
     ),
     Bug(
         "certify: the head is multiplied twice",
-        "moe_jax.model.kernels.cross_entropy:mean_cross_entropy",
-        "return _blocked_mean(hidden, head, targets, loss_scale, weights)",
-        """once = _blocked_mean(hidden, head, targets, loss_scale, weights)
-    return once + 1e-6 * _blocked_mean(2 * hidden, head, targets, loss_scale, weights)""",
+        "moe_jax.training.loss:training_loss",
+        "loss = mean_cross_entropy(hidden, head, targets, loss_scale, weights)",
+        """loss = mean_cross_entropy(hidden, head, targets, loss_scale, weights)
+        loss += 1e-6 * mean_cross_entropy(2 * hidden, head, targets, loss_scale, weights)""",
         claim(STEP.format("head")),
     ),
     Bug(

@@ -39,13 +39,12 @@ CONFIG = TrainConfig(steps=10)
 # The loss
 
 
-@pytest.fixture(params=["blocked", "several blocks", "reference"])
+@pytest.fixture(params=["one block", "several blocks"])
 def weighted(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Any:
     """The weighted cross-entropy, in each form."""
     if request.param == "several blocks":
         monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", 4 * tiny.V * 3)
-    kind = "reference" if request.param == "reference" else "blocked"
-    return lambda h, head, targets, w, scale=None: mean_cross_entropy(h, head, targets, kind, scale, w)
+    return lambda h, head, targets, w, scale=None: mean_cross_entropy(h, head, targets, scale, w)
 
 
 def products(n: int = 11) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Causal attention over whole sequences (Vaswani et al. 2017, section 3.2): one function, with four implementations.
+"""Causal attention over whole sequences (Vaswani et al. 2017, section 3.2): one function, with three implementations.
 
 With o = W v, W = P * mask / keep, and P = softmax(q k^T / sqrt(A)), the gradients are
 
@@ -30,7 +30,7 @@ from moe_jax.model.layers import keep_mask
 from moe_jax.model.precision import at_least_float32, dot_precision
 from moe_jax.system.random_keys import fold_each
 
-Implementation = Literal["blocked", "recomputed", "reference", "cudnn"]
+Implementation = Literal["blocked", "recomputed", "cudnn"]
 
 
 def causal_attention(
@@ -51,7 +51,6 @@ def causal_attention(
 
     blocked     one block of queries after another; the weights are kept for the backward pass
     recomputed  the same in a loop; the backward pass computes the weights once more
-    reference   all scores at once, differentiated by jax; the tests compare `blocked` and `recomputed` with it
     cudnn       NVIDIA's library, on its cards only (`library_attention.py` says when)
 
     Unless one is asked for, sequences of up to `LONGEST_KEPT` positions take `blocked`, longer ones `recomputed`.
@@ -62,27 +61,13 @@ def causal_attention(
     if implementation == "cudnn":
         if keys is not None:
             raise ValueError(f"dropout {dropout}: cuDNN's attention has none; take another implementation")
-        return _attend_by_cudnn(query, key, value)
+        operands = (x.swapaxes(1, 2) for x in (query, key, value))  # cuDNN takes the heads after the positions
+        return jax.nn.dot_product_attention(*operands, is_causal=True, implementation="cudnn").swapaxes(1, 2)
     if implementation == "recomputed":
         return _attend_again(dropout, query, key, value, keys)
-    masks = (
-        None if keys is None else [_dropout_mask(query, dropout, keys, *b) for b in blocking.query_blocks(positions)]
-    )
-    if implementation == "reference":
-        weights = attention_weights(query, key).astype(query.dtype)
-        if masks is not None:
-            whole = [jnp.pad(m, ((0, 0), (0, 0), (0, 0), (0, positions - m.shape[3]))) for m in masks]
-            weights = jnp.where(jnp.concatenate(whole, axis=2), weights / (1 - dropout), 0).astype(query.dtype)
-        return _einsum("bhqs,bhsa->bhqa", _by_group(weights, value), value).reshape(query.shape)
+    blocks = blocking.query_blocks(positions)
+    masks = None if keys is None else [_dropout_mask(query, dropout, keys, *block) for block in blocks]
     return _attend_by_blocks(query, key, value, masks, 1 - dropout)
-
-
-def _attend_by_cudnn(
-    query: Float[Array, "B H T A"], key: Float[Array, "B KV T A"], value: Float[Array, "B KV T A"]
-) -> Float[Array, "B H T A"]:
-    """By cuDNN, which takes the heads after the positions."""
-    query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
-    return jax.nn.dot_product_attention(query, key, value, is_causal=True, implementation="cudnn").swapaxes(1, 2)
 
 
 def attention_weights(
@@ -233,7 +218,8 @@ def _forward_again(rate: float, query: Array, key: Array, value: Array, keys: Ar
         def block(_: None, at: tuple, end: int = end) -> tuple[None, Array]:
             start, q = at
             p = attention_weights(q, key[:, :, :end], start).astype(q.dtype)
-            return None, _mix(_dropped(p, _mask_again(q, rate, keys, start, end), 1 - rate), value[:, :, :end])
+            mask = None if keys is None else _dropout_mask(q, rate, keys, start, end)
+            return None, _mix(_dropped(p, mask, 1 - rate), value[:, :, :end])
 
         (q,) = _blocks(first, end, query)
         outputs.append(_unblocked(jax.lax.scan(block, None, (_starts(first, end), q))[1], end - first))
@@ -254,7 +240,7 @@ def _backward_again(rate: float, residuals, d_out: Array):
             start, q, d_o, rows = at
             k, v = key[:, :, :end], value[:, :, :end]
             p = attention_weights(q, k, start).astype(q.dtype)
-            mask = _mask_again(q, rate, keys, start, end)
+            mask = None if keys is None else _dropout_mask(q, rate, keys, start, end)
             d_q, d_k, d_v = _block_gradients(p, mask, 1 - rate, q, k, v, d_o, rows)
             return (sums[0] + d_k, sums[1] + d_v), d_q
 
@@ -268,10 +254,6 @@ def _backward_again(rate: float, residuals, d_out: Array):
 
 
 _attend_again.defvjp(_forward_again, _backward_again)
-
-
-def _mask_again(q: Array, rate: float, keys: Array | None, start: Array, end: int) -> Array | None:
-    return None if keys is None else _dropout_mask(q, rate, keys, start, end)
 
 
 def _starts(first: int, end: int) -> Int[Array, " N"]:

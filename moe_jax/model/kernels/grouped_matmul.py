@@ -7,12 +7,8 @@ an expert of its own (`further_expert`). For the further groups there are two fo
     in turn   one further group after another multiplies with its expert's matrix in place
 
 A copy takes time and memory in proportion to the matrix, and a turn costs a fixed time. So `grouped_matmul` takes
-copies where the matrix is no larger than the rows and the products of a group. With gradients, on two cores of an AMD
-EPYC (family 25, float32): 16 experts of 512 x 1024 and 4,096 rows took 182 ms and 188 MiB with copies, 124 ms and 8 MiB
-in turn. In bfloat16, 16 experts of 192 x 64 and 16,384 rows took 6.7 ms with copies, 11.4 ms in turn.
-
-On a GPU, where a turn is several launches, the groups get copies, in the dtype of the rows. In the compiled step of
-`story-4gb` for an RTX 3050, turns were 119,842 kernels, copies were 3,143.
+copies where the matrix is no larger than the rows and the products of a group. On a GPU, where a turn is several
+launches, the groups get copies, in the dtype of the rows. `benchmarks/performance.md` has the times of both.
 
 The gradient of an expert's matrix is a sum over its groups. On a CPU both forms add the groups in order. On a GPU the
 sum is one product with a matrix of zeros and ones (`_sum_of_groups`). The gradient of plain indexing would be a
@@ -30,7 +26,6 @@ from moe_jax.model.kernels.matmul import matmul, transpose_contiguous, transpose
 from moe_jax.model.precision import at_least_float32, dot_precision
 from moe_jax.model.quantized import QuantizedMatrix
 
-Implementation = Literal["blocked", "reference"]
 Form = Literal["copies", "turns"]
 """How a CPU multiplies the further groups."""
 
@@ -39,23 +34,17 @@ def grouped_matmul(
     rows: Float[Array, "G R D"],
     weights: Float[Array, "E D F"] | QuantizedMatrix,
     further_expert: Int[Array, " further"] | None = None,
-    implementation: Implementation = "blocked",
 ) -> Float[Array, "G R F"]:
     """rows[g] @ weights[g] for each group g < E, and rows[g] @ weights[further_expert[g - E]] for the others. The
     result has the dtype of `rows`, the gradient of `weights` has theirs.
 
-    blocked     the first E groups as one batched product, the others by copies or in turn (see the module)
-    reference   one group after another, differentiated by jax; the tests compare `blocked` with it
+    The first E groups are one batched product; the others are multiplied by copies or in turn (see the module).
     """
     if isinstance(weights, QuantizedMatrix):
         if further_expert is None or len(further_expert) == 0:
             return matmul(rows, weights)
         weights = weights.dequantized(rows.dtype)
     experts, width, hidden = weights.shape
-    if implementation == "reference":
-        further = [] if further_expert is None else list(further_expert)
-        products = [x @ weights[e].astype(rows.dtype) for x, e in zip(rows, [*range(experts), *further], strict=True)]
-        return jnp.stack(products)
     if further_expert is None or len(further_expert) == 0:
         if experts == 1:
             # A plain product. The compiler would turn the batched product into one, but lose its name (`named_scope`).

@@ -1,11 +1,9 @@
 """Matrix products in forms that are fast on a CPU: `matmul` with its gradients, and `vector_matmul` with one expert.
 
 On a CPU, XLA calls a library that sums along the last axis, in memory order, of the left operand. The gradient of the
-weights of `x @ w` is x^T d_y, which sums over the first axis of x. In bfloat16 it is faster to write x^T to memory
-first: 16 experts of 320 x 512 x 1024, on a CPU with bfloat16 matrix units, ran at 950 GFLOP/s, the transposition
-included. Without it they ran at 240 GFLOP/s, because the library fell back to float32. In float32 the transposition
-costs more than it saves: a layer of `seed-158m` took 122 ms with it and 111 ms without it. On a GPU a transposed
-operand costs nothing, so x^T is not written to memory.
+weights of `x @ w` is x^T d_y, which sums over the first axis of x. In bfloat16 x^T is written to memory first, or the
+library falls back to float32; in float32 that costs more than it saves (`benchmarks/performance.md`). On a GPU a
+transposed operand costs nothing, so x^T is not written to memory.
 """
 
 import jax
@@ -51,7 +49,7 @@ def matmul(x: Float[Array, "*G N D"], weights: Float[Array, "*G D F"] | Quantize
     On a CPU, a single row is multiplied where the weights lie (`row_sum`). Writing a text is bound by reading them.
 
     On a CPU the gradient of the weights is computed in at least float32. On a GPU it is summed in float32 too, but
-    rounded to the dtype of x and kept in it until the optimizer needs it. This saves 150 MiB in a step of `seed-158m`.
+    rounded to the dtype of x and kept in it until the optimizer needs it.
 
         d_x = d_y weights^T        d_weights = x^T d_y
     """

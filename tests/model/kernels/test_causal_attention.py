@@ -27,6 +27,7 @@ from moe_jax.model.kernels.query_blocks import (
     query_spans,
 )
 from moe_jax.model.precision import Card
+from tests.support import plain_kernels
 
 
 def test_spans_are_whole_blocks_and_cover_every_query() -> None:
@@ -95,13 +96,13 @@ def test_narrow_operands_give_narrow_results() -> None:
     wide = [jnp.asarray(rng.normal(size=(1, 2, 140, 8)), jnp.float32) for _ in range(4)]
 
     @partial(jax.jit, static_argnums=0)
-    def run(implementation: str, *args):
-        out, pull = jax.vjp(lambda q, k, v: causal_attention(q, k, v, implementation=implementation), *args[:3])
+    def run(attend, *args):
+        out, pull = jax.vjp(attend, *args[:3])
         return out, *pull(args[3])
 
-    exact = run("reference", *wide)
-    for implementation in ("blocked", "recomputed", "reference"):
-        for one, other in zip(run(implementation, *(x.astype(jnp.bfloat16) for x in wide)), exact, strict=True):
+    exact = run(plain_kernels.causal_attention, *wide)
+    for attend in (causal_attention, partial(causal_attention, implementation="recomputed")):
+        for one, other in zip(run(attend, *(x.astype(jnp.bfloat16) for x in wide)), exact, strict=True):
             assert one.dtype == jnp.bfloat16
             error = np.linalg.norm(np.asarray(one, np.float32) - other) / np.linalg.norm(other)
             assert error < 6 * 2**-8
@@ -184,11 +185,12 @@ def test_cudnn_is_as_exact_as_the_own_form(shape: tuple[int, int, int, int]) -> 
     sizes = [(1, h, positions, width) for h in (heads, key_heads, key_heads, heads)]
     operands = [jax.random.normal(key, size, jnp.bfloat16) for key, size in zip(keys, sizes, strict=True)]
 
-    def results(implementation: Any, *operands: jax.Array) -> list[jax.Array]:
-        out, pull = jax.vjp(partial(causal_attention, implementation=implementation), *operands[:3])
+    def results(attend: Any, *operands: jax.Array) -> list[jax.Array]:
+        out, pull = jax.vjp(attend, *operands[:3])
         return [x.astype(jnp.float32) for x in (out, *pull(operands[3]))]
 
-    exact = results("reference", *(x.astype(jnp.float32) for x in operands))
-    cudnn, own = results("cudnn", *operands), results("blocked", *operands)
+    exact = results(plain_kernels.causal_attention, *(x.astype(jnp.float32) for x in operands))
+    cudnn = results(partial(causal_attention, implementation="cudnn"), *operands)
+    own = results(causal_attention, *operands)
     for true, one, other in zip(exact, cudnn, own, strict=True):
         assert jnp.abs(one - true).max() <= 3 * jnp.abs(other - true).max()

@@ -1,6 +1,7 @@
 """Cross-entropy by blocks of tokens equals all logits at once, with gradients, and never holds all logits."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ import pytest
 from moe_jax.model.kernels import cross_entropy
 from moe_jax.model.kernels.cross_entropy import blocked_token_losses, mean_cross_entropy, token_losses
 from moe_jax.system.hlo import instructions
+from tests.support import plain_kernels
 
 TOKENS, WIDTH, VOCABULARY = 30, 6, 17
 
@@ -26,8 +28,8 @@ def operands(dtype: str = "float64") -> tuple[jax.Array, jax.Array, jax.Array]:
     return jnp.asarray(hidden, dtype), jnp.asarray(head, dtype), jnp.asarray(rng.integers(0, VOCABULARY, TOKENS))
 
 
-def with_gradients(implementation: str, hidden, head, targets, cotangent):
-    loss, pull = jax.vjp(lambda h, w: mean_cross_entropy(h, w, targets, implementation), hidden, head)
+def with_gradients(function, hidden, head, targets, cotangent):
+    loss, pull = jax.vjp(lambda h, w: function(h, w, targets), hidden, head)
     return loss, *pull(cotangent)
 
 
@@ -73,24 +75,26 @@ def test_without_a_gradient_the_loss_is_the_same(small_blocks: None, float64: No
 
 def test_narrow_activations_keep_a_wide_loss_and_the_dtypes_of_their_gradients(small_blocks: None) -> None:
     hidden, head, targets = operands("float32")
-    loss, d_hidden, d_head = with_gradients("blocked", hidden.astype(jnp.bfloat16), head, targets, jnp.float32(1))
+    loss, d_hidden, d_head = with_gradients(
+        mean_cross_entropy, hidden.astype(jnp.bfloat16), head, targets, jnp.float32(1)
+    )
     assert (loss.dtype, d_hidden.dtype, d_head.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
-    exact = with_gradients("reference", hidden, head, targets, jnp.float32(1))
+    exact = with_gradients(plain_kernels.mean_cross_entropy, hidden, head, targets, jnp.float32(1))
     for one, other in zip((loss, d_hidden, d_head), exact, strict=True):
         error = np.linalg.norm(np.asarray(one, np.float32) - other) / np.linalg.norm(other)
         assert error < 4 * 2**-8
 
 
 def test_no_buffer_holds_all_logits(small_blocks: None) -> None:
-    """Of the compiled program of loss and gradients: no array has N x V entries. The reference has one."""
+    """Of the compiled program of loss and gradients: no array has N x V entries. The plain form has one."""
     arguments = (*operands("float32"), jnp.float32(1))
 
-    def largest(implementation: str) -> int:
-        compiled = jax.jit(with_gradients, static_argnums=0).lower(implementation, *arguments).compile()
+    def largest(function: Any) -> int:
+        compiled = jax.jit(with_gradients, static_argnums=0).lower(function, *arguments).compile()
         return max(math.prod(shape) for i in instructions(compiled.as_text()) for _, shape in i.arrays)
 
-    assert largest("reference") >= TOKENS * VOCABULARY
-    assert largest("blocked") < TOKENS * VOCABULARY
+    assert largest(plain_kernels.mean_cross_entropy) >= TOKENS * VOCABULARY
+    assert largest(mean_cross_entropy) < TOKENS * VOCABULARY
 
 
 @pytest.mark.parametrize("counted", [False, True], ids=["all targets", "some targets"])
@@ -105,15 +109,14 @@ def test_a_tied_head_learns_in_bfloat16(counted: bool) -> None:
     targets = jnp.asarray(rng.integers(0, 260, 64))
     weights = jnp.asarray(rng.integers(0, 2, 64) / 32, "float32") if counted else None
 
-    def gradients(implementation: str, hidden: jax.Array):
+    def gradients(function: Any, hidden: jax.Array):
         def loss(hidden: jax.Array, table: jax.Array) -> jax.Array:
-            return mean_cross_entropy(hidden, table.T, targets, implementation, weights=weights)
+            return function(hidden, table.T, targets, weights=weights)
 
         return jax.jit(jax.grad(loss, argnums=(0, 1)))(hidden, table)
 
-    for ours, expected in zip(
-        gradients("blocked", hidden), gradients("reference", hidden.astype("float32")), strict=True
-    ):
+    plain = gradients(plain_kernels.mean_cross_entropy, hidden.astype("float32"))
+    for ours, expected in zip(gradients(mean_cross_entropy, hidden), plain, strict=True):
         assert np.isfinite(np.asarray(ours, "float32")).all()
         np.testing.assert_allclose(np.asarray(ours, "float32"), expected, atol=2e-2 * np.abs(expected).max())
 

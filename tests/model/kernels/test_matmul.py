@@ -3,7 +3,6 @@
 import functools
 import re
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +15,10 @@ from hypothesis import strategies as st
 from moe_jax.model.kernels import embedding_lookup
 from moe_jax.model.kernels import grouped_matmul as grouped
 from moe_jax.model.kernels.causal_attention import causal_attention
-from moe_jax.model.kernels.cross_entropy import mean_cross_entropy
 from moe_jax.model.kernels.grouped_matmul import grouped_matmul
 from moe_jax.model.kernels.matmul import _row_matmul, matmul, matmul_wide, vector_matmul
 from moe_jax.system.hlo import read_program
-from tests.support import tiny
+from tests.support import plain_kernels, tiny
 
 SHAPES = {"plain": ((37, 12), (12, 20)), "a group each": ((3, 37, 12), (3, 12, 20)), "one row": ((1, 12), (12, 20))}
 
@@ -110,7 +108,7 @@ def test_the_blocks_of_a_lookups_gradient(copies: int, size: int) -> None:
     assert embedding_lookup._block_size(copies) == size
 
 
-# Groups of rows, each times its expert's matrix: the forms by copies and in turn, the reference, and NumPy
+# Groups of rows, each times its expert's matrix: the forms by copies and in turn, and the plain one
 
 
 COPIES, IN_TURN = 3, 1
@@ -131,10 +129,10 @@ def test_a_matrix_is_copied_if_it_is_no_larger_than_rows_and_products(
 
 
 @functools.lru_cache
-def compiled(implementation: str, further: bool):
+def compiled(function: Callable[..., jax.Array], further: bool):
     def run(rows, weights, further_expert, cotangent):
         index = further_expert if further else None
-        y, pull = jax.vjp(lambda r, w: grouped_matmul(r, w, index, implementation), rows, weights)
+        y, pull = jax.vjp(lambda r, w: function(r, w, index), rows, weights)
         return y, *pull(cotangent)
 
     return jax.jit(run)
@@ -146,7 +144,7 @@ def compiled(implementation: str, further: bool):
     further_expert=st.none() | st.lists(st.integers(0, 3), min_size=5, max_size=5),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_blocked_is_the_reference(count: int, experts: int, further_expert: list[int] | None, seed: int) -> None:
+def test_the_product_is_the_plain_one(count: int, experts: int, further_expert: list[int] | None, seed: int) -> None:
     """One expert or four, and any of them for the further groups: all one, none of some, in any order."""
     rng = np.random.default_rng(seed)
     groups = experts + len(further_expert or [])
@@ -157,17 +155,17 @@ def test_blocked_is_the_reference(count: int, experts: int, further_expert: list
         rng.normal(size=(groups, count, 2)),
     )
     with jax.enable_x64(True):
-        ours, expected = (compiled(name, further_expert is not None)(*operands) for name in ("blocked", "reference"))
+        functions = grouped_matmul, plain_kernels.grouped_matmul
+        ours, expected = (compiled(function, further_expert is not None)(*operands) for function in functions)
     for one, other in zip(ours, expected, strict=True):
         assert tiny.relative_error(one, other) < 1e-14
 
 
-@pytest.mark.parametrize("implementation", ["blocked", "reference"])
 @pytest.mark.parametrize("count", [COPIES, IN_TURN])
-def test_the_product_has_the_dtype_of_the_rows(implementation: str, count: int) -> None:
+def test_the_product_has_the_dtype_of_the_rows(count: int) -> None:
     """bfloat16 rows, float32 weights: a bfloat16 product, and a float32 gradient for the weights."""
     rows, weights = jnp.ones((4, count, 5), jnp.bfloat16), jnp.ones((3, 5, 2), jnp.float32)
-    y, pull = jax.vjp(lambda r, w: grouped_matmul(r, w, jnp.array([1]), implementation), rows, weights)
+    y, pull = jax.vjp(lambda r, w: grouped_matmul(r, w, jnp.array([1])), rows, weights)
     d_rows, d_weights = pull(y)
     assert (y.dtype, d_rows.dtype, d_weights.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
 
@@ -186,27 +184,6 @@ def test_a_product_is_found_by_its_name_in_the_compiled_program(experts: int) ->
         assert program.flops_of("ffn") == program.flops == products * experts * 2 * 64 * 32 * 48
 
 
-# Each kernel runs the form that is asked for. Two forms that agree cannot be told by their results
-
-
-QUERIES = jax.ShapeDtypeStruct((1, 1, 256, 4), jnp.float32)
-KERNELS: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
-    "attention": (causal_attention, (QUERIES, QUERIES, QUERIES)),
-    "cross-entropy": (
-        mean_cross_entropy,
-        (
-            jax.ShapeDtypeStruct((6, 4), jnp.float32),
-            jax.ShapeDtypeStruct((4, 9), jnp.float32),
-            jax.ShapeDtypeStruct((6,), jnp.int32),
-        ),
-    ),
-    "grouped products": (
-        grouped_matmul,
-        (jax.ShapeDtypeStruct((3, 5, 4), jnp.float32), jax.ShapeDtypeStruct((3, 4, 2), jnp.float32)),
-    ),
-}
-
-
 def test_no_group_is_multiplied_in_tf32() -> None:
     """Forward and backward, in the forms of all devices: tracing sees the branches that only a card takes."""
     rows, weights = jnp.ones((5, 4, 3)), jnp.ones((2, 3, 6))
@@ -218,18 +195,7 @@ def test_no_group_is_multiplied_in_tf32() -> None:
     assert text.count("dot_general[") == text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") > 5
 
 
-def traced(kernel: str, **options: Any) -> str:
-    function, shapes = KERNELS[kernel]
-    return str(jax.make_jaxpr(lambda *operands: function(*operands, **options))(*shapes))
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-def test_the_form_with_gradients_by_hand_is_the_usual_one(kernel: str) -> None:
-    assert "custom_vjp" in traced(kernel, implementation="blocked")
-    assert "custom_vjp" not in traced(kernel, implementation="reference")
-    assert traced(kernel) == traced(kernel, implementation="blocked")
-
-
 def test_blocks_of_queries_never_hold_all_scores() -> None:
-    assert "256,256]" not in traced("attention")
-    assert "256,256]" in traced("attention", implementation="reference")
+    queries = jax.ShapeDtypeStruct((1, 1, 256, 4), jnp.float32)
+    traced = [str(jax.make_jaxpr(f)(*[queries] * 3)) for f in (causal_attention, plain_kernels.causal_attention)]
+    assert ["256,256]" in text for text in traced] == [False, True]
