@@ -4,7 +4,7 @@
     uv run --isolated --extra gpu-plan python benchmarks/record_plans.py --set execution.mesh=expert=4
     uv run --isolated --extra gpu-plan python benchmarks/record_plans.py --record
 
-The first tries the settings with which a run may fit the GPU, and prints the plan that fits (`moe_jax.planning`). With
+The first tries the settings with which a run may fit the GPU, and prints the plan that fits (`moe_jax/training/fit.py`). With
 a mesh, the training step is compiled for several GPUs, each with the sequences of a step of the preset, and the memory
 of one is printed. With `--set train.lora_rank=16` a fine-tuning by adapters is planned. The exit status is 0 if a
 setting fits. The last line of the output is JSON.
@@ -32,12 +32,13 @@ from moe_jax.cli.main import main
 from moe_jax.config import ConfigError, MeshShape, RunConfig
 from moe_jax.config.presets import PRESETS, preset, with_vocabulary
 from moe_jax.parallel.layout import mesh_of
-from moe_jax.planning.fitting import Device, plans_until_one_fits, program_mib
-from moe_jax.planning.plans import DEFAULT_GPU, RECORDED, Plan, chosen, named
+from moe_jax.planning.plans import DEFAULT_GPU, RECORDED
 from moe_jax.system import environment
 from moe_jax.system.environment import MIB
 from moe_jax.system.files import json_text
 from moe_jax.system.terminal import say
+from moe_jax.training.fit import Device, plans_until_one_fits, program_mib
+from moe_jax.training.plan import Plan, chosen, named
 from moe_jax.training.programs import Programs
 from moe_jax.training.start import start_of
 

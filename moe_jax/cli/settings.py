@@ -175,7 +175,6 @@ def train_as_asked(arguments: TrainingArguments, start: Start, program: str) -> 
     # jax is imported only now, because the arguments are accepted and the environment is set.
     with working("starting JAX"):
         from moe_jax.inspection.report import report_run
-        from moe_jax.planning.fitting import fit
         from moe_jax.training.header import print_dry_run
         from moe_jax.training.run import train
 
@@ -183,4 +182,4 @@ def train_as_asked(arguments: TrainingArguments, start: Start, program: str) -> 
         print_dry_run(config)
         return 0
     resume = f"`uv run {program} --out {shlex.quote(str(run))} --resume`"
-    return train(config, start, fit, report_run, group, resume)
+    return train(config, start, report_run, group, resume)
