@@ -11,6 +11,9 @@ part of the training text; --data is then a folder with train.txt and valid.txt.
 baseline of the same active parameters for five budgets instead, and fits a power law to each. --experts trains mixtures
 of several numbers of experts beside that baseline.
 
+Further flags are those of `train.py`: settings of all models, and the text (--data). The number of experts of a
+mixture is then --model.experts.
+
 To go on with a stopped comparison, call it again with the same arguments: finished runs are not trained again. The last
 line of the output is the result as JSON.
 """
@@ -18,18 +21,15 @@ line of the output is the result as JSON.
 import argparse
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from changes import changes_of
-
+from moe_jax.cli import train as train_flags
 from moe_jax.cli.main import main
 from moe_jax.config import ConfigError, Dense, RunConfig, UserError
 from moe_jax.config.presets import PRESETS, preset
 from moe_jax.system import environment
 from moe_jax.system.files import json_text, parse_json, write_atomically
-from moe_jax.system.signals import Signals, Stopped
 
 if TYPE_CHECKING:
     from comparison.report import Report
@@ -49,8 +49,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--preset", default="nano", choices=list(PRESETS), help="settings of the mixture and of its baselines")
-    add("--set", action="append", default=[], help="SECTION.NAME=VALUE, a setting of all models, as for train.py")
-    add("--data", default="", help="the text, as for train.py; the preset's own unless given")
     add("--seeds", type=int, default=3, help="runs of each kind; a later call may ask for more")
     add(
         *("--flops",),
@@ -66,7 +64,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--lowest-flops", type=float, default=0.0, help="with --scaling, the smallest budget; default --flops / 10")
     add("--predict-flops", type=float, default=0.0, help="with --scaling, the budget of the prediction; 10 x --flops")
     add("--out", default="", help="folder of the comparison; runs/compare-PRESET-STUDY unless given")
-    asked = parser.parse_args(argv)
+    asked, asked.settings = parser.parse_known_args(argv)
     asked.study = "tuned" if asked.tune else "scaling" if asked.scaling else "experts" if asked.experts else ""
     asked.lowest_flops = asked.lowest_flops or asked.flops / 10
     asked.predict_flops = asked.predict_flops or 10 * asked.flops
@@ -79,17 +77,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return asked
 
 
-def settings_to_compare(name: str, changes: Sequence[str], data: str) -> RunConfig:
-    """The settings of a preset with the values of `--set`, and with the text `data` unless it is empty.
+def settings_to_compare(name: str, flags: Sequence[str]) -> RunConfig:
+    """The settings of a preset with the values of further flags, those of `train.py`.
 
     Raises ConfigError for a wrong value, and for a setting that is chosen for each run.
     """
-    config = preset(name)
-    values = changes_of(config, changes)
-    for section, field in values:
-        if (section, field) in OF_EACH_RUN:
-            raise ConfigError(f"--set {section}.{field}: is chosen for each run; leave it out")
-    return config.override(values | ({("data", "source"): data} if data else {}))
+    usual, config = preset(name), train_flags.parse(["--preset", name, *flags], "compare.py")[0].config
+    for section, field in OF_EACH_RUN:
+        if getattr(config.section(section), field) != getattr(usual.section(section), field):
+            raise config.section(section).wrong(field, "is chosen for each run; leave it out")
+    return config
 
 
 def expert_counts(text: str, config: RunConfig) -> tuple[int, ...]:
@@ -124,7 +121,7 @@ def request_of(asked: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
     return {name: getattr(asked, name) for name in names} | {"config": config.to_dict()}
 
 
-def train(asked: argparse.Namespace, config: RunConfig, signals: Signals) -> "Report":
+def train(asked: argparse.Namespace, config: RunConfig) -> "Report":
     """Train what is not trained yet. Raises Stopped, UserError."""
     from comparison.study_runs import train_all, with_prepared_text
 
@@ -133,25 +130,25 @@ def train(asked: argparse.Namespace, config: RunConfig, signals: Signals) -> "Re
     path, request = asked.out / "plan.json", request_of(asked, config)
     if not path.exists():
         write_atomically(path, json_text({"asked": request, "machine": machine.describe()}, indent=1) + "\n")
-    base, train_runs = with_prepared_text(config), partial(train_all, signals=signals)
+    base = with_prepared_text(config)
     if asked.scaling:
         from comparison import scaling
 
         budgets = scaling.budgets(base, asked.lowest_flops, asked.flops)
-        summaries = train_runs(scaling.runs(base, budgets, asked.seeds, asked.out))
+        summaries = train_all(scaling.runs(base, budgets, asked.seeds, asked.out))
         return scaling.Scaling.of(base, budgets, summaries, asked.predict_flops).report()
     if asked.experts:
         from comparison.expert_counts import ExpertCounts, Models
 
         models = Models.of(base, expert_counts(asked.experts, base), asked.flops)
-        return ExpertCounts.of(models, train_runs(models.runs(asked.seeds, asked.out))).report()
-    return compare_baselines(asked, request, base, train_runs)
+        return ExpertCounts.of(models, train_all(models.runs(asked.seeds, asked.out))).report()
+    return compare_baselines(asked, request, base)
 
 
-def compare_baselines(asked: argparse.Namespace, request: dict[str, Any], base: RunConfig, train_runs: Any) -> "Report":
+def compare_baselines(asked: argparse.Namespace, request: dict[str, Any], base: RunConfig) -> "Report":
     """The mixture beside its dense baselines, tuned with --tune. The plan is made once, and kept."""
     from comparison import baselines, tuning
-    from comparison.study_runs import StudyRun, with_prepared_text
+    from comparison.study_runs import StudyRun, train_all, with_prepared_text
 
     path, models = asked.out / "plan.json", tuple[Dense, ...](asked.models)
     plan = baselines.Plan.load(path)
@@ -159,13 +156,13 @@ def compare_baselines(asked: argparse.Namespace, request: dict[str, Any], base: 
         found = None
         if asked.tune:
             choosing = with_prepared_text(tuning.text_to_choose_on(base))
-            found = tuning.search(choosing, asked.flops, asked.out, models, train_runs, baselines.step_ratio)
+            found = tuning.search(choosing, asked.flops, asked.out, models, train_all, baselines.step_ratio)
         print("measuring the step times of the models in turn ...", flush=True)
         plan = baselines.Plan.make(base, asked.flops, found, models)
         plan.save(path, request)
     todo = list(plan.runs(asked.seeds, asked.out))
     summaries: dict[Any, list[dict[str, Any]]] = {}
-    trained = train_runs([StudyRun(f"{arm.name}, seed {seed}", config) for arm, seed, config in todo])
+    trained = train_all([StudyRun(f"{arm.name}, seed {seed}", config) for arm, seed, config in todo])
     for (arm, _, _), summary in zip(todo, trained, strict=True):
         summaries.setdefault(arm, []).append(summary)
     return baselines.report(plan, baselines.collect(plan, summaries), asked.out)
@@ -187,19 +184,20 @@ def publish(report: "Report", out: Path) -> None:
 
 def run(argv: Sequence[str]) -> int:
     asked = parse(argv)
-    config = settings_to_compare(asked.preset, asked.set, asked.data)
+    config = settings_to_compare(asked.preset, asked.settings)
     check_same_request(request_of(asked, config), asked.out / "plan.json")
     if asked.experts:
         expert_counts(asked.experts, config)
-    with Signals() as signals:
-        environment.prepare_environment()
-        from moe_jax.runs.folder import locked_for_training
+    environment.prepare_environment()
+    from comparison.study_runs import Stopped
 
-        try:
-            with locked_for_training(asked.out):
-                report = train(asked, config, signals)
-        except Stopped as stop:
-            return stop.status
+    from moe_jax.runs.folder import locked_for_training
+
+    try:
+        with locked_for_training(asked.out):
+            report = train(asked, config)
+    except Stopped as stop:
+        return 128 + stop.args[0]
     publish(report, asked.out)
     return 0
 

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from moe_jax.training.loop import finish, train
 
 from moe_jax.config import RunConfig, load_config
 from moe_jax.data.token_store import prepare_token_store
 from moe_jax.runs.folder import locked_for_training
 from moe_jax.runs.records import read_summary
-from moe_jax.system.signals import Signals
+from moe_jax.training.run import finish, take_steps
 from moe_jax.training.session import Session
 from moe_jax.training.start import resumed_run
 
@@ -28,6 +27,10 @@ NEEDED = (
     *("training_flops", "params_total", "params_active"),
 )
 """What the result of an experiment takes from the summary of a run."""
+
+
+class Stopped(Exception):
+    """A signal stopped a run, which is saved. The argument is the number of the signal."""
 
 
 class StudyRun(NamedTuple):
@@ -56,16 +59,16 @@ def run_config(settings: RunConfig, name: str, steps: int, seed: int, out: Path,
     return dataclasses.replace(settings, out=str(out / f"{name}-{steps}-steps-seed-{seed}"), train=train)
 
 
-def train_all(runs: Sequence[StudyRun], signals: Signals) -> list[dict[str, Any]]:
+def train_all(runs: Sequence[StudyRun]) -> list[dict[str, Any]]:
     """Train the runs in turn, and return their summaries. Raises Stopped, UserError."""
     summaries = []
     for number, run in enumerate(runs, 1):
         print(f"\nrun {number} of {len(runs)}: {run.title}, {run.config.train.steps:,} steps", flush=True)
-        summaries.append(train_run(run.config, signals))
+        summaries.append(train_run(run.config))
     return summaries
 
 
-def train_run(config: RunConfig, signals: Signals) -> dict[str, Any]:
+def train_run(config: RunConfig) -> dict[str, Any]:
     """Train a run, or the rest of it, and return its summary. Raises Stopped, UserError."""
     folder = Path(config.run_dir)
     done = finished(folder, config.train.steps)
@@ -73,7 +76,8 @@ def train_run(config: RunConfig, signals: Signals) -> dict[str, Any]:
         return done
     with locked_for_training(folder):
         session = Session.open(config, (saved := load_config(folder)) and resumed_run(saved))
-        train(session, signals)
+        if (stopped := take_steps(session, "this command")) is not None:
+            raise Stopped(stopped)
         result = finish(session)
     jax.clear_caches()  # the next run compiles its own programs
     return result

@@ -56,7 +56,6 @@ def run(argv: Sequence[str], about: str = "") -> int:
     asked = parse(argv, about)
     names = suites_of(asked.suite)
     environment.prepare_environment()
-    terminal.outlive_output()  # the results go into a file as well
     from moe_jax.model.precision import choose_policy
     from moe_jax.system import machine
     from moe_jax.training.header import model_line

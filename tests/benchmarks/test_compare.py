@@ -22,6 +22,7 @@ from scipy import stats
 from moe_jax.config import ConfigError, RunConfig, UserError
 from moe_jax.model.costs import training_flops
 from moe_jax.training.session import Session, SessionData
+from moe_jax.training.start import Start
 from tests.benchmarks.invented_runs import Trainer, recipe
 from tests.reliability import runs as processes
 from tests.support import saved_run
@@ -164,6 +165,14 @@ def test_differences_between_numbers_of_experts_by_hand() -> None:
 
 # Whole comparisons
 
+
+def test_settings_of_all_models_are_flags_of_train() -> None:
+    config = compare.settings_to_compare("nano", ["--model.experts", "4", "--lr", "0.01"])
+    assert (config.model.experts, config.train.lr) == (4, 0.01)
+    with pytest.raises(ConfigError, match="^--steps 7: is chosen for each run; leave it out"):
+        compare.settings_to_compare("nano", ["--steps", "7"])
+
+
 STEP_SECONDS = {"none": 0.2, "active": 0.1}
 
 
@@ -182,7 +191,7 @@ def command(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list
     """The command on the tiny recipe, one seed of three steps, with step times that are always the same."""
     document = recipe(str(text)).to_dict()
     document["model"]["vocab_size"] = 0
-    monkeypatch.setattr(compare, "preset", lambda name: RunConfig.from_dict(document))
+    monkeypatch.setattr(compare, "settings_to_compare", lambda *_: RunConfig.from_dict(document))
     monkeypatch.setattr(baselines, "step_seconds", lambda models: {c: STEP_SECONDS[c.model.dense] for c in models})
     return ["--out", str(tmp_path / "out"), "--seeds", "1", "--no-total", "--flops", str(3.5 * ONE)]
 
@@ -216,8 +225,8 @@ def test_a_comparison_goes_on_reports_and_repeats_nothing(
     plan, first = (out / "plan.json").read_text(), (out / "moe-3-steps-seed-0" / "metrics.jsonl").read_text()
     original = Session.open.__func__
 
-    def record(cls: Any, config: RunConfig, saved: RunConfig | None, *lock: Any) -> Any:
-        session = original(cls, config, saved, *lock)
+    def record(cls: Any, config: RunConfig, start: Start | None) -> Any:
+        session = original(cls, config, start)
         opened.append((Path(config.out).name, session.resumed_from))
         return session
 

@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from verify_resume import VerifyResume, verify_resume
+from verify_resume import verify_resume
 
 from tests.reliability import runs
+from tests.support.commands import train_settings
 
 pytestmark = pytest.mark.reliability
 
@@ -28,7 +29,7 @@ def test_it_passes_wherever_it_kills(
     for name, value in runs.environment(cache).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(random, "randrange", lambda low, high: kill(range(low, high)))
-    config, _ = VerifyResume.parse(runs.flags(text, tmp_path / "unused")).settings
+    config, _ = train_settings(*runs.flags(text, tmp_path / "unused"))
     assert verify_resume(config) == 0
     printed = capsys.readouterr().out
     assert "PASS" in printed
