@@ -51,7 +51,7 @@ def certify(config: RunConfig, params: Params, batch_size: int) -> Iterator[Cert
     yield from model_causality(config, params)
     yield writing_causality(_decoder(config), params, config.model.vocab_size)
     if config.model.dense == "none":
-        yield from layer_arithmetic(config.model)
+        yield layer_arithmetic(config.model)
         yield from step_arithmetic(config, batch_size)
     yield compilations(config, params, batch_size)
 

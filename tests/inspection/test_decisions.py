@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.cli.inspect import Inspect
+from moe_jax.cli.main import run_command
 from moe_jax.config import ConfigError, UserError
 from moe_jax.inspection import decisions as module
 from moe_jax.inspection.decisions import Decisions, count_decisions, decisions, write_decisions
@@ -133,11 +133,10 @@ def test_the_files_of_a_folder_are_kinds(tmp_path: Path) -> None:
     (tmp_path / ".hidden").write_text("no")
     (tmp_path / "folder").mkdir()
 
-    def texts(path: Path) -> list[tuple[str, str]]:
-        return Inspect(run="run", file=str(path), trace="out")._texts()
-
-    assert texts(tmp_path) == [("a", "one"), ("b", "two")]
-    assert texts(tmp_path / "b.txt") == [("b", "two")]
+    argv = ["inspect", "--run", "nano", "--file", str(tmp_path), "--trace", str(tmp_path / "out" / "trace.jsonl")]
+    assert run_command([*argv, "--json", str(tmp_path / "out" / "counts.json")]) == 0
+    counts = json.loads((tmp_path / "out" / "counts.json").read_text())
+    assert list(counts["specialisation"]) == ["a", "b"]
     (tmp_path / "c.bin").write_bytes(b"\xff\xfe")
     with pytest.raises(ConfigError, match=r"c\.bin: must be a text in UTF-8"):
-        texts(tmp_path)
+        run_command(argv)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_jax.cli.inspect import Inspect
+from moe_jax.cli.main import run_command
 from moe_jax.config import ConfigError, UserError
 from moe_jax.data.tokenizers import token_pieces
 from moe_jax.inspection import corpus_routing, report
@@ -263,7 +263,7 @@ def test_a_text_of_the_users_does_not_replace_the_runs_own_page(folder: Path, tm
     own = run / "report" / "routing.html"
     own.parent.mkdir(exist_ok=True)
     own.write_text("the run's own")
-    assert Inspect(run=str(run), text="a cat").execute() == 0
+    assert run_command(["inspect", "--run", str(run), "--text", "a cat"]) == 0
     assert own.read_text() == "the run's own"
     assert data_in((run / "report" / "routing-of-a-text.html").read_text(encoding="utf-8"))["text"]["pieces"]
 
@@ -281,7 +281,7 @@ def test_a_text_that_is_predicted_worse_than_by_guessing_is_warned_of(
 ) -> None:
     """By the shipped `nano`, which knows the sentences of its grammar and no German."""
     monkeypatch.setattr(report, "_validation_tokens", lambda _: (None, ""))
-    assert Inspect(run=str(run_folder("nano")), text=text, out=str(tmp_path / "page.html")).execute() == 0
+    assert run_command(["inspect", "--run", "nano", "--text", text, "--out", str(tmp_path / "page.html")]) == 0
     said = capsys.readouterr().err
     assert ("warning: the model predicts this text worse than guessing: " in said) == lost
     assert ("6.93 if all 1,024 tokens" in said) == lost
@@ -291,4 +291,4 @@ def test_an_empty_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "empty.txt").write_text("")
     monkeypatch.setattr("moe_jax.cli.command.check_run_folder", lambda *_: None)
     with pytest.raises(ConfigError, match=r"--file .*empty\.txt: is empty; give a text"):
-        Inspect(run="run", file=str(tmp_path / "empty.txt")).execute()
+        run_command(["inspect", "--run", "nano", "--file", str(tmp_path / "empty.txt")])

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax.cli.generate import Generate
 from moe_jax.cli.main import main, run_command
+from moe_jax.cli.options import checked_run
 from moe_jax.config import ConfigError
 from moe_jax.runs import catalog
 
@@ -28,25 +28,26 @@ def _folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_name_is_a_folder_then_a_run_then_a_model_of_the_package(tmp_path: Path) -> None:
-    assert Generate.parse(["--run", "nano"]).run == str(tmp_path / "package" / "nano")
-    assert Generate.parse(["--run", "nano"]).name == "nano"
+    assert checked_run("nano") == str(tmp_path / "package" / "nano")
     make_run(Path("runs/nano"), 5)
-    assert Generate.parse(["--run", "nano"]).run == "runs/nano"
+    assert checked_run("nano") == "runs/nano"
     Path("nano").mkdir()  # holds no run
-    assert Generate.parse(["--run", "nano"]).run == "runs/nano"
+    assert checked_run("nano") == "runs/nano"
     make_run(Path("nano"), 5)
-    assert Generate.parse(["--run", "nano"]).run == "nano"
+    assert checked_run("nano") == "nano"
     with pytest.raises(ConfigError, match="--run absent: no run with a complete checkpoint there"):
-        Generate.parse(["--run", "absent"]).check()
+        checked_run("absent")
 
 
-def test_without_a_name_the_newest_run_and_one_line_says_which(capsys: pytest.CaptureFixture[str]) -> None:
-    assert Generate.parse([]).name == "stories"
+def test_without_a_name_the_newest_run_and_one_line_says_which(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert checked_run("") == str(tmp_path / "package" / "stories")
     assert capsys.readouterr().err == "no --run: this is stories, a model that comes with moe-jax\n"
     for name, seconds in (("old", 1_000_000_000), ("new", 1_000_000_100), ("older", 999_999_999)):
         make_run(Path("runs") / name, seconds)
     Path("runs/bench").mkdir()
-    assert Generate.parse([]).run == "runs/new"
+    assert checked_run("") == "runs/new"
     assert capsys.readouterr() == ("", "no --run: this is runs/new, the newest run in runs\n")
 
 
