@@ -49,9 +49,9 @@ class Serve(ModelCommand):
 
     def execute(self) -> int:
         self.check()
-        if not all(importlib.util.find_spec(name) for name in ("starlette", "uvicorn")):
+        if not all(importlib.util.find_spec(name) for name in ("starlette", "uvicorn", "pydantic")):
             raise UserError(
-                "serve needs the packages starlette and uvicorn: `uv run --extra serve python -m moe_jax serve ...`"
+                "serve needs starlette, uvicorn and pydantic: `uv run --extra serve python -m moe_jax serve ...`"
             )
         from moe_jax.serving.sockets import bind, url
 
@@ -60,10 +60,10 @@ class Serve(ModelCommand):
         environment.prepare_environment()
         from moe_jax.inference.decode import Decoder, cast_once
         from moe_jax.runs.load import open_run
-        from moe_jax.serving.app import Rules, Server
+        from moe_jax.serving.app import AccessPolicy, Server
         from moe_jax.serving.engine import Engine
         from moe_jax.serving.requests import MAX_QUEUE, ModelCard
-        from moe_jax.serving.server import delivered_to, serve
+        from moe_jax.serving.server import WebServer, delivered_to, serve
 
         run, loop = open_run(self.run, self.step), asyncio.new_event_loop()
         card = ModelCard(run, Path(self.run).resolve().name, self.slots, Path(self.run))
@@ -72,7 +72,8 @@ class Serve(ModelCommand):
         params = cast_once(run.writer, run.params)
         engine = Engine(decoder, params, run.tokenizer, queue=MAX_QUEUE, deliver=delivered_to(loop))
         engine.compile()
-        server = Server(engine, card, Rules(self.host, self.api_key, self.allow_origin))
-        serve(server, loop, sock, ready=lambda: say(f"ready: {url(sock)} (Ctrl-C ends it)"))
+        server = Server(engine, card, AccessPolicy(self.host, self.api_key, self.allow_origin))
+        web = WebServer(server, ready=lambda: say(f"ready: {url(sock)} (Ctrl-C ends it)"))
+        serve(web, loop, sock)
         say("stopped")
         return 0

@@ -22,8 +22,6 @@ from moe_jax.inference.sampling import Sampling
 from moe_jax.interop.pretrained import Pretrained
 from moe_jax.interop.tokenizers import tokenizer_files
 from moe_jax.runs.load import open_run
-from moe_jax.serving.answers import ChatCompletion
-from moe_jax.serving.requests import ModelCard
 from moe_jax.training.session import Session
 from tests.interop.made import llama
 from tests.support.hf_tokenizers import END, end_of, made
@@ -220,7 +218,7 @@ def test_a_tuned_run_asks_and_answers_in_the_template(tmp_path: Path) -> None:
     card = ModelCard(open_run(tmp_path / "run"), "run", 1, tmp_path / "run")
     body = {"messages": [message._asdict() for message in CHAT[:2]]}
     assert card.to_dict()["moe_jax"]["chat"]
-    assert ChatCompletion(json.dumps(body).encode(), card).requests[0].prompt == answer_prompt(tokenizer, CHAT[:2])
+    assert ChatCompletion(json.dumps(body).encode(), card).texts[0].prompt == answer_prompt(tokenizer, CHAT[:2])
 
 
 class Yes(TextGenerator):
