@@ -13,8 +13,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from moe_jax.config import UserError
+from moe_jax.data.chats import answer_prompt
 from moe_jax.data.documents import ANSWERING, Message
-from moe_jax.data.tokenizers import answer_prompt, token_pieces
+from moe_jax.data.tokenizers import token_pieces
 from moe_jax.serving.requests import (
     MAX_PROMPT_TOKENS,
     MAX_TEXTS,
@@ -162,7 +163,7 @@ class Completion(Generation):
 
 
 class ChatCompletion(Generation):
-    """Answers to a conversation, in the role format of `data/tokenizers.py`."""
+    """Answers to a conversation, in the role format of `data/chats.py`."""
 
     prefix = "chatcmpl-"
     object, stream_object = "chat.completion", "chat.completion.chunk"

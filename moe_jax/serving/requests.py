@@ -89,7 +89,7 @@ class GenerationRequest(BaseModel):
     logit_bias: dict[str, float] = Field({}, max_length=0)
     tools: list[Any] = Field([], max_length=0)
     tool_choice: Literal["none", "auto"] = "none"
-    response_format: dict[Literal["type"], Literal["text"]] = {}  # noqa: RUF012, pydantic copies it
+    response_format: dict[Literal["type"], Literal["text"]] = {}
 
     @model_validator(mode="before")
     @classmethod

@@ -24,9 +24,9 @@ import numpy as np
 from moe_jax.config import RunConfig, UserError, holds_run
 from moe_jax.data.baselines import CorpusBaselines, corpus_baselines
 from moe_jax.data.batches import MaskedBatch, train_positions, validation_subset
+from moe_jax.data.chats import answer_prompt
 from moe_jax.data.documents import Message
 from moe_jax.data.token_store import Stream, TokenStore, first_question, openings, prepare_token_store
-from moe_jax.data.tokenizers import answer_prompt
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.transformer import Params

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from moe_jax.config import DataConfig, UserError
+from moe_jax.data.chats import answer_prompt
 from moe_jax.data.documents import Message
-from moe_jax.data.tokenizers import answer_prompt, train_tokenizer
+from moe_jax.data.tokenizers import train_tokenizer
 from moe_jax.inference.chat import HELP, Chat, RoleChat
 from moe_jax.inference.generate import TextGenerator
 from moe_jax.inference.sampling import Sampling

@@ -13,14 +13,10 @@ pytest.importorskip("starlette", reason="needs the extra `serve`")
 pytest.importorskip("uvicorn", reason="needs the extra `serve`")
 pytest.importorskip("pydantic", reason="needs the extra `serve`")
 
-from moe_jax.config import UserError
-from moe_jax.data.documents import Message
-from moe_jax.data.tokenizers import answer_prompt
 from moe_jax.inference.sampling import Sampling
-from moe_jax.serving import app, requests, streams
+from moe_jax.serving import requests
 from moe_jax.serving.completions import Completion
 from moe_jax.serving.requests import ModelCard
-from moe_jax.serving.sockets import bind
 from moe_jax.serving.streams import GenerationResponse
 from moe_jax.serving.texts import Event, Listener, Piece, TextRequest
 from tests.serving import made
