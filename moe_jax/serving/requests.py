@@ -1,4 +1,4 @@
-"""What a request may ask: a pydantic model for each endpoint, the error in OpenAI's form, and the entry of the model."""
+"""What a request may ask: a pydantic model for each endpoint, errors in OpenAI's form, and the entry of the model."""
 
 import secrets
 import time
