@@ -27,8 +27,8 @@ from moe_jax.cli.main import main
 from moe_jax.config import DataConfig, ModelConfig, RunConfig, UserError
 from moe_jax.config.presets import PRESETS, preset, with_vocabulary
 from moe_jax.data.tokenizers import Tokenizer, train_tokenizer
-from moe_jax.interop.architectures import architecture_of
-from moe_jax.interop.gguf_file import GgufType, write_gguf
+from moe_jax.interop.architectures import ExportDtype, architecture_of
+from moe_jax.interop.gguf_file import write_gguf
 from moe_jax.interop.source import ExportSource
 from moe_jax.model.precision import to_param_dtype
 from moe_jax.model.quantized import WEIGHTS, in_tiles, quantize
@@ -161,7 +161,7 @@ def architecture_problem(config: RunConfig) -> str:
         return str(error)
 
 
-def write_model(path: Path, config: RunConfig, params: Params, tokenizer: Tokenizer, dtype: GgufType) -> None:
+def write_model(path: Path, config: RunConfig, params: Params, tokenizer: Tokenizer, dtype: ExportDtype) -> None:
     """The model as a GGUF file, with matrices of this type."""
     weights = {name: np.asarray(leaf) for name, leaf in named_leaves(params).items()}
     nowhere: Any = None  # there is no checkpoint

@@ -8,6 +8,7 @@ from typing import Literal
 
 from moe_jax.cli.command import ModelCommand, check_new_folder, check_out_file, check_whole_folder, print_json
 from moe_jax.config import ConfigError
+from moe_jax.interop.architectures import ExportDtype, ExportTarget
 from moe_jax.system import environment
 from moe_jax.system.terminal import say, working
 
@@ -22,10 +23,10 @@ class Export(ModelCommand):
 
     out: str
     """The folder to make; for `html` the file."""
-    to: Literal["hf", "gguf", "both", "safetensors", "html"] = "hf"
+    to: ExportTarget = "hf"
     """For transformers (`hf`), llama.cpp and ollama (`gguf`), `both`; plain `safetensors` with a stated layout; or
     `html`, a page with the model inside, to open in a browser."""
-    dtype: Literal["float32", "bfloat16", "float16", "q8_0"] = "float32"
+    dtype: ExportDtype = "float32"
     """Number format of the weights. q8_0 has 8 bits a weight; for `gguf` only. A page has int8."""
 
     def execute(self) -> int:

@@ -37,8 +37,8 @@ class Import(Command):
         check_whole_folder("--out", out)
         environment.prepare_environment()
         with working(f"opening {self.source}"):
-            from moe_jax.interop.hub import model_folder
             from moe_jax.interop.imported_run import import_run
+            from moe_jax.interop.model_folder import model_folder
             from moe_jax.interop.pretrained import Pretrained
 
         folder = model_folder(self.source)

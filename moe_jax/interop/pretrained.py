@@ -29,7 +29,8 @@ from moe_jax.config import UserError
 from moe_jax.data.chat_templates import template_in
 from moe_jax.data.tokenizers import Tokenizer, imported_tokenizer
 from moe_jax.interop.huggingface import EMBEDDING, HEAD, Piece, Table, expected, is_fused, table
-from moe_jax.interop.pretrained_shape import PretrainedShape, read_file, read_shape
+from moe_jax.interop.model_folder import read_file
+from moe_jax.interop.pretrained_shape import PretrainedShape, read_shape
 from moe_jax.interop.weight_files import DTYPES, WeightFiles
 from moe_jax.model.transformer import Params
 from moe_jax.runs.arrays import named_leaves

@@ -20,9 +20,9 @@ from moe_jax.config.presets import PRESETS, preset
 from moe_jax.data.tokenizers import Tokenizer, _byte
 from moe_jax.interop import html
 from moe_jax.interop.architectures import architecture_of
+from moe_jax.interop.config_json import config_json
 from moe_jax.interop.export import export
 from moe_jax.interop.gguf_file import CONTROL, NORMAL, _kind, _rule, gguf_vocabulary
-from moe_jax.interop.huggingface import config_json
 from moe_jax.interop.source import embedding, open_source
 from moe_jax.system import signals
 from tests.interop.saved import save

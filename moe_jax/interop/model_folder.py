@@ -1,10 +1,16 @@
-"""Models by the name that they have on the Hugging Face hub: downloaded into its cache, where other programs find them
-too. A download that breaks off goes on at the next call."""
+"""The folder of a public model: its files, and its download by the name that it has on the Hugging Face hub.
 
+The hub's library downloads into its own cache, where other programs find the model too. A download that breaks off goes
+on at the next call.
+"""
+
+import os
 import re
 from pathlib import Path
+from typing import BinaryIO
 
 from moe_jax.config import UserError
+from moe_jax.system.files import Folder
 
 FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "*.safetensors*")
 """What is downloaded. Weights in other files are not: reading them could run code."""
@@ -36,3 +42,18 @@ def model_folder(source: str) -> Path:
             f"{source}: the hub cannot be reached ({why}); try again, or bring the folder: where there is a network, "
             f"`uvx hf download {source} --local-dir {source.partition('/')[2]}`, and give its path here"
         ) from None
+
+
+def read_file(folder: Path, name: str, limit: int | None = None) -> bytes:
+    """A plain file of a folder. The caches of Hugging Face hold links to plain files, so a link is followed.
+
+    Raises OSError, also for a file that is not plain (a device, a pipe), or has more than `limit` bytes.
+    """
+    with open_file(folder, name, limit) as file:
+        return file.read()
+
+
+def open_file(folder: Path, name: str, limit: int | None = None) -> BinaryIO:
+    """A plain file of a folder, open for reading. Raises the errors of `read_file`."""
+    path = Path(os.path.realpath(folder / name))
+    return Folder(path.parent).open(path.name, limit)
