@@ -100,12 +100,6 @@ class Pretrained:
         shape = read_shape(folder, flag)
         tokenizer = _tokenizer(folder, shape)
         opened = cls(shape, tokenizer, WeightFiles.open(folder))
-        layers, experts, there = shape.model.layers, shape.model.experts, len(opened.weights.tensors)
-        if layers * (1 if is_fused(opened.weights.tensors) else experts) > there:  # before a table of that size is made
-            raise UserError(
-                f"{folder}: config.json gives {layers:,} layers of {experts:,} experts, and the weight files have "
-                f"{there:,} tensors; take both from the same folder"
-            )
         opened.weights.check(expected(opened.table()), {HEAD} if shape.tied else set())
         return opened
 

@@ -153,15 +153,6 @@ def test_a_saved_tokenizer_is_the_same_again(tokenizer, tmp_path):
     assert again.to_dict() == tokenizer.to_dict() == json.loads(path.read_text())
 
 
-def test_no_network_for_gpt2_says_what_to_do(monkeypatch):
-    def no_network(_):
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr("tiktoken.get_encoding", no_network)
-    with pytest.raises(UserError, match=r"TIKTOKEN_CACHE_DIR .* or use --tokenizer bpe"):
-        train_tokenizer(DataConfig(tokenizer="gpt2"))
-
-
 @both
 @pytest.mark.parametrize("beyond", [0, 5, -(10**6), None])
 def test_an_unknown_id_is_a_user_error(tokenizer, beyond):
@@ -199,21 +190,3 @@ def test_pieces_show_bytes_that_are_no_character() -> None:
     assert token_pieces(BYTE, ids) == ["a", "<C3>", "<A9>", SEPARATOR]
     pair = Tokenizer.from_dict(signed({"kind": "bpe", "merges": [[0xC3, 0xA9], [0xF0, 0x9F]]}))
     assert token_pieces(pair, np.array([256, 257])) == ["é", "<F0 9F>"]
-
-
-def test_a_gpt2_file_holds_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With an invented vocabulary of four entries and the separator."""
-
-    class Encoding:
-        eot_token = 4
-        encode_ordinary_batch = staticmethod(lambda texts: [[0, 3] for _ in texts])
-
-        def decode_single_token_bytes(self, i: int) -> bytes:
-            return bytes([97 + i]) * (i + 1)
-
-    monkeypatch.setattr("tiktoken.get_encoding", lambda name: {"gpt2": Encoding()}[name])
-    tokenizer = train_tokenizer(DataConfig(tokenizer="gpt2"))
-    assert (tokenizer.vocab_size, tokenizer.separator_id, tokenizer.encode("x")) == (5, 4, [0, 3])
-    assert tokenizer.token_bytes().tolist() == [1, 2, 3, 4, 0]
-    assert tokenizer.to_dict() == {"kind": "gpt2", "vocab_size": 5, "digest": tokenizer.digest}
-    assert tokenizer.decode([1, 4]) == f"bb{SEPARATOR}"

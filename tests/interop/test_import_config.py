@@ -5,16 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from moe_jax.config import ConfigError
-from moe_jax.interop.huggingface import FUSED
 from moe_jax.interop.pretrained import Pretrained
 from moe_jax.interop.pretrained_shape import holds_pretrained, read_shape
 from moe_jax.model.costs import count_parameters, totals
-from tests.interop.made import llama, llama_tensors, read, refused
+from tests.interop.made import llama, read, refused
 
 
 @pytest.fixture
@@ -75,34 +72,6 @@ def test_what_our_model_cannot_hold_is_named(name: str, folder: Path) -> None:
     text = json.dumps(config | changes).replace("Infinity", "1e999")
     (folder / "config.json").write_text(text)
     refused(folder, said)
-
-
-@pytest.mark.parametrize(
-    ("layers", "experts", "fused", "early"),
-    [
-        (4096, 4096, False, True),
-        (2, 4096, False, True),
-        (3, 7, False, True),
-        (4, 5, False, False),
-        (22, 2, True, True),
-        (3, 7, True, False),
-    ],
-)
-def test_more_layers_and_experts_than_tensors_are_refused_before_their_table_is_made(
-    layers: int, experts: int, fused: bool, early: bool, folder: Path
-) -> None:
-    """The table of 4,096 layers of 4,096 experts, of 100 million parameters, takes minutes and 9 GB. The files have 20
-    tensors, and one for all experts of a layer where these are fused."""
-    changes = {"model_type": "mixtral", "num_local_experts": experts, "num_hidden_layers": layers}
-    config = json.loads((folder / "config.json").read_text()) | changes | {"num_experts_per_tok": 2}
-    (folder / "config.json").write_text(json.dumps(config | {"architectures": None}))
-    if fused:
-        tensors = llama_tensors(np.random.default_rng(0)) | {f"model.layers.0.{FUSED[0]}": np.zeros(1, np.float32)}
-        save_file(tensors, folder / "model.safetensors")
-    given = (
-        f"config.json gives {layers:,} layers of {experts:,} experts, and the weight files have {20 + fused} tensors"
-    )
-    refused(folder, given if early else "has no tensor")
 
 
 @pytest.mark.parametrize(
