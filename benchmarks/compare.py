@@ -122,14 +122,13 @@ def request_of(asked: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
 
 
 def train(asked: argparse.Namespace, config: RunConfig) -> "Report":
-    """Train what is not trained yet. Raises Stopped, UserError."""
+    """Train what is not trained yet. Raises UserError, and SystemExit at a signal."""
     from comparison.study_runs import train_all, with_prepared_text
-
-    from moe_jax.system import machine
+    from suites.request import describe_machine
 
     path, request = asked.out / "plan.json", request_of(asked, config)
     if not path.exists():
-        write_atomically(path, json_text({"asked": request, "machine": machine.describe()}, indent=1) + "\n")
+        write_atomically(path, json_text({"asked": request, "machine": describe_machine()}, indent=1) + "\n")
     base = with_prepared_text(config)
     if asked.scaling:
         from comparison import scaling
@@ -189,15 +188,10 @@ def run(argv: Sequence[str]) -> int:
     if asked.experts:
         expert_counts(asked.experts, config)
     environment.prepare_environment()
-    from comparison.study_runs import Stopped
-
     from moe_jax.runs.folder import locked_for_training
 
-    try:
-        with locked_for_training(asked.out):
-            report = train(asked, config)
-    except Stopped as stop:
-        return 128 + stop.args[0]
+    with locked_for_training(asked.out):
+        report = train(asked, config)
     publish(report, asked.out)
     return 0
 

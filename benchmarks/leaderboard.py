@@ -63,7 +63,7 @@ def compiled_flops(config: RunConfig, steps: int) -> int:
 
 def row(run: Path) -> str:
     """The run as a row of the table. Raises UserError if the run is not finished."""
-    from moe_jax.system.machine import describe
+    from suites.request import describe_machine
 
     config, summary = finished(run)
     commands = f"`{command(config)}`"
@@ -73,7 +73,7 @@ def row(run: Path) -> str:
         commands = f"`{command(dense)} --out DENSE`, then {commands}"
         compiled += compiled_flops(dense, before["best_step"])
         seconds += before["wall_seconds"]
-    about = describe()
+    about = describe_machine()
     cells = [
         f"{summary['val_bits_per_byte']:.4f}",
         f"{summary['training_flops'] + summary['inherited_flops']:.3g}",

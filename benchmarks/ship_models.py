@@ -57,7 +57,7 @@ def ship(name: str, run: Path, out: Path) -> None:
     document = manifest.read(checkpoint)
     _generalise(document["context"]["config"], name)
     document["context"]["quantized"]["made_from"] = f"runs/{name}"
-    (checkpoint / manifest.NAME).write_text(manifest.render(document | {"versions": versions()}))
+    manifest.write(checkpoint, document | {"versions": versions()})
 
 
 def _generalise(config: dict[str, Any], name: str) -> None:

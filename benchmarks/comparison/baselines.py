@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from suites.random_tokens import RandomTokenTrainer
+from suites.request import describe_machine
 
 from comparison.plots import comparison_figures
 from comparison.report import IN_BRACKETS, Interval, Report, apart, difference_in_words, paired, t_interval
@@ -29,7 +30,6 @@ from comparison.tuning import MIXTURE, Basis, Side, Tuning, sides
 from moe_jax.config import Dense, RunConfig
 from moe_jax.config.presets import DENSE_BASELINES, dense_baseline
 from moe_jax.model.costs import training_flops
-from moe_jax.system import machine
 from moe_jax.system.files import json_text, write_atomically
 from moe_jax.system.machine import alternate
 
@@ -112,7 +112,7 @@ class Plan:
             "step_seconds": self.step_seconds,
             "steps": {arm.name: arm.steps for arm in self.arms()},
             "tuning": None if self.tuning is None else self.tuning.to_json(),
-            "machine": machine.describe(),
+            "machine": describe_machine(),
         }
         write_atomically(path, json_text(document, indent=1) + "\n")
 

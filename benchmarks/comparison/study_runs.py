@@ -29,10 +29,6 @@ NEEDED = (
 """What the result of an experiment takes from the summary of a run."""
 
 
-class Stopped(Exception):
-    """A signal stopped a run, which is saved. The argument is the number of the signal."""
-
-
 class StudyRun(NamedTuple):
     """One run of an experiment."""
 
@@ -60,7 +56,7 @@ def run_config(settings: RunConfig, name: str, steps: int, seed: int, out: Path,
 
 
 def train_all(runs: Sequence[StudyRun]) -> list[dict[str, Any]]:
-    """Train the runs in turn, and return their summaries. Raises Stopped, UserError."""
+    """Train the runs in turn, and return their summaries. Raises UserError, and SystemExit at a signal."""
     summaries = []
     for number, run in enumerate(runs, 1):
         print(f"\nrun {number} of {len(runs)}: {run.title}, {run.config.train.steps:,} steps", flush=True)
@@ -69,15 +65,15 @@ def train_all(runs: Sequence[StudyRun]) -> list[dict[str, Any]]:
 
 
 def train_run(config: RunConfig) -> dict[str, Any]:
-    """Train a run, or the rest of it, and return its summary. Raises Stopped, UserError."""
+    """Train a run, or the rest of it, and return its summary. Raises UserError, and SystemExit at a signal."""
     folder = Path(config.run_dir)
     done = finished(folder, config.train.steps)
     if done is not None:
         return done
     with locked_for_training(folder):
         session = Session.open(config, (saved := load_config(folder)) and resumed_run(saved))
-        if (stopped := take_steps(session, "this command")) is not None:
-            raise Stopped(stopped)
+        if (stopped := take_steps(session)) is not None:
+            raise SystemExit(128 + stopped)
         result = finish(session)
     jax.clear_caches()  # the next run compiles its own programs
     return result

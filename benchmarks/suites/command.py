@@ -57,16 +57,15 @@ def run(argv: Sequence[str], about: str = "") -> int:
     names = suites_of(asked.suite)
     environment.prepare_environment()
     from moe_jax.model.precision import choose_policy
-    from moe_jax.system import machine
     from moe_jax.training.header import model_line
 
-    from .request import BenchmarkRequest
+    from .request import BenchmarkRequest, describe_machine
 
     console = terminal.rich_console()
     config = with_vocabulary(preset(asked.preset))
     if config.train.optimizer == "adamw-8bit":  # a step is measured with the AdamW that other libraries have
         config = config.override({("train", "optimizer"): "adamw"})
-    about_machine = machine.describe()
+    about_machine = describe_machine()
     device = about_machine["device"].removeprefix("cpu: ")
     where = f"{about_machine['processor']}, {about_machine['cores']} cores, {device}"
     console.print(f"[bold]{asked.preset}[/bold] on {where}\n{model_line(config.model)}\n")

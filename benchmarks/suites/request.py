@@ -1,13 +1,41 @@
 """BenchmarkRequest: what a suite of `benchmark.py` is asked for; and the tables that suites print."""
 
+import platform
+import subprocess
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from rich.console import Console
 from rich.table import Table
 
 from moe_jax.config import RunConfig
-from moe_jax.system.machine import Times
+from moe_jax.system.environment import usable_cores
+from moe_jax.system.machine import Times, processor, versions
+
+
+def describe_machine() -> dict[str, Any]:
+    """Machine, package versions and commit, to be saved with a measurement."""
+    device = jax.devices()[0]
+    return {
+        "machine": platform.machine(),
+        "processor": processor(),
+        "cores": usable_cores(),
+        "device": f"{device.platform}: {device.device_kind}",
+        "python": platform.python_version(),
+        "versions": versions(),
+        "commit": _commit(),
+    }
+
+
+def _commit() -> str | None:
+    root = Path(__file__).parents[2]
+    try:
+        found = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    except OSError:
+        return None
+    return found.stdout.strip() or None
 
 
 class BenchmarkRequest(NamedTuple):

@@ -205,15 +205,19 @@ class ModelConfig(Section):
         return self.dense != "none" or self.routing.dispatch == "blocks"
 
     @property
+    def expert_matrices(self) -> int:
+        """Matrices of an expert: two, or three with a gate."""
+        return 3 if self.activation == "swiglu" else 2
+
+    @property
     def dense_hidden(self) -> int:
         """Hidden width of the dense baseline's feed-forward network.
 
         The network has as many parameters as K (`active`) or E (`total`) experts, the shared experts and the router
         together, to within half the parameters of a hidden unit.
         """
-        matrices = 3 if self.activation == "swiglu" else 2
         experts = self.routing.top_k if self.dense == "active" else self.experts
-        return round((experts + self.shared_experts) * self.expert_hidden + self.experts / matrices)
+        return round((experts + self.shared_experts) * self.expert_hidden + self.experts / self.expert_matrices)
 
     def with_routing(self, **changes: Any) -> "ModelConfig":
         """The same shape under another routing policy."""

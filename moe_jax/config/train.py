@@ -56,6 +56,8 @@ ParamDtype = Literal["float32", "bfloat16"]
 
 STATE_BYTES: dict[OptimizerKind, float] = {"adamw": 8, "adamw-bf16": 6, "adamw-8bit": 2, "adafactor": 0, "muon": 4}
 """Least bytes of optimizer state for each parameter."""
+NEWTON_SCHULZ_STEPS = 5
+"""Of one Muon step, as Jordan et al. 2024 and `optax` have it."""
 
 
 @dataclass(frozen=True)

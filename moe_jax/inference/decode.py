@@ -25,7 +25,6 @@ from flax import nnx
 from jax.stages import Compiled
 from jaxtyping import Array, Key
 
-from moe_jax.inference.kept_programs import kept_programs
 from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.slots import (
     PromptState,
@@ -158,16 +157,9 @@ class Decoder:
                 text = self.refill(text, 0, self.read(params, context))
 
     def compile(self, params: Params, prompt: int = 1) -> None:
-        """Compile what one text needs after a prompt of `prompt` tokens. On a CPU the programs are kept for later
-        processes."""
+        """Compile what one text needs after a prompt of `prompt` tokens."""
         length = 0 if prompt <= self._given else self._padded_length(min(prompt, self.seq_len))
-        if jax.default_backend() != "cpu":
-            programs = self._compiled(params, length)
-        else:
-            kind = jax.tree.map(lambda leaf: f"{leaf.dtype}{leaf.shape}", params)
-            facts = [repr(self._graphdef), repr(kind), f"{self.seq_len} {length} {self.vocab_size}"]
-            programs = kept_programs(facts, lambda: self._compiled(params, length))
-        self.write, self.begin_empty, *read = programs
+        self.write, self.begin_empty, *read = self._compiled(params, length)
         self._compiled_prefill = dict.fromkeys([length], *read) if read else {}
 
     def _compiled(self, params: Params, length: int) -> list[Compiled]:

@@ -14,9 +14,13 @@ The table is `architecture_of`. Each class computes what our model computes, to 
     gpt2        a dense baseline with learned positions, LayerNorm, GELU     GPT2LMHeadModel          none
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from moe_jax.config import ModelConfig, UserError
+
+ExportTarget = Literal["hf", "gguf", "both", "safetensors", "html"]
+ExportDtype = Literal["float32", "bfloat16", "float16", "q8_0"]
+"""Names of NumPy and ml_dtypes, but for q8_0, which only GGUF has."""
 
 
 class Architecture(NamedTuple):

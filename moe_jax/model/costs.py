@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.config.presets import with_vocabulary
-from moe_jax.config.train import STATE_BYTES
+from moe_jax.config.train import NEWTON_SCHULZ_STEPS, STATE_BYTES
 from moe_jax.model.kernels.query_blocks import LONGEST_KEPT, computed_scores, kept_scores
 
 
@@ -36,7 +36,7 @@ def count_parameters(config: ModelConfig) -> dict[str, Count]:
     attention = sum(rows * columns for rows, columns in attention_shapes(c))
     (_, qkv), (_, out) = attention_shapes(c)
     attention_bias = (bias or c.qkv_bias) * qkv + bias * out
-    matrices = 3 if c.activation == "swiglu" else 2
+    matrices = c.expert_matrices
     expert = matrices * c.width * c.expert_hidden
     vocabulary = c.vocab_size * c.width
     groups: dict[str, Count] = {}
@@ -76,7 +76,7 @@ def adapter_parameters(config: RunConfig) -> Count:
     model, rank = config.model, config.train.lora_rank
     if not rank:
         return Count(0, 0, 0)
-    matrices = 3 if model.activation == "swiglu" else 2
+    matrices = model.expert_matrices
     routed = model.dense == "none"
     attention = sum(rank * (rows + columns) for rows, columns in attention_shapes(model))
     hidden = model.expert_hidden if routed else model.dense_hidden
@@ -108,7 +108,7 @@ def totals(groups: dict[str, Count]) -> Count:
 
 def expert_flops(config: ModelConfig, rows: int) -> int:
     """Forward floating-point operations of the experts' matrix products on `rows` rows, one token each."""
-    matrices = 3 if config.activation == "swiglu" else 2
+    matrices = config.expert_matrices
     return 2 * rows * matrices * config.width * config.expert_hidden
 
 
@@ -177,7 +177,7 @@ def step_products(config: RunConfig, batch: int, devices: int = 1, cudnn: bool =
     computed = model.seq_len * (model.seq_len + 1) // 2 if cudnn else computed_scores(model.seq_len)
     score = _score_product(model, batch, computed)
     scores = 6 + 2 * again + (cudnn or model.seq_len > LONGEST_KEPT)
-    matrices = 3 if model.activation == "swiglu" else 2
+    matrices = model.expert_matrices
     if model.dense == "none":
         rows = multiplied_rows(model, batch, devices) + tokens * model.shared_experts
         ffn = (3 + again) * layer_flops(model, batch, devices)
@@ -210,9 +210,6 @@ def training_flops(config: RunConfig, steps: int) -> int:
     return 6 * totals(count_parameters(config.model)).multiplied * tokens + own * steps
 
 
-NEWTON_SCHULZ_STEPS = 5
-
-
 def muon_flops(config: ModelConfig, routers: bool = False) -> int:
     """Floating-point operations of the matrix products in one Muon step.
 
@@ -221,7 +218,7 @@ def muon_flops(config: ModelConfig, routers: bool = False) -> int:
     """
     width, hidden = config.width, config.expert_hidden if config.dense == "none" else config.dense_hidden
     experts = config.experts if config.dense == "none" else 1
-    matrices = 3 if config.activation == "swiglu" else 2
+    matrices = config.expert_matrices
     shapes = [*attention_shapes(config), *[(width, hidden)] * (experts * matrices)]
     if config.dense == "none" and config.shared_experts:  # the hidden width of a dense baseline includes them
         shapes += [(width, config.shared_experts * hidden)] * matrices

@@ -60,15 +60,15 @@ def mesh_of(text: str, devices: Sequence[Any] | None = None) -> Mesh | None:
     shape = MeshShape.parse(text)
     if shape.devices == 1:
         return None
-    there = jax.devices() if devices is None else list(devices)
-    if shape.devices != len(there):
-        kind = there[0].platform
+    available = jax.devices() if devices is None else list(devices)
+    if shape.devices != len(available):
+        found = "1 device" if len(available) == 1 else f"{len(available)} devices"
         raise ConfigError(
-            f"--mesh {text}: has {shape.devices} places, and JAX sees {len(there)} device{'s' * (len(there) != 1)} "
-            f"({kind}); give a mesh whose product is {len(there)}, or data=1 for one device"
+            f"--mesh {text}: has {shape.devices} places, and JAX sees {found} ({available[0].platform}); "
+            f"give a mesh whose product is {len(available)}, or data=1 for one device"
         )
     # jax.make_mesh makes Explicit axes unless told otherwise, and the model's gathers would then need annotations.
-    return Mesh(create_device_mesh(shape, there), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return Mesh(create_device_mesh(shape, available), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def leaf_name(path: jax.tree_util.KeyPath) -> str:

@@ -16,7 +16,8 @@ import json
 import os
 import socket
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -47,7 +48,7 @@ def is_process_zero() -> bool:
 
 @contextmanager
 def process_group(group: ProcessGroup) -> Iterator[None]:
-    """Within this block, this process belongs to the group.
+    """Within this block, this process belongs to the group, and prints on stdout only if it is process 0.
 
     Raises UserError if the coordinator's port is in use, or jax cannot connect the processes.
     """
@@ -55,7 +56,8 @@ def process_group(group: ProcessGroup) -> Iterator[None]:
         yield
         return
     _connect(group)
-    yield
+    with Path(os.devnull).open("w") as nowhere, nullcontext() if is_process_zero() else redirect_stdout(nowhere):
+        yield
     barrier()
     jax.distributed.shutdown()
 
@@ -139,9 +141,8 @@ def check_same_program(config: RunConfig, resumed: bool) -> None:
     """
     if not is_multi_process():
         return
-    facts = {
-        flag_of(config.section(section), name): value for section, name, value in config.settings() if name != "out"
-    }
+    settings = ((config.section(section), name, value) for section, name, value in config.settings())
+    facts = {flag_of(section, name): value for section, name, value in settings if name != "out"}
     facts |= {"a run in --out": resumed}
     agree_on(facts | {f"version of {name}": version for name, version in versions().items()})
 

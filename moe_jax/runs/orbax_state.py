@@ -35,7 +35,7 @@ class CheckpointHandler(ocp.PyTreeCheckpointHandler):
         super().__init__(use_compression=False, multiprocessing_options=_processes())
         self._document: Mapping[str, Any] = {}
 
-    async def async_save(self, directory: Any, args: "SaveArgs") -> Any:
+    async def async_save(self, directory: Any, args: "SaveArgs") -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Write all arrays. All processes call this; process 0 writes the weights."""
         self._document = args.document
         write_weights(Path(directory).parent, args.leaves)
@@ -78,6 +78,14 @@ class KeepStep(policies.PreservationPolicy):
         return [checkpoint.step == kept for checkpoint in checkpoints]
 
 
+class CheckpointManager(ocp.CheckpointManager):
+    """Orbax's manager, without jax's preemption service: `parallel.processes.stop_reason` says when to stop."""
+
+    def reached_preemption(self, step: int) -> bool:
+        """Always False: nobody asks to save this step in a hurry."""
+        return False
+
+
 def save_step(
     folder: Path, step: int, leaves: Mapping[str, Any], document: Mapping[str, Any], best: Callable[[], int | None]
 ) -> None:
@@ -93,9 +101,7 @@ def save_step(
         lightweight_initialize=True,  # orbax's own file about an earlier step may be damaged
         multiprocessing_options=_processes(),
     )
-    with ocp.CheckpointManager(
-        folder.resolve(), options=options, item_handlers={ARRAYS: CheckpointHandler()}
-    ) as manager:
+    with CheckpointManager(folder.resolve(), options=options, item_handlers={ARRAYS: CheckpointHandler()}) as manager:
         manager.save(step, args=ocp.args.Composite(**{ARRAYS: SaveArgs(leaves, document)}))
 
 
@@ -107,8 +113,8 @@ def _processes() -> ocp.options.MultiprocessingOptions:
 def state_shapes(arrays: Path) -> Shapes:
     """The arrays that orbax has written into a folder. Raises CheckpointCorrupted if it cannot read it."""
     try:
-        stored = ocp.PyTreeCheckpointHandler().metadata(arrays.resolve()).tree
-    except (ValueError, KeyError, OSError) as error:
+        stored = ocp.PyTreeCheckpointHandler().metadata(arrays.resolve()).tree  # pyright: ignore[reportArgumentType]
+    except (ValueError, KeyError) as error:
         raise _unreadable(error) from error
     return {name: jax.ShapeDtypeStruct(x.shape, np.dtype(x.dtype)) for name, x in stored.items()}
 
@@ -119,7 +125,7 @@ def read_state(arrays: Path, wanted: Shapes) -> dict[str, jax.Array]:
     restore_args = ocp.checkpoint_utils.construct_restore_args(item)
     args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
     try:
-        return ocp.PyTreeCheckpointHandler().restore(arrays.resolve(), args=args)
+        return ocp.PyTreeCheckpointHandler().restore(arrays.resolve(), args=args)  # pyright: ignore[reportArgumentType]
     except (ValueError, KeyError) as error:
         raise _unreadable(error) from error
 

@@ -2,10 +2,10 @@
 
 errors.py        errors that a user can fix
 environment.py   memory, cores, and the settings that must be made before jax is imported
-files.py         files and folders: atomic writes, plain files, locks, JSON, names of steps
-terminal.py      what is printed: streams that cannot break a program, tables, progress, lines that fit
-signals.py       how a program ends at a signal
+files.py         atomic writes, locks, JSON, names of steps
+terminal.py      what is printed, by rich: lines, tables, progress
+signals.py       how a training ends at a signal
 random_keys.py   random keys by purpose
-machine.py       this machine: its description, and times measured on it
+machine.py       this machine: its name, and times measured on it
 hlo.py           the text of compiled programs: instructions, matrix products and buffers
 """

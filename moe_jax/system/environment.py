@@ -86,11 +86,6 @@ def unused_card(platform: str) -> list[str]:
     return [f"this computes on the CPU, although this machine seems to have an NVIDIA card: {why}"]
 
 
-def silence_libraries() -> None:
-    """Keep XLA's warnings off stderr, unless the user wants them: every start of several processes has one."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-
-
 def prepare_environment(deterministic: bool = False) -> list[str]:
     """Set the environment for jax. Returns notes to print.
 

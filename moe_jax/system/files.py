@@ -9,8 +9,8 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -64,29 +64,18 @@ def open_output(path: Path) -> Iterator[BinaryIO]:
 @contextmanager
 def _replacing(path: Path) -> Iterator[BinaryIO]:
     """The new content of a file: see `write_atomically`."""
-    draft = None
+    draft = path.with_name(f".{path.name[:40]}.{secrets.token_hex(4)}.draft")
     try:
-        with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name[:40]}.", suffix=".draft", delete=False
-        ) as file:
-            draft = Path(file.name)
-            draft.chmod(0o666 & ~_umask())  # a temporary file is for its owner alone
-            yield file  # pyright: ignore[reportReturnType]
+        with draft.open("xb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         draft.replace(path)
     except BaseException as error:
-        if draft is not None:
-            draft.unlink(missing_ok=True)
+        draft.unlink(missing_ok=True)
         if isinstance(error, OSError):  # the user knows the file, not its draft
             error.filename, error.filename2 = str(path), None
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 @contextmanager

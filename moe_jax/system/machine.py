@@ -1,4 +1,4 @@
-"""This machine: its description, times measured on it, its matmul rate and its memory bandwidth.
+"""This machine: its name, times measured on it, its matmul rate and its memory bandwidth.
 
 The speed of a shared machine drifts by a factor of two within minutes. So times are comparable only if they were
 measured side by side. `alternate` runs all candidates in turn, round after round, and takes medians. It waits for the
@@ -7,7 +7,6 @@ result of every run. A benchmark measures the machine's limits in the same run a
 
 import importlib.metadata
 import platform
-import subprocess
 import time
 from collections.abc import Callable
 from functools import cache, partial
@@ -70,20 +69,6 @@ def memory_read_benchmark() -> tuple[Callable[[], Any], float]:
     return lambda: total(array), float(READ_BYTES)
 
 
-def describe() -> dict[str, Any]:
-    """Machine, package versions and commit, to be saved with a measurement."""
-    device = jax.devices()[0]
-    return {
-        "machine": platform.machine(),
-        "processor": processor(),
-        "cores": usable_cores(),
-        "device": f"{device.platform}: {device.device_kind}",
-        "python": platform.python_version(),
-        "versions": versions(),
-        "commit": _commit(),
-    }
-
-
 def processor() -> str:
     """The processor's name with its family and model: many generations share one name."""
     facts = _processor_facts()
@@ -106,15 +91,6 @@ def _processor_facts() -> dict[str, str]:
     except OSError:
         return {}
     return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
-
-
-def _commit() -> str | None:
-    root = Path(__file__).parents[2]
-    try:
-        found = subprocess.run(["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
-    except OSError:
-        return None
-    return found.stdout.strip() or None
 
 
 class Times(NamedTuple):
@@ -166,23 +142,6 @@ def _turn(run: Callable[[], Any], least: float) -> float:
         elapsed = time.perf_counter() - begin
         taken.append(float(result) if isinstance(result, Measured) else elapsed)
     return float(np.median(taken))
-
-
-def with_reused_output(function: Callable[..., Any], *operands: Any) -> Callable[[], Any]:
-    """`function(*operands)` as a function without arguments. Each call writes its result into the memory of the
-    previous result.
-
-    A training step reuses memory in the same way. With new memory for every call, the time would include page faults:
-    a third of the time of such a call on a CPU.
-    """
-    run = jax.jit(lambda old, *a: function(*a), donate_argnums=0, keep_unused=True)
-    held = [jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(function, *operands))]
-
-    def call() -> Any:
-        held[0] = run(held[0], *operands)
-        return held[0]
-
-    return call
 
 
 def matmul_rate(dtype: str, size: int = 1024, repeats: int = 5) -> float:

@@ -50,8 +50,8 @@ def train(
     with a stopped run.
     """
     group = group or ProcessGroup()
-    mesh_of(config.execution.mesh)  # refuses a mesh of other devices before anything is written
-    with process_group(group):
+    with process_group(group):  # before anything asks for the devices
+        mesh_of(config.execution.mesh)  # refuses a mesh of other devices before anything is written
         check_same_program(config, start.saved is not None)
         with locked_together(Path(config.run_dir)):
             session, stopped = _trained(config, start, resume)

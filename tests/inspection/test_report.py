@@ -20,7 +20,6 @@ from moe_jax.inspection.trace import routing_trace
 from moe_jax.pages.assembly import digest
 from moe_jax.runs.catalog import run_folder
 from moe_jax.runs.load import open_run
-from moe_jax.system.files import Folder
 from tests.support import saved_run, short_form, tiny
 
 pytestmark = pytest.mark.runs
@@ -228,7 +227,7 @@ def test_without_its_text_the_run_is_shown_on_a_given_one(folder: Path, tmp_path
 @pytest.mark.usefixtures("without_ablation")
 def test_the_end_of_a_run_writes_pictures_and_report(folder: Path) -> None:
     pytest.importorskip("matplotlib")
-    lines = report_run(Folder(folder))
+    lines = report_run(folder)
     assert lines == [
         f"pictures: {folder / 'report'}",
         f"routing report: {folder / 'report' / 'routing.html'}, to open in a browser",
@@ -240,7 +239,7 @@ def test_the_end_of_a_run_writes_pictures_and_report(folder: Path) -> None:
 def test_a_dense_baseline_gets_pictures_and_a_reason(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     baseline = saved_run.save_run(tmp_path, dense="active")
-    lines = report_run(Folder(baseline))
+    lines = report_run(baseline)
     assert lines[0].startswith("pictures: ")
     assert "dense baseline" in lines[1]
 

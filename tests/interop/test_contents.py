@@ -66,37 +66,6 @@ def test_a_page_may_start_its_worker_and_read_itself(run: Path) -> None:
     assert 'charset="windows-1252"' in page.lower()
 
 
-SCORES = {
-    "nothing": ({}, ""),
-    "whole": (
-        {"val_bits_per_byte": 1.23456, "val_whole_stream": True},
-        "1.2346 bits per byte on the whole validation text",
-    ),
-    "part": ({"val_bits_per_byte": 2}, "2.0000 bits per byte on a part of the validation text"),
-    "floor": (
-        {"val_bits_per_byte": 1.5, "val_whole_stream": True, "entropy_floor_bits_per_byte": 1.25},
-        "1.5000 bits per byte on the whole validation text; no model can be below 1.2500",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", SCORES)
-def test_what_the_card_says_of_the_score(name: str) -> None:
-    summary, said = SCORES[name]
-    assert module._score(summary) == said
-
-
-def test_what_the_card_says_of_the_routing() -> None:
-    both = {"balance_loss": 1.0625, "train_drop_fraction": 0.03125}
-    assert module._routing(both) == (
-        "balance loss 1.062 at the end (1 is even), 3.1% of the choices dropped in training"
-    )
-    assert [module._routing({name: both[name]}) for name in both] == ["", ""]
-    assert module._routing({"balance_loss": 0.0, "train_drop_fraction": 0.0}).endswith(
-        " 0.0% of the choices dropped in training"
-    )
-
-
 def test_the_whole_card(run: Path) -> None:
     """Every line, of a run that a summary says nothing of."""
     saved = open_source(run)

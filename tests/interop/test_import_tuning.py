@@ -81,8 +81,8 @@ def test_an_imported_model_is_tuned_and_exported(flags: tuple[str, ...], place: 
 def test_the_template_gives_our_ids(place: Path, tmp_path: Path) -> None:
     """In transformers, whose text for the template is cut into tokens by the imported tokenizer."""
     transformers = pytest.importorskip("transformers", reason="needs transformers: uv run --extra peers")
+    from moe_jax.data.chats import answer_prompt
     from moe_jax.data.documents import Message
-    from moe_jax.data.tokenizers import answer_prompt
 
     session, _ = tune(place)
     export(open_source(session.folder.path), "hf", "float32", tmp_path / "out", "export")

@@ -24,6 +24,7 @@ from moe_jax.interop.source import open_source
 from moe_jax.model.quantized import in_tiles, quantize
 from moe_jax.model.transformer import abstract_model
 from moe_jax.runs.arrays import named_leaves
+from moe_jax.runs.load import open_run
 from tests.interop import public_shapes
 from tests.interop.made import byte_tokenizer
 from tests.reliability import runs
@@ -45,7 +46,7 @@ SMALLER = {
 
 
 def published(folder: Path, name: str = "olmoe", shard_bytes: int = 100_000, **changes: Any) -> Path:
-    """A folder as a public mixture is published, of a small model in several shards, with a tokenizer of
+    """A folder as `benchmarks/public_shapes.py` writes it, of a small model in several shards, with a tokenizer of
     bytes, and with norms and routers that are no ones."""
     config = public_shapes.CONFIGS[name] | SMALL | SMALLER[name] | changes
     folder.mkdir()
@@ -95,11 +96,8 @@ def test_parts_of_a_tensor_give_the_whole(tmp_path: Path, monkeypatch: pytest.Mo
     import_run(model, "int4", 40, tmp_path / "whole")
     monkeypatch.setattr("moe_jax.interop.pretrained.PART_VALUES", 64 * 7)
     import_run(model, "int4", 40, tmp_path / "parts")
-    states = [
-        json.loads((tmp_path / name / "checkpoints/step_00000000/manifest.json").read_text())["state"]
-        for name in ("whole", "parts")
-    ]
-    assert states[0] == states[1]
+    one, parts = (open_run(tmp_path / name).checkpoint.weights_digest for name in ("whole", "parts"))
+    assert one == parts
 
 
 def test_unquantised_weights_go_back(tmp_path: Path) -> None:

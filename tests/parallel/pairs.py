@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -31,6 +32,12 @@ class Ended(NamedTuple):
     status: tuple[int, int]
     out: tuple[str, str]
     errors: tuple[str, str]
+
+    def printed(self, process: int) -> list[str]:
+        """The lines of stdout without those of gloo, which connects processes on CPUs. Its threads mix their lines."""
+        gloo = r"\[Gloo\] Rank|[\s\d]+is connected to|\d+ peer ranks\.|Expected number of.*"
+        mine = re.sub(gloo, "", self.out[process])
+        return [line for line in mine.splitlines() if line.strip()]
 
     def lines(self, process: int) -> list[str]:
         """The lines of stderr."""
@@ -63,7 +70,7 @@ def start(
     named = ["--num-processes", "2", "--process-id", str(index), "--coordinator-address", f"127.0.0.1:{port}"]
     command += ["--coordinator-address", "cluster"] if cluster else named
     values = runs.environment(folder / "cache")
-    values["TF_CPP_MIN_LOG_LEVEL"] = "2"  # as train.py sets it; the worker imports jax earlier
+    values["TF_CPP_MIN_LOG_LEVEL"] = "2"  # XLA warns at every start of several processes
     values["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=4 {QUICK_COMPILER}"
     return subprocess.Popen(
         command,

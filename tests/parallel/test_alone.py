@@ -7,8 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from moe_jax.config import RunConfig, UserError
-from moe_jax.config.train import ProcessGroup
+from moe_jax.config import ProcessGroup, RunConfig, UserError
 from moe_jax.parallel import processes
 
 
@@ -18,7 +17,7 @@ def test_a_process_alone_waits_for_nobody() -> None:
     processes.barrier()
     processes.agree_on({"--lr": 1.0})
     assert [processes.stop_reason(signal) for signal in (None, 15)] == [None, 15]
-    with processes.process_group(None):
+    with processes.process_group(ProcessGroup()):
         assert not processes.is_multi_process()
 
 
@@ -71,7 +70,7 @@ def test_what_jax_is_asked(index: int, local: bool, connected: list[dict[str, An
     named = {"coordinator_address": address, "num_processes": 2, "process_id": index}
     named |= {"cluster_detection_method": "deactivate"} | ({"coordinator_bind_address": address} if local else {})
     assert connected == [{"jax_enable_preemption_service": False}, named | TIMES, {"shutdown": True}]
-    with processes.process_group(ProcessGroup(0, 0, "", detected=True)):
+    with processes.process_group(ProcessGroup(coordinator_address="cluster")):
         pass
     assert connected[4] == TIMES
 
@@ -92,7 +91,7 @@ def test_what_jax_says_becomes_one_line(detected: bool, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(jax.distributed, "initialize", fail)
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
-    group = ProcessGroup(0, 0, "", detected=True) if detected else ProcessGroup(2, 1, "h:1")
+    group = ProcessGroup(coordinator_address="cluster") if detected else ProcessGroup(2, 1, "h:1")
     with pytest.raises(UserError) as failure, processes.process_group(group):
         pass
     name, remedy = ("cluster", "start it by srun") if detected else ("h:1", "give every process the same free address")

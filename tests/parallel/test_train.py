@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from moe_jax.cli.main import main, run_as
-from moe_jax.cli.train import Train
 from moe_jax.runs.records import read_metrics
 from tests.support import saved_run
 
@@ -34,7 +33,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 def run(folder: Path, out: str, *flags: str) -> int:
     argv = [*SETTINGS.split(), "--data", str(folder / "text.txt"), "--out", str(folder / out), *flags]
-    return main(lambda given: run_as(Train, given, "train.py"), argv)
+    return main(lambda given: run_as("train", given, "train.py"), argv)
 
 
 def last(folder: Path, out: str) -> tuple[dict[str, str], list[float]]:

@@ -3,7 +3,6 @@
 import sys
 
 from moe_jax.cli.main import main, run_as
-from moe_jax.cli.train import Sft, Train
 from moe_jax.inspection import report
 from moe_jax.training import session
 
@@ -11,5 +10,5 @@ session.SAMPLE_TOKENS = 8
 report.report_run = lambda files: ["no report"]
 
 if __name__ == "__main__":
-    command, argv = (Sft, sys.argv[2:]) if sys.argv[1] == "sft" else (Train, sys.argv[1:])
+    command, argv = ("sft", sys.argv[2:]) if sys.argv[1] == "sft" else ("train", sys.argv[1:])
     sys.exit(main(lambda given: run_as(command, given, "train.py"), argv))

@@ -9,7 +9,6 @@ pytest.importorskip("matplotlib")
 
 from moe_jax.cli.main import run_command
 from moe_jax.plots.figures import run_figures, save_figures
-from moe_jax.system.files import Folder
 from tests.support import saved_run
 
 
@@ -41,7 +40,7 @@ def test_curves_are_the_records(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_the_same_run_gives_the_same_files(folder: Path, tmp_path: Path) -> None:
-    first, second = (save_figures(run_figures([folder]), Folder(tmp_path).inner(name)) for name in ("a", "b"))
+    first, second = (save_figures(run_figures([folder]), tmp_path / name) for name in ("a", "b"))
     assert {p.suffix for p in first} == {".png", ".svg"}
     for one, other in zip(first, second, strict=True):
         assert one.read_bytes() == other.read_bytes(), one.name

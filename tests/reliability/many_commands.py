@@ -15,11 +15,11 @@ import traceback
 from collections.abc import Sequence
 
 from moe_jax.cli import main
-from moe_jax.cli.train import Train
+from moe_jax.cli.train import parse
 
 
 def accept(argv: Sequence[str]) -> int:
-    Train.parse(argv)
+    parse(argv)
     return 0
 
 

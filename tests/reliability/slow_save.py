@@ -8,7 +8,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from moe_jax.cli.main import main, run_as
-from moe_jax.cli.train import Train
 
 
 def program(argv: list[str]) -> int:
@@ -23,7 +22,7 @@ def program(argv: list[str]) -> int:
             time.sleep(float(os.environ.get("SLOW_SAVE_SECONDS", "1000")))
 
     orbax_state.write_weights = slow
-    return run_as(Train, argv, "train.py")
+    return run_as("train", argv, "train.py")
 
 
 if __name__ == "__main__":

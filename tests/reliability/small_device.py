@@ -7,7 +7,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from moe_jax.cli.main import main, run_as
-from moe_jax.cli.train import Train
 
 failing = int(sys.argv.pop(1))
 
@@ -44,7 +43,7 @@ def program(argv: list[str]) -> int:
 
     programs.Programs.initial_params = initial_params
     programs.make_step = lambda *given, **named: SmallStep(make_step(*given, **named))
-    return run_as(Train, argv, "train.py")
+    return run_as("train", argv, "train.py")
 
 
 if __name__ == "__main__":

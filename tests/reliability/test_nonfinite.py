@@ -14,7 +14,6 @@ import pytest
 from moe_jax.config import RunConfig, UserError, load_config
 from moe_jax.runs.checkpoint import CheckpointStore, restore, stored_shapes
 from moe_jax.system.random_keys import Purpose
-from moe_jax.training import programs
 from moe_jax.training import step as step_module
 from moe_jax.training.run import take_steps
 from moe_jax.training.session import Session
@@ -81,7 +80,6 @@ def poison_gradients(monkeypatch: pytest.MonkeyPatch, config: RunConfig, first: 
         return jax.tree.map(lambda a, b: jnp.where(is_bad, a, b), bad, grads), metrics
 
     monkeypatch.setattr(step_module, "gradients", poisoned)
-    monkeypatch.setattr(programs, "gradients", poisoned)
 
 
 @pytest.mark.parametrize("source", ["bad data", "a gradient"])

@@ -7,8 +7,6 @@ from pathlib import Path
 import pytest
 
 from moe_jax.cli.main import main, run_command
-from moe_jax.cli.options import checked_run
-from moe_jax.config import ConfigError
 from moe_jax.runs import catalog
 
 
@@ -28,26 +26,24 @@ def _folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_name_is_a_folder_then_a_run_then_a_model_of_the_package(tmp_path: Path) -> None:
-    assert checked_run("nano") == str(tmp_path / "package" / "nano")
+    assert catalog.run_folder("nano") == tmp_path / "package" / "nano"
+    assert catalog.title(catalog.run_folder("nano")) == "nano"
     make_run(Path("runs/nano"), 5)
-    assert checked_run("nano") == "runs/nano"
+    assert catalog.run_folder("nano") == Path("runs/nano")
     Path("nano").mkdir()  # holds no run
-    assert checked_run("nano") == "runs/nano"
+    assert catalog.run_folder("nano") == Path("runs/nano")
     make_run(Path("nano"), 5)
-    assert checked_run("nano") == "nano"
-    with pytest.raises(ConfigError, match="--run absent: no run with a complete checkpoint there"):
-        checked_run("absent")
+    assert catalog.run_folder("nano") == Path("nano")
+    assert catalog.run_folder("absent") == Path("absent")
 
 
-def test_without_a_name_the_newest_run_and_one_line_says_which(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert checked_run("") == str(tmp_path / "package" / "stories")
+def test_without_a_name_the_newest_run_and_one_line_says_which(capsys: pytest.CaptureFixture[str]) -> None:
+    assert catalog.title(catalog.run_or_default("")) == "stories"
     assert capsys.readouterr().err == "no --run: this is stories, a model that comes with moe-jax\n"
     for name, seconds in (("old", 1_000_000_000), ("new", 1_000_000_100), ("older", 999_999_999)):
         make_run(Path("runs") / name, seconds)
     Path("runs/bench").mkdir()
-    assert checked_run("") == "runs/new"
+    assert catalog.run_or_default("") == Path("runs/new")
     assert capsys.readouterr() == ("", "no --run: this is runs/new, the newest run in runs\n")
 
 

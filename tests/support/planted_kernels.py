@@ -237,14 +237,14 @@ BUGS = [
     ),
     Bug(
         "a file is written in place",
-        "moe_jax.system.files:_replaced",
-        "draft = draft_of(path)",
-        "draft = path",
+        "moe_jax.system.files:_replacing",
+        "draft.replace(path)",
+        "path.write_bytes(draft.read_bytes())",
         system_checks.check_atomic_write,
     ),
     Bug(
         "a failed write leaves its draft",
-        "moe_jax.system.files:_replaced",
+        "moe_jax.system.files:_replacing",
         "draft.unlink(missing_ok=True)\n",
         "pass\n",
         system_checks.check_atomic_write,

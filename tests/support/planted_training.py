@@ -133,7 +133,7 @@ BUGS = [
     Bug(
         "Muon with four iterations",
         "moe_jax.training.optimizers.muon:orthogonalised",
-        "range(ITERATIONS)",
+        "range(NEWTON_SCHULZ_STEPS)",
         "range(4)",
         checks.check_muon,
     ),

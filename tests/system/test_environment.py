@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax.cli.main import run_command
+from moe_jax.cli.main import run_as
 from moe_jax.config import ConfigError
 from moe_jax.config.presets import PRESETS, preset, with_vocabulary
 from moe_jax.model.costs import least_step_bytes
@@ -86,7 +86,7 @@ def test_a_step_beyond_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(environment, "prepare_environment", lambda *_: pytest.fail("not refused"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"--seq-len 1048576, .* at least [\d,.]+ GiB, and this machine has 16.0 GiB"):
-        run_command(["train", "--seq-len", "1048576", "--batch-size", "16"])
+        run_as("train", ["--seq-len", "1048576", "--batch-size", "16"], "train.py")
     assert list(tmp_path.iterdir()) == []
 
 

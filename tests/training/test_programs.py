@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from moe_jax.config import ComputeDtype, ExecutionConfig, RunConfig, TrainConfig
+from moe_jax.config.train import NEWTON_SCHULZ_STEPS
 from moe_jax.model.kernels import cross_entropy
 from moe_jax.training.gradients import gradients
 from moe_jax.training.loss import training_loss
-from moe_jax.training.optimizers.muon import ITERATIONS
 from moe_jax.training.programs import Programs
 from tests.support import tiny
 
@@ -82,4 +82,4 @@ def test_muon_is_in_bfloat16_where_a_cpu_multiplies_it_fast(
     named = jax.tree_util.tree_leaves_with_path(shapes["blocks"])
     matrices = [p for path, p in named if p.ndim >= 2 and "router" not in jax.tree_util.keystr(path)]
     shapes_or_arrays = {tuple(sorted(p.shape[-2:])) for p in matrices} if narrow else matrices
-    assert len(products) == 3 * ITERATIONS * len(shapes_or_arrays)
+    assert len(products) == 3 * NEWTON_SCHULZ_STEPS * len(shapes_or_arrays)

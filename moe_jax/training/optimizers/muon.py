@@ -17,11 +17,12 @@ import optax
 from jaxtyping import Array, Float
 from optax import contrib
 
+from moe_jax.config.train import NEWTON_SCHULZ_STEPS
 from moe_jax.training.optimizers.adam import skippable
 
 BETA = 0.95
 """Of the momentum. `optax` has the same."""
-ITERATIONS, COEFFICIENTS, EPS = 5, (3.4445, -4.7750, 2.0315), 1e-8
+COEFFICIENTS, EPS = (3.4445, -4.7750, 2.0315), 1e-8
 """Of Newton-Schulz, as Jordan et al. and `optax` have them."""
 LARGEST_STACK = 2**22
 """Most numbers in a stack of several arrays. It bounds the memory of the copy."""
@@ -69,7 +70,7 @@ def orthogonalised(x: Float[Array, "*E m n"]) -> Float[Array, "*E m n"]:
         return orthogonalised(x.mT).mT
     a, b, c = COEFFICIENTS
     x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + EPS)
-    for _ in range(ITERATIONS):
+    for _ in range(NEWTON_SCHULZ_STEPS):
         s = jnp.einsum("...ik,...jk->...ij", x, x)
         x = a * x + (b * s + c * s @ s) @ x
     return x
