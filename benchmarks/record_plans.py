@@ -28,7 +28,7 @@ import described_gpu
 from described_gpu import Target, bound
 
 from moe_jax.cli.main import main
-from moe_jax.cli.settings import TrainingArguments, parse_settings
+from moe_jax.cli.settings import parse_settings
 from moe_jax.config import ConfigError, MeshShape, RunConfig
 from moe_jax.config.presets import PRESETS, preset, with_vocabulary
 from moe_jax.parallel.layout import mesh_of
@@ -78,7 +78,7 @@ def plan(asked: argparse.Namespace) -> int:
     """Plan the settings that were asked for, and print the result."""
     target = Target.load(asked.gpu)
     flags = ["--preset", asked.preset, *asked.settings]
-    arguments, start = parse_settings(TrainingArguments(), flags, "record_plans.py", __doc__, {}, hidden=["base"])
+    arguments, start = parse_settings(flags, "record_plans.py", __doc__, {}, hidden=["base"])
     config, usual = arguments.config, start.defaults.train
     sequences = usual.batch_size * usual.grad_accum
     budget = config.execution.memory_bytes / MIB or target.facts().budget

@@ -14,9 +14,8 @@ from moe_jax.certify import causality
 from moe_jax.certify.arithmetic import router_precision, step_arithmetic
 from moe_jax.certify.causality import layer_causality, model_causality
 from moe_jax.certify.model import certify, initial_params
-from moe_jax.model.costs import multiplied_rows, router_flops
-from moe_jax.model.moe.layer import Mode
-from moe_jax.model.transformer import abstract_model, create, merge, split
+from moe_jax.model.costs import router_flops
+from moe_jax.model.transformer import create, split
 from moe_jax.system.hlo import read_program
 from moe_jax.training.programs import Programs
 from tests.support import planted_certify

@@ -12,14 +12,14 @@ from scipy.stats import chi2
 
 from moe_jax.inspection import corpus_routing, report, trace
 from moe_jax.inspection import specialisation as specialised
-from moe_jax.inspection.corpus_routing import CorpusRouting, corpus_data, dead_experts
+from moe_jax.inspection.corpus_routing import CorpusRouting, dead_experts
 from moe_jax.inspection.specialisation import specialisation
 from moe_jax.inspection.trace import RoutingTrace, attention_data
 from tests.inspection.test_trace import opened
 from tests.support import tiny
 
 
-def corpus(by_token: Any, by_window: Any, counts: Any, dropped_at: Any = None, **changes: Any) -> CorpusRouting:
+def corpus(by_token: Any, by_window: Any, counts: Any, **changes: Any) -> CorpusRouting:
     """One layer. `by_token` [E][V], `by_window` [W][E], `counts` [V]."""
     by_token, by_window, counts = np.array([by_token]), np.array([by_window]), np.array(counts)
     experts, tokens = by_token.shape[1], int(counts.sum())
@@ -33,7 +33,7 @@ def corpus(by_token: Any, by_window: Any, counts: Any, dropped_at: Any = None, *
         together=np.array([np.diag(by_token[0].sum(-1))]),
         flow=np.zeros((0, experts, experts), int),
         entropy=np.ones(1),
-        dropped_at=np.zeros((1, 4)) if dropped_at is None else np.array([dropped_at]),
+        dropped=np.zeros(1),
     )
 
 
@@ -56,15 +56,6 @@ def test_drops_of_a_factor_by_window() -> None:
     found = corpus([[5], [3]], [[4, 0], [1, 3]], [8])
     assert [float(found.drop_fraction(f)[0]) for f in (0.5, 1.0, 1.5, 2.0)] == [5 / 8, 3 / 8, 1 / 8, 0]
     assert found.load.tolist() == [[5 / 8, 3 / 8]]
-
-
-def test_positions_are_put_into_bins(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = corpus([[5], [3]], [[4, 0], [1, 3]], [8], dropped_at=[0.0, 0.5, 0.5, 1.0])
-    data = corpus_data(found)
-    assert data["drops_by_position"] == {"first": [0, 1, 2, 3], "drop": [[0.0, 0.5, 0.5, 1.0]]}
-    monkeypatch.setattr(corpus_routing, "POSITION_BINS", 2)
-    assert corpus_data(found)["drops_by_position"] == {"first": [0, 2], "drop": [[0.25, 0.75]]}
-    assert (data["tokens"], data["windows"], data["worst_window"], data["drops"]) == (8, 2, [[4, 3]], [0.5])
 
 
 def test_preferences_are_ordered_bounded_and_summed() -> None:

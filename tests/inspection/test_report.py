@@ -18,7 +18,6 @@ from moe_jax.inspection.report import next_data, render, report_run, write_repor
 from moe_jax.inspection.specialisation import log_likelihood_ratio, specialisation
 from moe_jax.inspection.trace import routing_trace
 from moe_jax.pages.assembly import digest
-from moe_jax.runs.catalog import run_folder
 from moe_jax.runs.load import open_run
 from tests.support import saved_run, short_form, tiny
 
@@ -189,9 +188,8 @@ def test_drops_counted_from_loads_are_those_that_happened(folder: Path) -> None:
     run = open_run(folder)
     corpus = corpus_routing.corpus_routing(run, np.random.default_rng(1).integers(0, 257, 5000))
     assert corpus.tokens == 5000 // 16 * 16
-    np.testing.assert_allclose(corpus.dropped_at.mean(1), corpus.drop_fraction(1.0), rtol=1e-9)
+    np.testing.assert_allclose(corpus.dropped, corpus.drop_fraction(1.0), rtol=1e-9)
     assert (corpus.drop_fraction(1.0) > 0.02).all()
-    assert (corpus.dropped_at[:, : 8 // 2] == 0).all()  # 8 slots: the first tokens always find one
     assert (corpus.drop_fraction(4.0) == 0).all()
     np.testing.assert_allclose(corpus_data(corpus)["drops"], corpus.drop_fraction(1.0), atol=0.00006)
 
@@ -286,8 +284,7 @@ def test_a_text_that_is_predicted_worse_than_by_guessing_is_warned_of(
     assert ("6.93 if all 1,024 tokens" in said) == lost
 
 
-def test_an_empty_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
-    monkeypatch.setattr("moe_jax.cli.command.check_run_folder", lambda *_: None)
     with pytest.raises(ConfigError, match=r"--file .*empty\.txt: is empty; give a text"):
         run_command(["inspect", "--run", "nano", "--file", str(tmp_path / "empty.txt")])

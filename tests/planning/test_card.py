@@ -11,8 +11,8 @@ from moe_jax.cli.main import main, run_command
 from moe_jax.config import RunConfig
 from moe_jax.planning import card
 from moe_jax.planning.plans import KnownCard, known_card
-from moe_jax.training.plan import Plan
 from moe_jax.system import environment, machine
+from moe_jax.training.plan import Plan
 
 WHOLE = {"jax-cuda12-plugin": "0.12.0", "nvidia-cudnn-cu12": "9.2"}
 DRIVER = ["RTX 3050", "560.35"]
