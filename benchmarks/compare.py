@@ -3,16 +3,13 @@
     uv run --extra plots python benchmarks/compare.py --preset nano --seeds 3
     uv run --extra plots python benchmarks/compare.py --preset nano --tune
     uv run --extra plots python benchmarks/compare.py --preset nano --scaling
-    uv run --extra plots python benchmarks/compare.py --preset nano --experts 4,8,16
 
 One baseline has the same active parameters, the other the same total. Each trains twice: for the same tokens as the
 mixture, and for the same wall-clock time. --tune first finds the learning rate, the depth and the heads of each, on a
 part of the training text; --data is then a folder with train.txt and valid.txt. --scaling trains the mixture and the
-baseline of the same active parameters for five budgets instead, and fits a power law to each. --experts trains mixtures
-of several numbers of experts beside that baseline.
+baseline of the same active parameters for five budgets instead, and fits a power law to each.
 
-Further flags are those of `train.py`: settings of all models, and the text (--data). The number of experts of a
-mixture is then --model.experts.
+Further flags are those of `train.py`: settings of all models, and the text (--data).
 
 To go on with a stopped comparison, call it again with the same arguments: finished runs are not trained again. The last
 line of the output is the result as JSON.
@@ -50,22 +47,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--preset", default="nano", choices=list(PRESETS), help="settings of the mixture and of its baselines")
     add("--seeds", type=int, default=3, help="runs of each kind; a later call may ask for more")
-    add(
-        *("--flops",),
-        type=float,
-        default=2e13,
-        help="training operations of one run of the mixture; with --scaling the largest budget",
-    )
+    add("--flops", type=float, default=2e13, help="operations of a run of the mixture; of --scaling the largest budget")
     add("--no-total", dest="total", action="store_false", help="leave out the baseline of the same total parameters")
     study = parser.add_mutually_exclusive_group()
     study.add_argument("--tune", action="store_true", help="search the settings of each side first")
     study.add_argument("--scaling", action="store_true", help="five budgets, and a power law fitted to the losses")
-    study.add_argument("--experts", default="", help="numbers of experts to compare, such as 4,8,16,32,64")
     add("--lowest-flops", type=float, default=0.0, help="with --scaling, the smallest budget; default --flops / 10")
     add("--predict-flops", type=float, default=0.0, help="with --scaling, the budget of the prediction; 10 x --flops")
     add("--out", default="", help="folder of the comparison; runs/compare-PRESET-STUDY unless given")
     asked, asked.settings = parser.parse_known_args(argv)
-    asked.study = "tuned" if asked.tune else "scaling" if asked.scaling else "experts" if asked.experts else ""
+    asked.study = "tuned" if asked.tune else "scaling" if asked.scaling else ""
     asked.lowest_flops = asked.lowest_flops or asked.flops / 10
     asked.predict_flops = asked.predict_flops or 10 * asked.flops
     asked.models = ("none", "active", "total") if asked.total else ("none", "active")
@@ -89,18 +80,6 @@ def settings_to_compare(name: str, flags: Sequence[str]) -> RunConfig:
     return config
 
 
-def expert_counts(text: str, config: RunConfig) -> tuple[int, ...]:
-    """The numbers of experts in `text`. Raises ConfigError."""
-    try:
-        counts = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(f"--experts {text}: must be whole numbers, such as 4,8,16") from None
-    least = config.model.routing.top_k
-    if len(set(counts)) < len(counts) or min(counts) < least:
-        raise ConfigError(f"--experts {text}: must be different numbers of at least {least}, a token's experts")
-    return counts
-
-
 def check_same_request(request: dict[str, Any], path: Path) -> None:
     """Raise an error if a different comparison was begun in the folder of `path`, its plan.json."""
     if not path.exists():
@@ -116,7 +95,7 @@ def check_same_request(request: dict[str, Any], path: Path) -> None:
 
 
 def request_of(asked: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
-    """What must stay the same in later calls. The number of seeds and of experts may change."""
+    """What must stay the same in later calls. The number of seeds may change."""
     names = ("study", "flops", "lowest_flops", "total")
     return {name: getattr(asked, name) for name in names} | {"config": config.to_dict()}
 
@@ -136,11 +115,6 @@ def train(asked: argparse.Namespace, config: RunConfig) -> "Report":
         budgets = scaling.budgets(base, asked.lowest_flops, asked.flops)
         summaries = train_all(scaling.runs(base, budgets, asked.seeds, asked.out))
         return scaling.Scaling.of(base, budgets, summaries, asked.predict_flops).report()
-    if asked.experts:
-        from comparison.expert_counts import ExpertCounts, Models
-
-        models = Models.of(base, expert_counts(asked.experts, base), asked.flops)
-        return ExpertCounts.of(models, train_all(models.runs(asked.seeds, asked.out))).report()
     return compare_baselines(asked, request, base)
 
 
@@ -185,8 +159,6 @@ def run(argv: Sequence[str]) -> int:
     asked = parse(argv)
     config = settings_to_compare(asked.preset, asked.settings)
     check_same_request(request_of(asked, config), asked.out / "plan.json")
-    if asked.experts:
-        expert_counts(asked.experts, config)
     environment.prepare_environment()
     from moe_jax.runs.folder import locked_for_training
 

@@ -7,7 +7,8 @@ from moe_jax.config.section import flag_of
 
 
 def flags(config: RunConfig, left_out: Container[tuple[str, str]] = ()) -> Iterator[tuple[tuple[str, str], list[str]]]:
-    """(section, name) of each setting, and the words that give it its value. A switch that is off is `--SECTION.no-NAME`."""
+    """(section, name) of each setting, and the words that give it its value: a switch that is off is
+    `--SECTION.no-NAME`."""
     for section, name, value in config.settings():
         if (section, name) in left_out:
             continue

@@ -4,10 +4,10 @@
     uv run --isolated --extra gpu-plan python benchmarks/record_plans.py --mesh expert=4
     uv run --isolated --extra gpu-plan python benchmarks/record_plans.py --record
 
-The first tries the settings with which a run may fit the GPU, and prints the plan that fits (`moe_jax/training/fit.py`). With
-a mesh, the training step is compiled for several GPUs, each with the sequences of a step of the preset, and the memory
-of one is printed. With `--lora 16 --optimizer adamw` a fine-tuning by adapters is planned. Settings are given by the
-flags of `train.py`. The exit status is 0 if a setting fits. The last line of the output is JSON.
+The first tries the settings with which a run may fit the GPU (`moe_jax/training/fit.py`), and prints the plan that
+fits. Settings are given by the flags of `train.py`. With a mesh, the training step is compiled for several GPUs, each
+with the sequences of a step of the preset, and the memory of one is printed. With `--lora 16 --optimizer adamw` a
+fine-tuning by adapters is planned. The exit status is 0 if a setting fits. The last line of the output is JSON.
 
 With --record, the plans of the presets are written for `moe-jax plan`, for all pairs or those that are named, such as
 `nano:h100-80gb`. All pairs take hours of processor time.

@@ -41,8 +41,8 @@ def layer_arithmetic(config: ModelConfig) -> Certificate:
     return Certificate(
         "arithmetic: one layer, with gradients",
         computed == needed,
-        f"{computed:,} operations for {config.seq_len:,} tokens, {computed / needed:.6f} x the formula; every expert on "
-        f"every token would multiply {config.seq_len * config.experts / rows:.2f} x as many rows",
+        f"{computed:,} operations for {config.seq_len:,} tokens, {computed / needed:.6f} x the formula; every expert "
+        f"on every token would multiply {config.seq_len * config.experts / rows:.2f} x as many rows",
         f"exactly {needed:,}, what {rows:,} rows of all experts need",
         title="operations of one layer, with gradients",
     )

@@ -2,8 +2,8 @@
 
 It writes S independent texts, each in a slot of a batched cache, with a position, settings and random numbers of its
 own. `generate` has one slot and calls `write`, which draws several tokens before the host sees them: in a small model,
-waiting for the host after each token takes longer than the token. `serve` has several slots and calls `step`, which draws one
-token for each.
+waiting for the host after each token takes longer than the token. `serve` has several slots and calls `step`, which
+draws one token for each.
 
 With the same number of slots, a text has the same bits in every slot and beside any other texts: each row of a product
 is summed in the same order (`model/moe/layer.py`, `Mode.SERVE`, says how the experts keep to that). With another number

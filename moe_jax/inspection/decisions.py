@@ -122,8 +122,8 @@ def count_decisions(
     kinds: Sequence[str],
     keep: Callable[[Decisions], None] | None = None,
 ) -> Counts:
-    """Route a stream int [N] and count. `kind` int [N] has the number of each token's kind. Each part is given to `keep`
-    once it is counted."""
+    """Route a stream int [N] and count. `kind` int [N] has the number of each token's kind. Each part is given to
+    `keep` once it is counted."""
     c = run.config.model
     shape = (c.layers, c.experts)
     by_kind, together = np.zeros((len(kinds), *shape), np.int64), np.zeros((*shape, c.experts), np.int64)
