@@ -45,11 +45,11 @@ QWEN3_MOE_TOP_1 = QWEN3_MOE._replace(
     gguf=None, gguf_problem="--routing.top-k 1: llama.cpp's qwen3moe divides the gate by itself, ours does not"
 )
 QWEN3_MOE_PLAIN = QWEN3_MOE._replace(
-    gguf=None, gguf_problem="--set routing.renormalise_gates=false: llama.cpp's qwen3moe always renormalises the gates"
+    gguf=None, gguf_problem="--routing.no-renormalise-gates: llama.cpp's qwen3moe always renormalises the gates"
 )
 OLMOE = Architecture("olmoe", "OlmoeForCausalLM", "olmoe")
 OLMOE_RENORMALISED = OLMOE._replace(
-    gguf=None, gguf_problem="--set routing.renormalise_gates=true: llama.cpp's olmoe never renormalises the gates"
+    gguf=None, gguf_problem="--routing.renormalise-gates: llama.cpp's olmoe never renormalises the gates"
 )
 ERNIE = Architecture("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", "ernie4_5-moe")
 GRANITE = Architecture("granitemoe", "GraniteMoeForCausalLM", "granitemoe")
@@ -64,12 +64,12 @@ def architecture_of(config: ModelConfig) -> Architecture:
     if config.norm == "layernorm" or config.positions == "learned" or config.activation == "gelu":
         return _gpt2(config)
     if config.bias:
-        raise _unheld("--set model.bias=true", "no class has biases in attention only")
+        raise _unheld("--model.bias", "no class has biases in attention only")
     if config.qkv_bias and not config.shared_gate:
-        raise _unheld("--set model.qkv_bias=true", "the class with these biases has shared experts behind a gate")
+        raise _unheld("--model.qkv-bias", "the class with these biases has shared experts behind a gate")
     if config.dense != "none":
         if config.scaled_embedding and config.tied_head:
-            raise _unheld("--set model.scaled_embedding=true", "no dense class scales a tied embedding")
+            raise _unheld("--model.scaled-embedding", "no dense class scales a tied embedding")
         if config.qk_norm == "full":
             raise _unheld("--model.qk-norm full", "no dense class with norms before each half has it")
         return QWEN3 if config.qk_norm == "head" else LLAMA
@@ -83,30 +83,30 @@ def _with_experts(config: ModelConfig) -> Architecture:
     own_width = config.head_width * config.heads != config.width
     if config.shared_gate:
         if routing.balancing == "bias" or config.qk_norm != "none" or (config.scaled_embedding and config.tied_head):
-            raise _unheld("--set model.shared_gate=true", "the class with this gate has no other options of ours")
+            raise _unheld("--model.shared-gate", "the class with this gate has no other options of ours")
         return QWEN2_MOE if config.qkv_bias and (plain or single) else QWEN2_MOE_OTHER
     if config.scaled_embedding and config.tied_head:
         if config.qk_norm != "none" or shared or single or plain or own_width:
-            raise _unheld("--set model.scaled_embedding=true", "with a tied head, no class has the other options too")
+            raise _unheld("--model.scaled-embedding", "with a tied head, no class has the other options too")
         return GRANITE
     if config.qk_norm == "full":
         if shared:
             raise _unheld("--model.qk-norm full", "no class has it beside balance by bias or shared experts")
         if own_width:
-            raise _unheld("--set model.head_size", "the class that normalises over all heads has width / heads")
+            raise _unheld("--model.head-size", "the class that normalises over all heads has width / heads")
         return OLMOE if plain or single else OLMOE_RENORMALISED
     if shared:
         if config.qk_norm == "head":
             raise _unheld("--model.qk-norm", "no class has it beside balance by bias or shared experts")
         if single or plain:
-            option = "--routing.top-k 1" if single else "--set routing.renormalise_gates=false"
+            option = "--routing.top-k 1" if single else "--routing.no-renormalise-gates"
             raise _unheld(option, "the class with shared experts always renormalises the gates, ours does not")
         if own_width:
-            raise _unheld("--set model.head_size", "the class with shared experts has width / heads")
+            raise _unheld("--model.head-size", "the class with shared experts has width / heads")
         return ERNIE
     if single or plain:
         if config.qk_norm == "none":
-            option = "--routing.top-k 1" if single else "--set routing.renormalise_gates=false"
+            option = "--routing.top-k 1" if single else "--routing.no-renormalise-gates"
             raise _unheld(option, "the classes that keep the gates need --model.qk-norm head or full")
         return QWEN3_MOE_TOP_1 if single else QWEN3_MOE_PLAIN
     return QWEN3_MOE if config.qk_norm == "head" else MIXTRAL
@@ -114,19 +114,17 @@ def _with_experts(config: ModelConfig) -> Architecture:
 
 def _gpt2(config: ModelConfig) -> Architecture:
     if config.dense == "none":
-        blamed = {"--set model.positions=learned": config.positions, "--set model.norm=layernorm": config.norm}
-        option = next((o for o, value in blamed.items() if o.endswith(value)), "--set model.activation=gelu")
+        blamed = {"--model.positions learned": config.positions, "--model.norm layernorm": config.norm}
+        option = next((o for o, value in blamed.items() if o.endswith(value)), "--model.activation gelu")
         raise _unheld(option, "no class has it together with experts")
     whole = (config.norm, config.positions, config.activation, config.bias, config.qk_norm, config.scaled_embedding)
     if whole != ("layernorm", "learned", "gelu", True, "none", False):
         raise _unheld(
-            f"--set model.norm={config.norm} model.positions={config.positions} model.activation={config.activation}",
+            f"--model.norm {config.norm} --model.positions {config.positions} --model.activation {config.activation}",
             "GPT-2 is layernorm, learned and gelu with biases; Llama is rmsnorm, rope and swiglu",
         )
     if config.key_value_heads != config.heads or config.head_width * config.heads != config.width:
-        raise _unheld(
-            "--model.kv-heads, --set model.head_size", "GPT-2 has one key head for each head, of width / heads"
-        )
+        raise _unheld("--model.kv-heads, --model.head-size", "GPT-2 has one key head for each head, of width / heads")
     return GPT2
 
 

@@ -17,7 +17,7 @@ pytest.importorskip("starlette", reason="needs the extra `serve`")
 pytest.importorskip("uvicorn", reason="needs the extra `serve`")
 pytest.importorskip("pydantic", reason="needs the extra `serve`")
 
-from moe_jax.cli.serve import Serve
+from moe_jax.cli.serve import serve
 from moe_jax.config import ConfigError, UserError
 from moe_jax.serving import server, streams
 from moe_jax.serving.sockets import bind
@@ -133,6 +133,6 @@ def test_a_port_that_cannot_be_had_is_said_in_one_line(number: int, said: str, m
 def test_settings_that_are_unsafe_are_refused(
     flags: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("moe_jax.cli.command.check_run_folder", lambda *_: None)
+    monkeypatch.setattr("moe_jax.cli.serve.checked_run", lambda *_: "run")
     with pytest.raises(ConfigError, match=f"^{re.escape(said)}"):
-        Serve(run="run", **flags).check()
+        serve(run="run", **flags)
