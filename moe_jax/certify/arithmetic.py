@@ -1,8 +1,7 @@
 """The arithmetic of the compiled programs, in whole numbers: equal to its formulas, not close to them.
 
 A compiled layer has the matrix products that the rows of its dispatch need: the slots of all experts for `capacity`,
-the rows of the block plan for `blocks` (`costs.multiplied_rows`, which computes the slots by itself). Fewer products
-are wrong, too: then some are missing, or `system.hlo` does not see them.
+the rows of the block plan for `blocks` (`costs.multiplied_rows`, which computes the slots by itself).
 
 The products of a compiled step are divided by their named scopes: attention, expert layers, head, and the rest, which
 are those of the optimizer. Each part has exactly the products of its formula (`costs.step_products`), with what the
@@ -41,8 +40,7 @@ def layer_arithmetic(config: ModelConfig) -> Certificate:
     return Certificate(
         "arithmetic: one layer, with gradients",
         computed == needed,
-        f"{computed:,} operations for {config.seq_len:,} tokens, {computed / needed:.6f} x the formula; every expert "
-        f"on every token would multiply {config.seq_len * config.experts / rows:.2f} x as many rows",
+        f"{computed:,} operations for {config.seq_len:,} tokens, {computed / needed:.6f} x the formula",
         f"exactly {needed:,}, what {rows:,} rows of all experts need",
         title="operations of one layer, with gradients",
     )

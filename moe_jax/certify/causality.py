@@ -146,13 +146,11 @@ def layer_causality(config: ModelConfig, ffn: dict[str, Any], moe: type[MoE] = M
         y, stats = nnx.merge(graphdef, state)(x, Mode.TRAIN, trace)
         return (y if stats.trace is None else stats.trace.slot), stats.drop_fraction
 
-    name, title = "causality: token priority, by capacity", "earlier tokens get the slots first"
-    return perturbed(name, title, run, before, other, flops, model.capacity)
+    return perturbed("causality: token priority, by capacity", run, before, other, flops, model.capacity)
 
 
 def perturbed(
     name: str,
-    title: str,
     run: Callable[..., tuple[Any, Any]],
     before: np.ndarray,
     other: np.ndarray,
@@ -175,7 +173,9 @@ def perturbed(
             positions = np.union1d(positions, crowded_positions(run(before, trace=True)[0], slots))
     found = count_changes(run, before, other, positions)
     claim = "none changes; nothing is dropped" if slots is None else "none changes, while choices are dropped"
-    return Certificate(name, found.causal and (found.dropped > 0 or slots is None), str(found), claim, title)
+    return Certificate(
+        name, found.causal and (found.dropped > 0 or slots is None), str(found), claim, name.partition(": ")[2]
+    )
 
 
 def model_causality(config: RunConfig, params: Params) -> Iterator[Certificate]:
@@ -252,4 +252,4 @@ def tokens_causality(
     flops = model.layers * (routed + attention_flops(model, 1))
     shape = 2, SEQUENCES, model.seq_len
     before, other = np.random.default_rng(0).integers(0, model.vocab_size, shape).astype(np.int32)
-    return perturbed(name, name.partition(": ")[2], run, before, other, flops, slots, positions)
+    return perturbed(name, run, before, other, flops, slots, positions)

@@ -1,9 +1,4 @@
-"""Every certificate of a model, for `python -m moe_jax certify`, and the count of compilations.
-
-causality      no bit of an output changes if a later token changes, while tokens are dropped      `causality.py`
-arithmetic     the matrix products of compiled programs are exactly those of the formulas         `arithmetic.py`
-compilations   step, evaluation, prefill and decoding are compiled once each                       here
-"""
+"""Every certificate of a model, and the one that step, evaluation, prefill and decoding are compiled once each."""
 
 import dataclasses
 from collections import Counter

@@ -110,7 +110,7 @@ def test_how_many_positions_are_tried() -> None:
     def run(x: Any, trace: bool = False) -> Any:
         return (place if trace else x[..., None]), np.zeros(1)
 
-    tried = [causality.perturbed("", "", run, before, other, flops, 6).found for flops in (1e10, 1e11)]
+    tried = [causality.perturbed("", run, before, other, flops, 6).found for flops in (1e10, 1e11)]
     assert [" at each of 100 positions" in tried[0], " at 13 of 100 positions" in tried[1]] == [True, True]
     assert causality.spaced(0, 99, 10).tolist() == [0, 11, 22, 33, 44, 55, 66, 77, 88, 99]
 
@@ -120,7 +120,7 @@ def test_a_capacity_must_be_tested_under_drops(
     slots: int | None, dropped: float, passed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(causality, "count_changes", lambda *_: PerturbationResult(24, 4, 8, 8, 0, 0, 5, dropped))
-    certificate = causality.perturbed("causality: a layer", "a layer", max, BEFORE, OTHER, 1, slots)
+    certificate = causality.perturbed("causality: a layer", max, BEFORE, OTHER, 1, slots)
     assert certificate.passed == passed
     assert ("while choices are dropped" in certificate.asked) == (slots is not None)
 

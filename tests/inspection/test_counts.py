@@ -72,13 +72,6 @@ def test_preferences_are_ordered_bounded_and_summed() -> None:
     assert ([t["id"] for t in few["tokens"]], few["kinds"]) == ([1, 2], 3)
 
 
-@pytest.mark.parametrize(("times", "kinds"), [(4, 0), (5, 1)])
-def test_a_preference_needs_five_choices(times: int, kinds: int) -> None:
-    """However unlikely they are by chance."""
-    found = corpus([[times, 0], [0, 100_000]], [[times, 100_000]], [times, 100_000])
-    assert specialisation(found)[0][0]["kinds"] == kinds
-
-
 @pytest.mark.parametrize(("length", "windows"), [(3, 1), (15, 1), (16, 2), (200, 8)])
 def test_a_stream_is_cut_into_windows(length: int, windows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """T 8. A shorter stream is repeated, a rest is left out, and at most 64 tokens are read, two windows at a time."""
@@ -124,10 +117,6 @@ def test_drops_and_loads_of_a_trace() -> None:
     found = traced(8)
     assert found.drop_fraction.tolist() == [1 / 8, 0]
     assert found.load().tolist() == [[8, 0], [7, 1]]
-    shown = found._repr_html_()
-    assert shown.count("Layer ") == 2
-    assert shown.count('title="expert 1" style="background:hsl(180 70% 50% / .3)">p0<') == 1
-    assert shown.count("hsl(0 70% 50% / .3)") == 15 + 1, "and once in the key"
 
 
 def test_a_long_text_is_refused_and_the_longest_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,24 +130,6 @@ def test_a_long_text_is_refused_and_the_longest_is_not(monkeypatch: pytest.Monke
 
 
 # The report
-
-
-@pytest.mark.parametrize(
-    ("summary", "stream"),
-    [
-        ({}, "whole"),
-        ({"val_whole_stream": False}, "subset"),
-        ({"val_whole_stream": True}, "whole"),
-        ({"val_stream": "subset", "val_whole_stream": True}, "subset"),
-    ],
-)
-def test_the_stream_of_the_score_is_said(summary: dict[str, Any], stream: str, tmp_path: Path) -> None:
-    step: Any = SimpleNamespace(step=7)
-    run = dataclasses.replace(opened(), checkpoint=step)
-    (tmp_path / "summary.json").write_text(json.dumps(summary))
-    found = report._run_data(tmp_path, run)
-    assert (found["val_stream"], found["step"], found["name"]) == (stream, 7, tmp_path.name)
-    assert found["params_total"] > found["params_active"]
 
 
 def attention(window: np.ndarray) -> Any:

@@ -73,15 +73,6 @@ def test_counts_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "a: expert 0 of layer 0 has 1.5 times an even share" in told
 
 
-def test_an_expert_that_nobody_chose(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = [Decisions(0, np.array([1]), np.array([[[0]], [[1]]]), np.zeros((2, 1, 1)))]
-    monkeypatch.setattr(module, "decisions", lambda run, tokens: iter(one))
-    counts = count_decisions(opened(), np.array([1]), np.array([0]), ["a", "empty"])
-    assert counts.hot_set(1) == 2 / 8
-    assert np.isfinite(counts.coactivation()).all()
-    assert (counts.specialisation()[1] == 0).all()
-
-
 def test_what_is_written(tmp_path: Path) -> None:
     out = tmp_path / "made" / "trace.npz"
     counts = write_decisions(

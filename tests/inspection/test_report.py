@@ -1,6 +1,5 @@
 """The report: what is counted, what is called a preference, and that the page holds it and cannot be broken."""
 
-import dataclasses
 import json
 import math
 import shutil
@@ -14,7 +13,7 @@ from moe_jax.config import ConfigError, UserError
 from moe_jax.data.tokenizers import token_pieces
 from moe_jax.inspection import corpus_routing, report
 from moe_jax.inspection.corpus_routing import corpus_data, count_routing
-from moe_jax.inspection.report import next_data, render, report_run, write_report
+from moe_jax.inspection.report import render, report_run, write_report
 from moe_jax.inspection.specialisation import log_likelihood_ratio, specialisation
 from moe_jax.inspection.trace import routing_trace
 from moe_jax.pages.assembly import digest
@@ -97,13 +96,6 @@ def test_the_page_holds_the_next_tokens_and_the_ablation(folder: Path, written: 
     assert np.array(ablation["change"]).shape == (2, 4, n - 1)
     assert len(ablation["loss"]) == n - 1
     assert [len(stories) for stories in ablation["stories"]] == [4, 4]
-
-
-def test_entries_that_the_tokenizer_does_not_use_have_no_text(folder: Path) -> None:
-    run = open_run(folder)
-    trace = dataclasses.replace(routing_trace(run, "ab"), next_token=np.array([[97, 300], [98, 97], [0, 0]]))
-    following = next_data(run, trace)
-    assert (following["words"], following["index"]) == (["a", "b"], [0, -1, 1, 0])
 
 
 def test_no_text_can_become_markup(written: tuple[str, dict]) -> None:

@@ -101,12 +101,6 @@ def test_a_preset_fits_by_its_recorded_plans(
     assert found["train with"].detail == "uv run --extra cuda12 train.py --preset seed-158m"
 
 
-def test_of_an_unknown_card_the_rates_stand_alone(device: Any) -> None:
-    device.device_kind = "A card 1"
-    found = {f.what: f.detail for f in card.reached(device, "seed-158m")}
-    assert found["products"] == "6.14 TFLOP/s in bfloat16"
-
-
 def test_a_processor_is_no_card() -> None:
     (found,) = card.reached(SimpleNamespace(platform="cpu", device_kind="cpu"), "nano")
     assert (found.good, "sees no card" in found.detail) == (False, True)

@@ -11,7 +11,6 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from moe_jax.config import UserError
-from moe_jax.plots import figures
 from moe_jax.plots.figures import COLOURS, _Metrics, load_figure, run_figures
 
 
@@ -99,18 +98,3 @@ def test_the_load_has_a_panel_for_each_layer() -> None:
     assert (first.get_xlabel(), second.get_xlabel()) == ("", "step")
     assert bar.get_ylabel() == "times the fair share"
     assert figure.get_size_inches().tolist() == [8, pytest.approx(1.2 + 1.5 * 2)]
-
-
-def test_without_matplotlib_the_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    import builtins
-
-    true = builtins.__import__
-
-    def refuse(name: str, *rest: Any, **options: Any) -> Any:
-        if name.partition(".")[0] == "matplotlib":
-            raise ImportError(name)
-        return true(name, *rest, **options)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(UserError, match=r"matplotlib is missing; add `--extra plots` after `uv run`"):
-        figures.check_installed()
