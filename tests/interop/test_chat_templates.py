@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_jax.cli.train import Sft
 from moe_jax.config import UserError
 from moe_jax.data.chat_templates import ChatTemplate, template_in
 from moe_jax.data.chats import answer_prompt, encode_chats
@@ -25,6 +24,7 @@ from moe_jax.interop.tokenizers import tokenizer_files
 from moe_jax.runs.load import open_run
 from moe_jax.training.session import Session
 from tests.interop.made import llama
+from tests.support.commands import sft_settings
 from tests.support.hf_tokenizers import END, end_of, made
 from tests.support.saved_run import quick_training
 
@@ -200,7 +200,7 @@ def test_a_tuned_run_asks_and_answers_in_the_template(tmp_path: Path) -> None:
     words = ["--init-from", str(folder), "--data", str(tmp_path / "chats.jsonl"), "--out", str(tmp_path / "run")]
     words += ["--seq-len", "128", "--batch-size", "2", "--precision", "float32"]
     with quick_training(tmp_path / "cache"):
-        session = Session.open(*Sft.parse(words).settings)
+        session = Session.open(*sft_settings(*words))
     tokenizer = session.data.store.tokenizer
     assert session.data.sample_prompt() == answer_prompt(tokenizer, CHAT[:2])
     session.save(0, 1.0)

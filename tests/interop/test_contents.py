@@ -1,4 +1,4 @@
-"""What is in an exported page and in a model card, to the last line; and what a killed export leaves."""
+"""What is in an exported page and in a model card, to the last line."""
 
 import dataclasses
 import json
@@ -18,7 +18,6 @@ from moe_jax.model.costs import count_parameters, totals, training_flops
 from moe_jax.model.quantized import quantize
 from moe_jax.runs.arrays import named_leaves
 from moe_jax.runs.load import open_run
-from moe_jax.system.files import locked
 from tests.interop.saved import save
 
 
@@ -72,7 +71,7 @@ def test_the_whole_card(run: Path) -> None:
     config = dataclasses.replace(
         saved.config, train=dataclasses.replace(saved.config.train, batch_size=8, grad_accum=4)
     )
-    checkpoint = dataclasses.replace(saved.checkpoint, step=20)
+    checkpoint = dataclasses.replace(saved.checkpoint, manifest=saved.checkpoint.manifest | {"step": 20})
     source = dataclasses.replace(saved, config=config, checkpoint=checkpoint, summary={})
     model, counts, flops = config.model, totals(count_parameters(config.model)), training_flops(config, 20)
     rows = [
@@ -102,17 +101,3 @@ def test_the_whole_card(run: Path) -> None:
     assert "It is fine-tuned on conversations" in card
     assert "ollama create name -f Modelfile" in card
     assert "transformers import" not in card
-
-
-def test_what_a_killed_export_has_left_is_removed_and_a_living_one_is_not(run: Path, tmp_path: Path) -> None:
-    """By the lock that a living one holds. What looks like another export is not touched."""
-    left, living, other = (tmp_path / f".{name}.partial" for name in ("out[1].dead", "out[1].alive", "out1.dead"))
-    for folder in (left, living, other):
-        folder.mkdir()
-        (folder / "lock").touch()
-    (tmp_path / "out[1]").mkdir()
-    with locked(living / "lock", wait=False):
-        files = export(open_source(run), "hf", "float32", tmp_path / "out[1]", "")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([living.name, other.name, "out[1]"])
-    assert files == sorted((tmp_path / "out[1]").iterdir())
-    assert re.fullmatch(r'\{\n  "\w.*\n\}\n', (tmp_path / "out[1]" / "config.json").read_text(), re.DOTALL)

@@ -57,7 +57,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "sizes of the wrong type": ({"hidden_size": "32"}, 'hidden_size is "32", and must be a whole number'),
     "a huge size": ({"vocab_size": 10**30}, "vocab_size is 1000"),
     "more layers than there can be": ({"num_hidden_layers": 5000}, "--model.layers 5000: must be between"),
-    "an odd head": ({"head_dim": 7}, "--set model.head_size=7: must be even"),
+    "an odd head": ({"head_dim": 7}, "--model.head-size 7: must be even"),
     "an endless base": ({"rope_theta": 1e999}, "rope_theta is Infinity"),
     "groups that do not divide": ({"num_key_value_heads": 3}, "--model.kv-heads 3: must be 0, or a divisor"),
     "an end of text beyond": ({"eos_token_id": 9999}, "the token that ends a text is 9999"),
