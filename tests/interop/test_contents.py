@@ -12,7 +12,6 @@ import pytest
 
 import moe_jax.interop.export as module
 from moe_jax.interop import html
-from moe_jax.interop.export import export
 from moe_jax.interop.source import open_source
 from moe_jax.model.costs import count_parameters, totals, training_flops
 from moe_jax.model.quantized import quantize
