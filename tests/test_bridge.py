@@ -132,9 +132,8 @@ def real_model(case: str, dtype: str) -> tuple[Any, dict]:
 
     With the noise no bias is 0, and the routers have clear preferences.
     """
-    model = transformer.create(
-        model_config(case), jax.random.key(0), compute=jnp.dtype(dtype), moe=LAYERS.get(case, MoE)
-    )
+    forms = transformer.Forms(dtype, moe=LAYERS.get(case, MoE))
+    model = transformer.create(model_config(case), jax.random.key(0), forms)
     graphdef, params = transformer.split(model)
     noise = np.random.default_rng(0)
     return graphdef, jax.tree.map(

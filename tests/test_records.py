@@ -16,7 +16,7 @@ MUTABLE = {
     "training.session.Session",
 }
 """These hold the state of something that goes on; orbax makes its own records so."""
-EXTRAS = {"lm_eval", "starlette", "uvicorn"}
+EXTRAS = {"lm_eval", "pydantic", "starlette", "uvicorn"}
 """Packages of extras that modules import at their top."""
 
 

@@ -17,7 +17,7 @@ from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.slots import advance, prefill
 from moe_jax.model.costs import count_parameters, totals
 from moe_jax.model.moe.layer import Mode
-from moe_jax.model.transformer import Params, abstract_model, create, merge, split
+from moe_jax.model.transformer import Forms, Params, abstract_model, create, merge, split
 from moe_jax.system import machine
 from moe_jax.system.machine import Measured, alternate
 
@@ -65,7 +65,7 @@ def batch_call(model: ModelConfig, params: Params, batch: int) -> Callable[[], A
 def prefill_call(model: ModelConfig, params: Params, length: int, compute: str = "float32") -> Callable[[], Any]:
     """Prefill of a prompt of `length` tokens: its cache, and the logits of the next token. The matrices are kept in the
     dtype `compute`."""
-    graphdef = abstract_model(model, compute)[0]
+    graphdef = abstract_model(model, Forms(compute))[0]
     run, params = jax.jit(partial(prefill, graphdef)), cast_once(graphdef, params)
     tokens = jax.random.randint(jax.random.key(1), (1, length), 0, model.vocab_size)
     return lambda: run(params, tokens, jnp.int32(length))

@@ -29,7 +29,7 @@ from moe_jax.model.costs import count_parameters, totals
 from moe_jax.model.kernels.cross_entropy import blocked_token_losses
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.precision import writing_policy
-from moe_jax.model.transformer import Params, abstract_model, merge
+from moe_jax.model.transformer import Forms, Params, abstract_model, merge
 from moe_jax.runs.load import LoadedRun
 from moe_jax.system.random_keys import Purpose, purpose_key
 from moe_jax.system.terminal import progress_bar
@@ -125,8 +125,7 @@ def one_off_at_a_time(count: int, experts: int, layers: list[int]) -> np.ndarray
 
 def switchable_graphdef(config: RunConfig, compute: str) -> nnx.GraphDef:
     """The static definition of a run's model whose experts can be switched off. `compute` is its compute precision."""
-    execution, dtype = config.execution, config.train.param_dtype
-    return abstract_model(config.model, compute, dtype, execution.remat, moe=SwitchableMoE)[0]
+    return abstract_model(config.model, Forms(compute, config.execution.remat, SwitchableMoE))[0]
 
 
 def make_switched_losses(graphdef: nnx.GraphDef) -> Callable[[Params, np.ndarray, np.ndarray], Array]:

@@ -6,6 +6,7 @@ the inverse; jitted functions use it.
 """
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -29,6 +30,23 @@ from moe_jax.model.quantized import QuantizedMatrix
 from moe_jax.system.random_keys import sequence_keys, split_each
 
 type Params = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Forms:
+    """How a model computes what its configuration says. The parameters are the same in all forms."""
+
+    compute: str = "float32"
+    """The dtype of activations. Weights are cast to it where they are used."""
+    remat: bool = False
+    """Whether training computes the activations of each block again in the backward pass (`Block.__call__`)."""
+    moe: type[MoE] = MoE
+    """The class of the layers with experts."""
+    attention: Implementation | None = None
+    """The form of attention over whole sequences; None chooses by length (`causal_attention`)."""
+
+
+PLAIN = Forms()
 
 
 class DenseFFN(nnx.Module):
@@ -61,22 +79,16 @@ def build_layer(config: ModelConfig, rngs: nnx.Rngs, moe: type[MoE] = MoE, out_s
 class Block(nnx.Module):
     """x + attention(norm(x)), then x + experts(norm(x))."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        rngs: nnx.Rngs,
-        moe: type[MoE] = MoE,
-        attention: Implementation | None = None,
-    ) -> None:
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, forms: Forms = PLAIN) -> None:
         # Each of the 2L branches adds to the residual stream. With this scale, the sum of all branches has the variance
         # of a single unscaled branch.
         out_scale = 0.0 if config.zero_init_residual else 1 / math.sqrt(2 * config.layers)
         self.dropout = config.dropout
         self.attention_norm = Normalisation(config.norm, config.width, config.bias, config.norm_eps)
-        self.attention = Attention(config, out_scale, rngs, attention)
+        self.attention = Attention(config, out_scale, rngs, forms.attention)
         self.ffn_norm = Normalisation(config.norm, config.width, config.bias, config.norm_eps)
         if config.dense == "none":
-            self.ffn = build_layer(config, rngs, moe, out_scale)
+            self.ffn = build_layer(config, rngs, forms.moe, out_scale)
         else:
             self.ffn = DenseFFN(config.width, config.dense_hidden, config.activation, out_scale, rngs)
 
@@ -137,29 +149,19 @@ def _sum(x: Float[Array, "B T D"], y: Float[Array, "B T D"]) -> Float[Array, "B 
 
 
 class Transformer(nnx.Module):
-    """The language model. Activations have the dtype `compute`; weights are cast to it where they are used.
+    """The language model.
 
     Parameters: embedding `[V, D]`, position `[T, D]` (learned positions), blocks, norm, head `[D, V]` (untied).
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        rngs: nnx.Rngs,
-        compute: jnp.dtype | None = None,
-        remat: bool = False,
-        moe: type[MoE] = MoE,
-        attention: Implementation | None = None,
-    ) -> None:
-        """`compute` is the dtype of activations, float32 unless given. `remat` recomputes blocks in training. `moe` is
-        the class of the layers with experts, and `attention` the form of attention over whole sequences."""
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, forms: Forms = PLAIN) -> None:
         self.config = config
-        self.compute = jnp.dtype(compute or jnp.float32)
-        self.remat = remat
+        self.compute = jnp.dtype(forms.compute)
+        self.remat = forms.remat
         self.embedding = nnx.Param(embedding_init(rngs, (config.vocab_size, config.width)))
         if config.positions == "learned":
             self.position = nnx.Param(embedding_init(rngs, (config.seq_len, config.width)))
-        self.blocks = nnx.List([Block(config, rngs, moe, attention) for _ in range(config.layers)])
+        self.blocks = nnx.List([Block(config, rngs, forms) for _ in range(config.layers)])
         self.norm = Normalisation(config.norm, config.width, config.bias, config.norm_eps)
         if not config.tied_head:
             self.head = nnx.Param(matrix_init(rngs, (config.width, config.vocab_size)))
@@ -249,18 +251,11 @@ def _stacked(stats: list[RouterStats | None]) -> RouterStats | None:
     return None if stats[0] is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *stats)
 
 
-def create(
-    config: ModelConfig,
-    key: Key[Array, ""],
-    compute: jnp.dtype | None = None,
-    remat: bool = False,
-    moe: type[MoE] = MoE,
-    attention: Implementation | None = None,
-) -> Transformer:
+def create(config: ModelConfig, key: Key[Array, ""], forms: Forms = PLAIN) -> Transformer:
     """A model with initial parameters. Raises ValueError if `config.vocab_size` is not known."""
     if config.vocab_size < 1:
         raise ValueError("vocab_size is 0: take it from the tokenizer first (dataclasses.replace)")
-    return Transformer(config, nnx.Rngs(params=key), compute, remat, moe, attention)
+    return Transformer(config, nnx.Rngs(params=key), forms)
 
 
 def split(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
@@ -275,31 +270,19 @@ def merge(graphdef: nnx.GraphDef, params: Params) -> Transformer:
 
 
 def abstract_model(
-    config: ModelConfig,
-    compute: str = "float32",
-    param_dtype: ParamDtype = "float32",
-    remat: bool = False,
-    moe: type[MoE] = MoE,
-    attention: Implementation | None = None,
+    config: ModelConfig, forms: Forms = PLAIN, param_dtype: ParamDtype = "float32"
 ) -> tuple[nnx.GraphDef, Params]:
     """The static definition of a model, and the shapes of its parameters as they are stored. Allocates nothing."""
-    model = nnx.eval_shape(lambda: create(config, jax.random.key(0), jnp.dtype(compute), remat, moe, attention))
+    model = nnx.eval_shape(lambda: create(config, jax.random.key(0), forms))
     graphdef, shapes = split(model)
     return graphdef, jax.eval_shape(lambda params: to_param_dtype(params, param_dtype), shapes)
 
 
-def abstract_adapted(
-    config: ModelConfig,
-    lora: LoraShape,
-    compute: str = "float32",
-    remat: bool = False,
-    moe: type[MoE] = MoE,
-    attention: Implementation | None = None,
-) -> tuple[nnx.GraphDef, Adapters]:
+def abstract_adapted(config: ModelConfig, lora: LoraShape, forms: Forms = PLAIN) -> tuple[nnx.GraphDef, Adapters]:
     """The static definition of a model with adapters, and the shapes of the adapters. Allocates nothing."""
 
     def make() -> Transformer:
-        model = create(config, jax.random.key(0), jnp.dtype(compute), remat, moe, attention=attention)
+        model = create(config, jax.random.key(0), forms)
         add_adapters(model, lora)
         return model
 

@@ -17,7 +17,7 @@ from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
 from moe_jax.model.low_rank import Adapters, LoraShape, merged
 from moe_jax.model.precision import Policy, choose_policy, writing_policy
 from moe_jax.model.quantized import WEIGHTS, Weights, in_tiles, quantized_shapes
-from moe_jax.model.transformer import Params, abstract_adapted, abstract_model
+from moe_jax.model.transformer import Forms, Params, abstract_adapted, abstract_model
 from moe_jax.parallel.layout import Layout
 from moe_jax.parallel.processes import gather_to_host
 from moe_jax.runs.arrays import named_leaves
@@ -209,10 +209,9 @@ def open_run(path: str | Path, step: int | None = None) -> LoadedRun:
 def _definitions(config: RunConfig) -> tuple[Policy, nnx.GraphDef, nnx.GraphDef, Params]:
     """The precision, the model that reads, the model that writes, and the shapes of their parameters."""
     dtype = config.execution.compute_dtype
-    stored = config.train.param_dtype, config.execution.remat
-    policy = choose_policy(dtype)
-    graphdef, shapes = abstract_model(config.model, policy.compute, *stored)
-    writer, _ = abstract_model(config.model, writing_policy(dtype).compute, *stored)
+    policy, remat = choose_policy(dtype), config.execution.remat
+    graphdef, shapes = abstract_model(config.model, Forms(policy.compute, remat), config.train.param_dtype)
+    writer, _ = abstract_model(config.model, Forms(writing_policy(dtype).compute, remat))
     return policy, graphdef, writer, shapes
 
 

@@ -85,7 +85,7 @@ class Generation(ABC):
 
     def last_chunk(self) -> dict[str, Any] | None:
         """The object behind the last event of a stream."""
-        if not self._request.stream_options.include_usage:
+        if not self._request.stream_options.get("include_usage"):
             return None
         return {**self._head, "object": self.stream_object, "choices": [], "usage": self._usage()}
 

@@ -4,11 +4,10 @@ import secrets
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import (
     BaseModel,
-    ConfigDict,
     FailFast,
     Field,
     Strict,
@@ -39,7 +38,6 @@ MAX_QUEUE = 256
 
 type TokenIds = Annotated[list[Annotated[int, Strict()]], Field(min_length=1, max_length=MAX_PROMPT_TOKENS), FailFast()]
 type StopString = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARACTERS)]
-type Nothing = Annotated[float, Field(ge=0, le=0)]
 
 
 class ApiError(Exception):
@@ -55,19 +53,13 @@ class ApiError(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
-class StreamOptions(BaseModel):
-    include_usage: bool = False
-    """Whether the last event of a stream counts the tokens."""
-
-
 class GenerationRequest(BaseModel):
-    """The fields of both endpoints. null stands for the default, and a field that is not listed is refused."""
-
-    model_config = ConfigDict(extra="forbid")
+    """The fields of both endpoints. null stands for the default. Other fields are ignored."""
 
     model: str = ""
     stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
+    stream_options: dict[str, Any] = {}
+    """`include_usage`: whether the last event of a stream counts the tokens."""
     temperature: float = Field(1.0, ge=0, le=100)
     top_p: float = Field(1.0, ge=1e-6, le=1)
     top_k: int = Field(0, ge=-1, le=2**24)
@@ -79,17 +71,6 @@ class GenerationRequest(BaseModel):
     n: int = Field(1, ge=1, le=MAX_TEXTS)
     return_token_ids: bool = False
     routed_experts: bool = False
-    user: Any = None
-
-    # OpenAI has these fields and this server does not. It accepts the values that ask for nothing.
-    best_of: Literal[1] = 1
-    suffix: Literal[""] = ""
-    frequency_penalty: Nothing = 0
-    presence_penalty: Nothing = 0
-    logit_bias: dict[str, float] = Field({}, max_length=0)
-    tools: list[Any] = Field([], max_length=0)
-    tool_choice: Literal["none", "auto"] = "none"
-    response_format: dict[Literal["type"], Literal["text"]] = {}
 
     @model_validator(mode="before")
     @classmethod

@@ -16,8 +16,6 @@ from moe_jax.system.files import json_text
 
 BODY_SECONDS = 10.0
 """A body must have arrived within this time."""
-TOKENS_AT_ONCE = 64
-"""The JSON of more tokens is built on another thread, so that other clients get their turn."""
 _LOST = {"stopped": (503, "the server is stopping", "stopping"), "failed": (500, "the program failed", "failed")}
 
 
@@ -94,19 +92,13 @@ class GenerationResponse:
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         try:
             async for news in self._news():
-                if sum(len(event.prompt) + len(event.pieces) for _, event in news) > TOKENS_AT_ONCE:
-                    await send(_part(await asyncio.to_thread(self._chunks, news)))
-                else:
-                    await send(_part(self._chunks(news)))
+                await send(_part(b"".join(_sse(self._generation.chunk(index, event)) for index, event in news)))
             last = self._generation.last_chunk()
             tail = b"" if last is None else _sse(last)
         except ApiError as error:
             tail = _sse(error.body())
         await send(_part(tail + b"data: [DONE]\n\n"))
         await send({"type": "http.response.body", "body": b""})
-
-    def _chunks(self, news: list[tuple[int, Event]]) -> bytes:
-        return b"".join(_sse(self._generation.chunk(index, event)) for index, event in news)
 
     async def _news(self) -> AsyncIterator[list[tuple[int, Event]]]:
         """The texts' events, all that have come since the last time, until all texts have ended. Raises ApiError for a

@@ -24,8 +24,9 @@ from moe_jax.inference.decode import Decoder
 from moe_jax.inference.traced_pass import ShardMapWrapper
 from moe_jax.model.kernels.library_attention import AttentionForm, choose_attention
 from moe_jax.model.low_rank import Adapters, LoraShape, initial_adapters, merged
+from moe_jax.model.moe.layer import MoE
 from moe_jax.model.precision import Card, Policy, choose_policy, cpu_bfloat16_units, writing_policy
-from moe_jax.model.transformer import Params, abstract_adapted, abstract_model
+from moe_jax.model.transformer import Forms, Params, abstract_adapted, abstract_model
 from moe_jax.parallel.experts import ExpertParallelMoE
 from moe_jax.parallel.layout import Layout
 from moe_jax.parallel.processes import place
@@ -71,18 +72,18 @@ class Programs:
         """
         model, train, execution = config.model, config.train, config.execution
         policy = choose_policy(execution.compute_dtype, device, kept_precision)
-        graphdef, shapes = abstract_model(model, policy.compute, train.param_dtype, execution.remat)
+        plain = Forms(policy.compute, execution.remat)
+        graphdef, shapes = abstract_model(model, plain, train.param_dtype)
         card = Card.of(device or jax.devices()[0])
         here = device is None or isinstance(device, jax.Device)
         attention = choose_attention(model, execution, policy.compute, card, here, 1 if mesh is None else mesh.size)
         lora, adapters = LoraShape.of(train), None
-        forms: dict[str, Any] = {"remat": execution.remat, "attention": attention.implementation}
-        if mesh is not None and mesh.shape["expert"] > 1:
-            forms["moe"] = ExpertParallelMoE
+        moe = MoE if mesh is None or mesh.shape["expert"] == 1 else ExpertParallelMoE
+        forms = dataclasses.replace(plain, moe=moe, attention=attention.implementation)
         if lora is None:
-            trained, _ = abstract_model(model, policy.compute, train.param_dtype, **forms)
+            trained, _ = abstract_model(model, forms, train.param_dtype)
         else:
-            trained, adapters = abstract_adapted(model, lora, policy.compute, **forms)
+            trained, adapters = abstract_adapted(model, lora, forms)
         whole = needs_whole_matrices(shapes if adapters is None else adapters, train)
         layout = None if mesh is None else Layout.of(mesh, shapes, whole, adapters)
         return cls(
@@ -104,8 +105,7 @@ class Programs:
         """The definition of the model that writes samples, token by token, in a precision of its own
         (`writing_policy`)."""
         writing = writing_policy(self.config.execution.compute_dtype, self.device)
-        train, remat = self.config.train, self.config.execution.remat
-        return abstract_model(self.config.model, writing.compute, train.param_dtype, remat)[0]
+        return abstract_model(self.config.model, Forms(writing.compute, self.config.execution.remat))[0]
 
     @cached_property
     def state_shapes(self) -> TrainState:

@@ -15,7 +15,7 @@ from moe_jax.config import TrainConfig, UserError
 from moe_jax.inference.traced_pass import TracedStep, check_routed
 from moe_jax.inspection.trace import make_trace_step, trace_tokens
 from moe_jax.model.moe.layer import Mode, MoE
-from moe_jax.model.transformer import abstract_model, merge
+from moe_jax.model.transformer import Forms, abstract_model, merge
 from moe_jax.runs.load import LoadedRun
 from moe_jax.training.optimizers.factory import make_optimizer
 from moe_jax.training.state import initial_state
@@ -90,7 +90,7 @@ def test_a_longer_text_changes_nothing_before_it_and_padding_does_not_show() -> 
     ("dispatch", "moe"), [("blocks", MoE), ("capacity", AllExpertsMoE)], ids=["blocks", "all experts"]
 )
 def test_a_dropless_dispatch_keeps_all(dispatch: str, moe: type[MoE]) -> None:
-    graphdef, _ = abstract_model(MODEL.with_routing(dispatch=dispatch), moe=moe)
+    graphdef, _ = abstract_model(MODEL.with_routing(dispatch=dispatch), Forms(moe=moe))
     trace = make_trace_step(graphdef)(tiny.build(MODEL)[1], tiny.tokens(1, tiny.T + 1)).decisions
     assert np.asarray(trace.keep).all()
 

@@ -1,4 +1,4 @@
-"""What is in an exported page and in a model card, to the last line; and what a killed export leaves."""
+"""What is in an exported page and in a model card, to the last line."""
 
 import dataclasses
 import json
@@ -12,7 +12,6 @@ import pytest
 
 import moe_jax.interop.export as module
 from moe_jax.interop import html
-from moe_jax.interop.export import export
 from moe_jax.interop.source import open_source
 from moe_jax.model.costs import count_parameters, totals, training_flops
 from moe_jax.model.quantized import quantize
@@ -101,16 +100,3 @@ def test_the_whole_card(run: Path) -> None:
     assert "It is fine-tuned on conversations" in card
     assert "ollama create name -f Modelfile" in card
     assert "transformers import" not in card
-
-
-def test_what_a_killed_export_has_left_is_removed(run: Path, tmp_path: Path) -> None:
-    """What looks like another export is not touched."""
-    left, other = (tmp_path / f".{name}.partial" for name in ("out[1]", "out1"))
-    for folder in (left, other):
-        folder.mkdir()
-        (folder / "file").touch()
-    (tmp_path / "out[1]").mkdir()
-    files = export(open_source(run), "hf", "float32", tmp_path / "out[1]", "")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([other.name, "out[1]"])
-    assert files == sorted((tmp_path / "out[1]").iterdir())
-    assert re.fullmatch(r'\{\n  "\w.*\n\}\n', (tmp_path / "out[1]" / "config.json").read_text(), re.DOTALL)

@@ -10,7 +10,7 @@ import pytest
 import verify_resume
 
 import moe_jax
-from moe_jax.config import ConfigError, RunConfig, load_config
+from moe_jax.config import RunConfig, load_config
 from moe_jax.interop.export import export
 from moe_jax.interop.source import open_source
 from moe_jax.training.session import Session
@@ -56,17 +56,13 @@ def test_experts_go_in_without_drops(place: Path) -> None:
     assert parsed("--init-from", "hf", *asked).model.capacity == 64
     for flags, said in (
         (["--top-k", "1"], "--top-k 1: the model in hf has 2; leave the flag out"),
-        (
-            ["--routing.no-renormalise-gates"],
-            "--routing.renormalise-gates False: the model in hf has",
-        ),
+        (["--routing.no-renormalise-gates"], "--routing.renormalise-gates False: the model in hf has"),
         (["--routing.balancing", "bias"], "--routing.balancing bias: the model in hf has loss"),
         (["--experts", "8"], "--experts 8: the model in hf has 4"),
         (["--model.shared-experts", "1"], "--model.shared-experts 1: the model in hf has 0"),
     ):
-        assert said in refusal(parsed, "--init-from", "hf", *flags)
-    with pytest.raises(ConfigError, match=r"--upcycle hf: has experts already; start from it with --init-from"):
-        parsed("--upcycle", "hf")
+        assert refusal(parsed, "--init-from", "hf", *flags).startswith(said)
+    assert "--upcycle hf: has experts already; start from it with --init-from" in refusal(parsed, "--upcycle", "hf")
 
 
 @pytest.mark.parametrize(
@@ -88,6 +84,7 @@ def test_experts_go_in_without_drops(place: Path) -> None:
 def test_flags_that_contradict_the_folder(place: Path, flags: list[str], names: list[str]) -> None:
     said = refusal(parsed, "--init-from", "hf", *flags)
     assert all(name in said for name in names), said
+    assert "\n" not in said
 
 
 def test_a_contradiction_is_said_before_jax_is_imported(place: Path) -> None:
@@ -108,17 +105,14 @@ def test_a_contradiction_is_said_before_jax_is_imported(place: Path) -> None:
     ],
 )
 def test_what_a_dense_model_cannot_be_upcycled_to(place: Path, flags: list[str], said: str) -> None:
-    with pytest.raises(ConfigError) as failure:
-        parsed("--upcycle", "hf", *flags)
-    assert str(failure.value).startswith(said)
+    assert refusal(parsed, "--upcycle", "hf", *flags).startswith(said)
 
 
 def test_an_upcycled_model_has_the_experts_of_the_preset(place: Path) -> None:
     model = parsed("--upcycle", "hf", "--seq-len", "32").model
     assert (model.dense, model.experts, model.routing.top_k, model.expert_hidden) == ("none", 8, 2, 48)
     assert (model.seq_len, model.kv_heads) == (32, 2)
-    with pytest.raises(ConfigError, match=r"--upcycle nowhere: no run with a complete checkpoint there"):
-        parsed("--upcycle", "nowhere")
+    assert "--upcycle nowhere: no run with a complete checkpoint there" in refusal(parsed, "--upcycle", "nowhere")
 
 
 # Runs
@@ -157,10 +151,11 @@ def test_a_resume_needs_no_folder_and_takes_no_other(imported: Path, tmp_path: P
             assert config.init_from == folder
         session = Session.open(config, start)
         assert (session.resumed_from, session.origin is None) == (0, False)
-        with pytest.raises(ConfigError, match=r"--init-from other: the run in .* has .*hf; leave the flag out"):
-            train_settings("--out", str(run), "--resume", "--init-from", "other")
-        with pytest.raises(ConfigError, match=r"--upcycle other"):
-            train_settings("--out", str(run), "--resume", "--upcycle", "other")
+        resumed = ("--out", str(run), "--resume")
+        said = refusal(train_settings, *resumed, "--init-from", "other")
+        assert said.startswith(f"--init-from other: the run in {run} has")
+        assert "leave the flag out" in said
+        assert "--upcycle other" in refusal(train_settings, *resumed, "--upcycle", "other")
     finally:
         (place / "gone").rename(place / "hf")
 

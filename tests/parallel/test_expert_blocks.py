@@ -15,7 +15,7 @@ from moe_jax.certify.model import initial_params
 from moe_jax.model.moe.dispatch import Blocks, Dispatch, QueuedPairs
 from moe_jax.model.moe.layer import Mode, MoE
 from moe_jax.model.moe.router import Routing, route
-from moe_jax.model.transformer import abstract_model, build_layer, merge
+from moe_jax.model.transformer import Forms, abstract_model, build_layer, merge
 from moe_jax.parallel.experts import DeviceQueues, ExpertParallelMoE
 from moe_jax.parallel.layout import AXES, mesh_of
 from moe_jax.training.programs import Programs
@@ -220,7 +220,7 @@ def test_hidden_states_drops_and_load_have_the_bits_of_one_device(factor: float,
     config = made.config(dispatch="blocks", **wide)
     one, programs = Programs.of(config), made.programs(f"data=2,expert={N}", dispatch="blocks", **wide)
     params, tokens = one.initial_params(), made.batch(0, length=64)[0][:, :-1]
-    graphdef, _ = abstract_model(config.model, one.policy.compute, moe=moe)
+    graphdef, _ = abstract_model(config.model, Forms(one.policy.compute, moe=moe))
 
     @jax.jit
     def forward(params: Any, tokens: Any) -> Any:

@@ -153,8 +153,6 @@ WRONG: list[tuple[dict[str, Any], int, str]] = [
     ({"prompt": "\ud800"}, 400, "body: Invalid JSON"),
     ({"prompt": "a", "temperature": "very hot " * 9999}, 400, "temperature: Input should be a valid number"),
     ({"prompt": "a", "model": "gpt-4"}, 404, "this server has 'tiny'"),
-    ({"prompt": "a", "frequency_penalty": 0.5}, 400, "frequency_penalty: Input should be less than or equal to 0"),
-    ({"prompt": "a", "temprature": 1}, 400, "temprature: Extra inputs are not permitted"),
     ({"prompt": "a", "n": 9}, 429, f"9 more texts cannot wait; at most {made.QUEUE} may"),
 ]
 

@@ -13,7 +13,7 @@ BUGS = [
     ),
     Bug(
         "choice-major order",
-        "moe_jax.model.moe.queues:queue_positions",
+        "moe_jax.model.moe.router:queue_positions",
         "before = jnp.cumsum(hits, axis=1) - hits",
         """one = jax.nn.one_hot(expert, experts, dtype=jnp.int32)
     queue = one.swapaxes(1, 2).reshape(expert.shape[0], -1, experts)
@@ -23,7 +23,7 @@ BUGS = [
     ),
     Bug(
         "choice-major order, by the worked case",
-        "moe_jax.model.moe.queues:queue_positions",
+        "moe_jax.model.moe.router:queue_positions",
         "before = jnp.cumsum(hits, axis=1) - hits",
         """one = jax.nn.one_hot(expert, experts, dtype=jnp.int32)
     queue = one.swapaxes(1, 2).reshape(expert.shape[0], -1, experts)
@@ -33,7 +33,7 @@ BUGS = [
     ),
     Bug(
         "the batch is one group",
-        "moe_jax.model.moe.queues:queue_positions",
+        "moe_jax.model.moe.router:queue_positions",
         "before = jnp.cumsum(hits, axis=1) - hits",
         """flat = hits.reshape(-1, experts)
     before = (jnp.cumsum(flat, axis=0) - flat).reshape(hits.shape)""",
@@ -76,7 +76,7 @@ BUGS = [
     ),
     Bug(
         "a NaN token takes a slot",
-        "moe_jax.model.moe.queues:choice_counts",
+        "moe_jax.model.moe.router:choice_counts",
         "hits * valid[..., None]",
         "hits",
         checks.check_invalid_token,
@@ -146,19 +146,19 @@ BUGS = [
     ),
     Bug(
         "balance loss divided by K twice",
-        "moe_jax.model.moe.balance:expert_load",
+        "moe_jax.model.moe.router:expert_load",
         "/ (tokens * top_k)",
         "/ (tokens * top_k * top_k)",
         checks.check_balance_loss,
     ),
     Bug(
         "balance loss over the batch as one group",
-        "moe_jax.model.moe.balance:balance_loss",
+        "moe_jax.model.moe.router:balance_loss",
         "(routing.logits.shape[-1] * (share * mean_prob).sum(-1)).mean()",
         "routing.logits.shape[-1] * (share.mean(0) * mean_prob.mean(0)).sum()",
         checks.check_balance_loss,
     ),
-    Bug("z-loss not squared", "moe_jax.model.moe.balance:z_loss", "jnp.square(", "(", checks.check_z_loss),
+    Bug("z-loss not squared", "moe_jax.model.moe.router:z_loss", "jnp.square(", "(", checks.check_z_loss),
     Bug(
         "rotary positions one off in decoding",
         "moe_jax.model.attention:Attention.decode",

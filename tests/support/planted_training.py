@@ -6,21 +6,21 @@ from tests.support.planting import Bug
 BUGS = [
     Bug(
         "gradient divided by the micro-batches twice",
-        "moe_jax.training.step:gradients",
+        "moe_jax.training.gradients:gradients",
         "else count * scale",
         "else count * count * scale",
         checks.check_accumulation,
     ),
     Bug(
         "metrics summed over micro-batches",
-        "moe_jax.training.step:gradients",
+        "moe_jax.training.gradients:gradients",
         "lambda m: m / count, metrics",
         "lambda m: m, metrics",
         checks.check_accumulation,
     ),
     Bug(
         "loss scale left in the gradient",
-        "moe_jax.training.step:gradients",
+        "moe_jax.training.gradients:gradients",
         "else count * scale",
         "else count",
         checks.check_loss_scale_cancels,
@@ -90,7 +90,7 @@ BUGS = [
     ),
     Bug(
         "micro-batches share their dropout keys",
-        "moe_jax.training.step:gradients",
+        "moe_jax.training.gradients:gradients",
         "first=index * rows",
         "first=0",
         checks.check_accumulation_with_dropout,

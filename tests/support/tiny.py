@@ -10,7 +10,7 @@ from flax import nnx
 
 from moe_jax.config import ModelConfig, RoutingConfig
 from moe_jax.model.moe.layer import MoE
-from moe_jax.model.transformer import Params, create, split
+from moe_jax.model.transformer import Forms, Params, create, split
 
 T, V = 8, 13
 
@@ -47,7 +47,7 @@ def build(
 ) -> tuple[nnx.GraphDef, Params]:
     """A model whose parameters are all random, with standard deviation 0.5: biases are not 0, norm scales are not 1."""
     compute = compute or dtype
-    graphdef, shapes = split(nnx.eval_shape(lambda: create(config, jax.random.key(0), np.dtype(compute), remat, moe)))
+    graphdef, shapes = split(nnx.eval_shape(lambda: create(config, jax.random.key(0), Forms(compute, remat, moe))))
     rng = np.random.default_rng(seed)
     return graphdef, jax.tree.map(lambda s: jax.numpy.asarray(rng.normal(size=s.shape) * 0.5, dtype), shapes)
 

@@ -97,7 +97,7 @@ def test_the_estimate_of_a_step_is_a_lower_bound(name: str) -> None:
     import jax
 
     sized = with_vocabulary(preset(name))
-    leaves = jax.tree.leaves(abstract_model(sized.model, "float32", sized.train.param_dtype)[1])
+    leaves = jax.tree.leaves(abstract_model(sized.model, param_dtype=sized.train.param_dtype)[1])
     parameters = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
     model, batch = sized.model, sized.train.batch_size
     weights = batch * model.heads * model.seq_len * (model.seq_len + 1) / 2 * model.layers * 4

@@ -16,7 +16,7 @@ from moe_jax.model.costs import adapter_parameters, count_parameters, least_step
 from moe_jax.model.low_rank import LoraShape, adapted, initial_adapters, merged
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.quantized import quantize
-from moe_jax.model.transformer import abstract_adapted
+from moe_jax.model.transformer import Forms, abstract_adapted
 from moe_jax.model.transformer import merge as build
 from moe_jax.runs.arrays import named_leaves
 from moe_jax.runs.doctor import examine
@@ -46,7 +46,7 @@ def adapted_model(case: str, dtype: str = "float32", zero: bool = False) -> tupl
     config = tiny.config(capacity_factor=1.0, **CASES[case])
     shape = SHAPE if config.dense == "none" else SHAPE._replace(train_router=False)
     graphdef, params = tiny.build(config, dtype=dtype)
-    training, shapes = abstract_adapted(config, shape, dtype)
+    training, shapes = abstract_adapted(config, shape, Forms(dtype))
     rng = np.random.default_rng(1)
     adapters = jax.tree.map(lambda s: jnp.asarray(rng.normal(size=s.shape) * 0.3, dtype), shapes)
     return graphdef, training, params, initial_adapters(shapes, jax.random.key(0)) if zero else adapters
