@@ -3,13 +3,13 @@
     uv run --extra plots python benchmarks/compare.py --preset nano --seeds 3
     uv run --extra plots python benchmarks/compare.py --preset nano --tune
     uv run --extra plots python benchmarks/compare.py --preset nano --scaling
-    uv run --extra plots python benchmarks/compare.py --preset nano --experts 4,8,16
 
 One baseline has the same active parameters, the other the same total. Each trains twice: for the same tokens as the
 mixture, and for the same wall-clock time. --tune first finds the learning rate, the depth and the heads of each, on a
 part of the training text; --data is then a folder with train.txt and valid.txt. --scaling trains the mixture and the
-baseline of the same active parameters for five budgets instead, and fits a power law to each. --experts trains mixtures
-of several numbers of experts beside that baseline.
+baseline of the same active parameters for five budgets instead, and fits a power law to each.
+
+Further flags are those of `train.py`: settings of all models, and the text (--data).
 
 To go on with a stopped comparison, call it again with the same arguments: finished runs are not trained again. The last
 line of the output is the result as JSON.
@@ -21,8 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from changes import changes_of
-
+from moe_jax.cli import train as train_flags
 from moe_jax.cli.main import main
 from moe_jax.config import ConfigError, Dense, RunConfig, UserError
 from moe_jax.config.presets import PRESETS, preset
@@ -47,25 +46,17 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--preset", default="nano", choices=list(PRESETS), help="settings of the mixture and of its baselines")
-    add("--set", action="append", default=[], help="SECTION.NAME=VALUE, a setting of all models, as for train.py")
-    add("--data", default="", help="the text, as for train.py; the preset's own unless given")
     add("--seeds", type=int, default=3, help="runs of each kind; a later call may ask for more")
-    add(
-        *("--flops",),
-        type=float,
-        default=2e13,
-        help="training operations of one run of the mixture; with --scaling the largest budget",
-    )
+    add("--flops", type=float, default=2e13, help="operations of a run of the mixture; of --scaling the largest budget")
     add("--no-total", dest="total", action="store_false", help="leave out the baseline of the same total parameters")
     study = parser.add_mutually_exclusive_group()
     study.add_argument("--tune", action="store_true", help="search the settings of each side first")
     study.add_argument("--scaling", action="store_true", help="five budgets, and a power law fitted to the losses")
-    study.add_argument("--experts", default="", help="numbers of experts to compare, such as 4,8,16,32,64")
     add("--lowest-flops", type=float, default=0.0, help="with --scaling, the smallest budget; default --flops / 10")
     add("--predict-flops", type=float, default=0.0, help="with --scaling, the budget of the prediction; 10 x --flops")
     add("--out", default="", help="folder of the comparison; runs/compare-PRESET-STUDY unless given")
-    asked = parser.parse_args(argv)
-    asked.study = "tuned" if asked.tune else "scaling" if asked.scaling else "experts" if asked.experts else ""
+    asked, asked.settings = parser.parse_known_args(argv)
+    asked.study = "tuned" if asked.tune else "scaling" if asked.scaling else ""
     asked.lowest_flops = asked.lowest_flops or asked.flops / 10
     asked.predict_flops = asked.predict_flops or 10 * asked.flops
     asked.models = ("none", "active", "total") if asked.total else ("none", "active")
@@ -77,29 +68,16 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return asked
 
 
-def settings_to_compare(name: str, changes: Sequence[str], data: str) -> RunConfig:
-    """The settings of a preset with the values of `--set`, and with the text `data` unless it is empty.
+def settings_to_compare(name: str, flags: Sequence[str]) -> RunConfig:
+    """The settings of a preset with the values of further flags, those of `train.py`.
 
     Raises ConfigError for a wrong value, and for a setting that is chosen for each run.
     """
-    config = preset(name)
-    values = changes_of(config, changes)
-    for section, field in values:
-        if (section, field) in OF_EACH_RUN:
-            raise ConfigError(f"--set {section}.{field}: is chosen for each run; leave it out")
-    return config.override(values | ({("data", "source"): data} if data else {}))
-
-
-def expert_counts(text: str, config: RunConfig) -> tuple[int, ...]:
-    """The numbers of experts in `text`. Raises ConfigError."""
-    try:
-        counts = tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(f"--experts {text}: must be whole numbers, such as 4,8,16") from None
-    least = config.model.routing.top_k
-    if len(set(counts)) < len(counts) or min(counts) < least:
-        raise ConfigError(f"--experts {text}: must be different numbers of at least {least}, a token's experts")
-    return counts
+    usual, config = preset(name), train_flags.parse(["--preset", name, *flags], "compare.py")[0].config
+    for section, field in OF_EACH_RUN:
+        if getattr(config.section(section), field) != getattr(usual.section(section), field):
+            raise config.section(section).wrong(field, "is chosen for each run; leave it out")
+    return config
 
 
 def check_same_request(request: dict[str, Any], path: Path) -> None:
@@ -117,7 +95,7 @@ def check_same_request(request: dict[str, Any], path: Path) -> None:
 
 
 def request_of(asked: argparse.Namespace, config: RunConfig) -> dict[str, Any]:
-    """What must stay the same in later calls. The number of seeds and of experts may change."""
+    """What must stay the same in later calls. The number of seeds may change."""
     names = ("study", "flops", "lowest_flops", "total")
     return {name: getattr(asked, name) for name in names} | {"config": config.to_dict()}
 
@@ -130,25 +108,20 @@ def train(asked: argparse.Namespace, config: RunConfig) -> "Report":
     path, request = asked.out / "plan.json", request_of(asked, config)
     if not path.exists():
         write_atomically(path, json_text({"asked": request, "machine": describe_machine()}, indent=1) + "\n")
-    base, train_runs = with_prepared_text(config), train_all
+    base = with_prepared_text(config)
     if asked.scaling:
         from comparison import scaling
 
         budgets = scaling.budgets(base, asked.lowest_flops, asked.flops)
-        summaries = train_runs(scaling.runs(base, budgets, asked.seeds, asked.out))
+        summaries = train_all(scaling.runs(base, budgets, asked.seeds, asked.out))
         return scaling.Scaling.of(base, budgets, summaries, asked.predict_flops).report()
-    if asked.experts:
-        from comparison.expert_counts import ExpertCounts, Models
-
-        models = Models.of(base, expert_counts(asked.experts, base), asked.flops)
-        return ExpertCounts.of(models, train_runs(models.runs(asked.seeds, asked.out))).report()
-    return compare_baselines(asked, request, base, train_runs)
+    return compare_baselines(asked, request, base)
 
 
-def compare_baselines(asked: argparse.Namespace, request: dict[str, Any], base: RunConfig, train_runs: Any) -> "Report":
+def compare_baselines(asked: argparse.Namespace, request: dict[str, Any], base: RunConfig) -> "Report":
     """The mixture beside its dense baselines, tuned with --tune. The plan is made once, and kept."""
     from comparison import baselines, tuning
-    from comparison.study_runs import StudyRun, with_prepared_text
+    from comparison.study_runs import StudyRun, train_all, with_prepared_text
 
     path, models = asked.out / "plan.json", tuple[Dense, ...](asked.models)
     plan = baselines.Plan.load(path)
@@ -156,13 +129,13 @@ def compare_baselines(asked: argparse.Namespace, request: dict[str, Any], base: 
         found = None
         if asked.tune:
             choosing = with_prepared_text(tuning.text_to_choose_on(base))
-            found = tuning.search(choosing, asked.flops, asked.out, models, train_runs, baselines.step_ratio)
+            found = tuning.search(choosing, asked.flops, asked.out, models, train_all, baselines.step_ratio)
         print("measuring the step times of the models in turn ...", flush=True)
         plan = baselines.Plan.make(base, asked.flops, found, models)
         plan.save(path, request)
     todo = list(plan.runs(asked.seeds, asked.out))
     summaries: dict[Any, list[dict[str, Any]]] = {}
-    trained = train_runs([StudyRun(f"{arm.name}, seed {seed}", config) for arm, seed, config in todo])
+    trained = train_all([StudyRun(f"{arm.name}, seed {seed}", config) for arm, seed, config in todo])
     for (arm, _, _), summary in zip(todo, trained, strict=True):
         summaries.setdefault(arm, []).append(summary)
     return baselines.report(plan, baselines.collect(plan, summaries), asked.out)
@@ -184,10 +157,8 @@ def publish(report: "Report", out: Path) -> None:
 
 def run(argv: Sequence[str]) -> int:
     asked = parse(argv)
-    config = settings_to_compare(asked.preset, asked.set, asked.data)
+    config = settings_to_compare(asked.preset, asked.settings)
     check_same_request(request_of(asked, config), asked.out / "plan.json")
-    if asked.experts:
-        expert_counts(asked.experts, config)
     environment.prepare_environment()
     from moe_jax.runs.folder import locked_for_training
 

@@ -16,9 +16,9 @@ from jax.sharding import SingleDeviceSharding
 
 from moe_jax.config import ConfigError, UserError
 from moe_jax.model.precision import Card
-from moe_jax.planning.fitting import program_mib
 from moe_jax.planning.plans import KnownCard
 from moe_jax.system.environment import has_cuda_plugin
+from moe_jax.training.fit import program_mib
 
 GPUS = Path(__file__).parent / "gpus"
 """Folder with one description file for each GPU: the text form of stream_executor.GpuTargetConfigProto."""

@@ -9,15 +9,17 @@ because the commit, the machine and the dense run are taken from there.
 """
 
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_jax.cli import main
+from flags import flags
+
+from moe_jax.cli.main import main
 from moe_jax.config import ConfigError, RunConfig, UserError, load_config
 from moe_jax.config.presets import preset
-from moe_jax.config.section import word
 from moe_jax.system import environment
 
 HEADER = (
@@ -31,11 +33,12 @@ SAID_ELSEWHERE = {("model", "vocab_size"), ("data", "source"), ("train", "seed")
 
 def command(config: RunConfig) -> str:
     """The command of a run: the preset, the seed, each flag that differs from it. FOLDER stands for the text."""
-    words = [f"uv run train.py --preset {config.preset} --data FOLDER --seed {config.train.seed}"]
-    for (section, name, value), (_, _, usual) in zip(config.settings(), preset(config.preset).settings(), strict=True):
-        if section and value != usual and (section, name) not in SAID_ELSEWHERE:
-            words.append(word(section, name, value))
-    return " ".join([*words, "--upcycle DENSE"] if config.upcycle else words)
+    words = f"uv run train.py --preset {config.preset} --data FOLDER --seed {config.train.seed}".split()
+    usual = dict(flags(preset(config.preset)))
+    for (section, name), given in flags(config, SAID_ELSEWHERE):
+        if section and given != usual[section, name]:
+            words += given
+    return shlex.join([*words, "--upcycle", "DENSE"] if config.upcycle else words)
 
 
 def finished(run: Path) -> tuple[RunConfig, dict[str, Any]]:
@@ -95,4 +98,4 @@ def run(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main.main(run))
+    sys.exit(main(run))

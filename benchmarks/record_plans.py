@@ -1,13 +1,13 @@
 """Plan the memory of a run on a GPU that need not be there, by compiling its programs for the GPU.
 
-    uv run --isolated --extra gpu-plan python benchmarks/record_plans.py --set model.layers=4
-    uv run --isolated --extra gpu-plan python benchmarks/record_plans.py --set execution.mesh=expert=4
+    uv run --isolated --extra gpu-plan python benchmarks/record_plans.py --model.layers 4
+    uv run --isolated --extra gpu-plan python benchmarks/record_plans.py --mesh expert=4
     uv run --isolated --extra gpu-plan python benchmarks/record_plans.py --record
 
-The first tries the settings with which a run may fit the GPU, and prints the plan that fits (`moe_jax.planning`). With
-a mesh, the training step is compiled for several GPUs, each with the sequences of a step of the preset, and the memory
-of one is printed. With `--set train.lora_rank=16` a fine-tuning by adapters is planned. The exit status is 0 if a
-setting fits. The last line of the output is JSON.
+The first tries the settings with which a run may fit the GPU (`moe_jax/training/fit.py`), and prints the plan that
+fits. Settings are given by the flags of `train.py`. With a mesh, the training step is compiled for several GPUs, each
+with the sequences of a step of the preset, and the memory of one is printed. With `--lora 16 --optimizer adamw` a
+fine-tuning by adapters is planned. The exit status is 0 if a setting fits. The last line of the output is JSON.
 
 With --record, the plans of the presets are written for `moe-jax plan`, for all pairs or those that are named, such as
 `nano:h100-80gb`. All pairs take hours of processor time.
@@ -25,21 +25,21 @@ from typing import Any
 os.environ["JAX_PLATFORMS"] = "cpu"  # compiling for a described card must not occupy a real one
 
 import described_gpu
-from changes import changes_of
 from described_gpu import Target, bound
 
 from moe_jax.cli.main import main
+from moe_jax.cli.settings import parse_settings
 from moe_jax.config import ConfigError, MeshShape, RunConfig
 from moe_jax.config.presets import PRESETS, preset, with_vocabulary
 from moe_jax.parallel.layout import mesh_of
-from moe_jax.planning.fitting import Device, plans_until_one_fits, program_mib
-from moe_jax.planning.plans import DEFAULT_GPU, RECORDED, Plan, chosen, named
+from moe_jax.planning.plans import DEFAULT_GPU, RECORDED
 from moe_jax.system import environment
 from moe_jax.system.environment import MIB
 from moe_jax.system.files import json_text
 from moe_jax.system.terminal import say
+from moe_jax.training.fit import Device, plans_until_one_fits, program_mib
+from moe_jax.training.plan import Plan, chosen, named
 from moe_jax.training.programs import Programs
-from moe_jax.training.start import start_of
 
 CARDS_PER_HOST = 8
 """Cards of one machine, in plans for more of them than this."""
@@ -77,17 +77,18 @@ def mesh_mib(config: RunConfig, target: Target) -> float:
 def plan(asked: argparse.Namespace) -> int:
     """Plan the settings that were asked for, and print the result."""
     target = Target.load(asked.gpu)
-    config = start_of({("", name): getattr(asked, name) for name in ("preset", "init_from", "upcycle")}).defaults
-    sequences = config.train.batch_size * config.train.grad_accum
-    config = config.override(changes_of(config, asked.set))
+    flags = ["--preset", asked.preset, *asked.settings]
+    arguments, start = parse_settings(flags, "record_plans.py", __doc__, {}, hidden=["base"])
+    config, usual = arguments.config, start.defaults.train
+    sequences = usual.batch_size * usual.grad_accum
     budget = config.execution.memory_bytes / MIB or target.facts().budget
     if mesh := config.execution.mesh:
         config = config.on_mesh(mesh, sequences)
     config = with_vocabulary(with_adapters(config) if config.train.lora_rank else config)
-    say(f"{asked.preset} on {target.device_kind}: a run may use {budget:,.0f} MiB")
+    say(f"{config.preset} on {target.device_kind}: a run may use {budget:,.0f} MiB")
     if mesh:
         total = mesh_mib(config, target)
-        result = {"preset": asked.preset, "gpu": target.name, "mesh": mesh, "total_mib": round(total, 1)}
+        result = {"preset": config.preset, "gpu": target.name, "mesh": mesh, "total_mib": round(total, 1)}
         result |= {"budget_mib": round(budget, 1), "fits": total <= budget, "micro_batch": config.train.batch_size}
     else:
         plans = []
@@ -131,12 +132,9 @@ def run(argv: Sequence[str]) -> int:
         description=about, epilog=more, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--preset", default="seed-158m", choices=list(PRESETS), help="the settings to start from")
-    parser.add_argument("--init-from", default="", help="a public model, in place of a preset")
-    parser.add_argument("--upcycle", default="", help="a dense run or model that gets experts, in place of a preset")
-    parser.add_argument("--set", action="append", default=[], help="SECTION.NAME=VALUE, as for train.py")
     parser.add_argument("--gpu", default=DEFAULT_GPU, help="name of a described GPU, or a file that describes one")
     parser.add_argument("--record", nargs="*", metavar="PRESET:GPU", help="write the plans for `moe-jax plan`")
-    asked = parser.parse_args(argv)
+    asked, asked.settings = parser.parse_known_args(argv)
     environment.prepare_environment()
     return plan(asked) if asked.record is None else record(asked.record)
 

@@ -3,8 +3,9 @@
     uv run python benchmarks/verify_resume.py --preset story-cpu
 
 The runs are real processes, and one is killed by a signal that cannot be caught (SIGKILL). They have the model and the
-settings of the command line, with fewer steps, fewer evaluations and less text, so the comparison takes about a minute.
-`moe_jax/training/session.py` explains why a resumed run is bit-identical.
+settings of the command line, which takes the flags of `train.py`, with fewer steps, fewer evaluations and less text, so
+the comparison takes about a minute. Both runs are in a temporary folder. The exit status is 1 if a bit differs.
+`moe_jax/training/run.py` explains why a resumed run is bit-identical.
 """
 
 import dataclasses
@@ -23,13 +24,12 @@ from typing import Any
 
 import numpy as np
 import xxhash
+from flags import flags
 
+from moe_jax.cli import train
 from moe_jax.cli.main import main
 from moe_jax.cli.options import check_memory
-from moe_jax.cli.train import parse
 from moe_jax.config import RunConfig, UserError
-from moe_jax.config.presets import preset
-from moe_jax.config.section import long_flag
 from moe_jax.system import environment
 
 ROOT = Path(__file__).parents[1]
@@ -41,26 +41,25 @@ TIMES = frozenset({"tokens_per_second", "wall_seconds"})
 
 
 def run(argv: Sequence[str]) -> int:
-    """Compare two runs with the settings in argv. Returns the exit status: 1 if a bit differs."""
-    config = parse(argv, "verify_resume.py")[0].config
-    check_memory(config)
-    environment.prepare_environment(config.execution.deterministic)
-    return verify_resume(config)
+    arguments, _ = train.parse(argv, "verify_resume.py")
+    check_memory(arguments.config)
+    environment.prepare_environment(arguments.config.execution.deterministic)
+    return verify_resume(arguments.config)
 
 
 def verify_resume(config: RunConfig) -> int:
     """Run the comparison and print it. Returns 0 if every bit is equal, else 1. Raises UserError if a run fails."""
-    flags = short_flags(config)
+    given = short_flags(config)
     with _terminable(), tempfile.TemporaryDirectory(prefix="moe-jax-verify-") as scratch:
         whole, killed = Path(scratch) / "whole", Path(scratch) / "killed"
         print(f"{STEPS} steps without a stop ...", flush=True)
-        _finish([*flags, "--out", str(whole)], whole)
+        _finish([*given, "--out", str(whole)], whole)
         # The record of a saved step is written before its checkpoint. One step later the checkpoint is there.
         after = random.randrange(SAVE_EVERY + 1, STEPS)
         print(f"the same steps, killed after step {after} or soon after ...", flush=True)
-        _kill_after([*flags, "--out", str(killed)], killed / "metrics.jsonl", after)
+        _kill_after([*given, "--out", str(killed)], killed / "metrics.jsonl", after)
         print("resumed ...", flush=True)
-        _finish([*flags, "--out", str(killed), "--resume"], killed)
+        _finish([*given, "--out", str(killed), "--resume"], killed)
         resumed_from = json.loads((killed / "summary.json").read_text())["resumed_from"]
         there, here = fingerprint(whole), fingerprint(killed)
     print(f"{'':10} {'never stopped':32}   killed, resumed from step {resumed_from}")
@@ -73,8 +72,7 @@ def verify_resume(config: RunConfig) -> int:
 
 
 def short_flags(config: RunConfig) -> list[str]:
-    """The flags of a short run with this configuration: what differs from its preset, with fewer steps and a smaller
-    corpus.
+    """The flags of a short run with this configuration: all fields, with fewer steps and a smaller corpus.
 
     A vocabulary size of 0 means the tokenizer's size. It is left out, because a saved run holds the tokenizer's size
     instead, and a resume with 0 would be refused.
@@ -89,21 +87,9 @@ def short_flags(config: RunConfig) -> list[str]:
         data=c(config.data, eval_tokens=min(config.data.eval_tokens, 2048), stories=min(config.data.stories, STORIES)),
         train=c(config.train, steps=STEPS, log_every=1, eval_every=STEPS // 2, save_every=SAVE_EVERY, patience=0),
     )
-    usual = {(section, name): value for section, name, value in preset(config.preset).settings()}
     left_out = {("", "out")} | ({("model", "vocab_size")} if not short.model.vocab_size else set())
-    return [
-        _word(long_flag(short.section(section), name), value)
-        for section, name, value in short.settings()
-        if (section, name) not in left_out and value != usual[section, name]
-    ] + [f"--preset={config.preset}"]
-
-
-def _word(flag: str, value: Any) -> str:
-    """A setting as it is typed. A switch is on by its name, and off by `--model.no-bias`."""
-    if isinstance(value, bool):
-        section, _, name = flag.removeprefix("--").rpartition(".")
-        return flag if value else f"--{section}{'.' if section else ''}no-{name}"
-    return f"{flag}={value}"
+    hidden = {(section, name) for section, name, _ in short.settings() if name in train.ONLY_TUNING}
+    return [word for _, words in flags(short, left_out | hidden) for word in words]
 
 
 def fingerprint(run: Path) -> dict[str, str]:
@@ -141,9 +127,9 @@ def _terminable() -> Iterator[None]:
 
 
 @contextmanager
-def _started(flags: list[str]) -> Iterator[subprocess.Popen[str]]:
+def _started(given: list[str]) -> Iterator[subprocess.Popen[str]]:
     """A training process, killed at the end of the context. It imports the same package as this process."""
-    command = [sys.executable, "-m", "moe_jax", "train", *flags]
+    command = [sys.executable, "-m", "moe_jax", "train", *given]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONPATH": path}
@@ -155,17 +141,17 @@ def _started(flags: list[str]) -> Iterator[subprocess.Popen[str]]:
             process.wait()
 
 
-def _finish(flags: list[str], run: Path) -> None:
-    with _started(flags) as process:
+def _finish(given: list[str], run: Path) -> None:
+    with _started(given) as process:
         output, _ = process.communicate()
     if process.returncode != 0:
         raise UserError(f"{run.name}: the run ended with status {process.returncode}: {output.strip()[-300:]}")
 
 
-def _kill_after(flags: list[str], metrics: Path, step: int) -> None:
+def _kill_after(given: list[str], metrics: Path, step: int) -> None:
     """Start a run, and kill it (SIGKILL) once it has logged a step. Raises UserError if it has ended before: then
     nothing was tested."""
-    with _started(flags) as process:
+    with _started(given) as process:
         while process.poll() is None:
             if metrics.exists() and f'"step": {step},' in metrics.read_text(encoding="utf-8"):
                 break

@@ -8,7 +8,6 @@ It writes
     docs/images/off-light.png, off-dark.png          the routing report: an expert switched off
     docs/images/serve-light.png, serve-dark.png      the page of `serve` with the shipped model `stories`, after going
                                                      on from another token
-    docs/images/overview.png                         the curves of the run
     docs/report-nano.html                            the routing report itself
 
 Needs a trained run (`uv run train.py`) and Debian's `chromium`, or another Chromium on the PATH.
@@ -52,7 +51,6 @@ def main() -> None:
     images = HERE / "images"
     images.mkdir(exist_ok=True)
     shutil.copy(report / "routing.html", HERE / "report-nano.html")
-    shutil.copy(report / "overview.png", images / "overview.png")
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         with served("stories") as url:

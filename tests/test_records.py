@@ -8,15 +8,15 @@ import pkgutil
 import moe_jax
 
 MUTABLE = {
-    "cli.train.Process",
+    "runs.orbax_state.KeepStep",
+    "runs.orbax_state.SaveArgs",
     "serving.engine._Row",
     "serving.texts.TextRequest",
     "training.state.RunCounters",
-    "training.programs.RandomTokenTrainer",
     "training.session.Session",
 }
-"""These hold the state of something that goes on."""
-EXTRAS = {"lm_eval", "starlette", "uvicorn"}
+"""These hold the state of something that goes on; orbax makes its own records so."""
+EXTRAS = {"lm_eval", "pydantic", "starlette", "uvicorn"}
 """Packages of extras that modules import at their top."""
 
 

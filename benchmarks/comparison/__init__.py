@@ -4,7 +4,6 @@
     tuning.py         the search for the learning rate and the depth of each model
     scaling.py        the mixture and its dense baseline over a ladder of budgets
     power_law.py      a power law fitted to losses, and what it predicts
-    expert_counts.py  mixtures of several numbers of experts beside the dense baseline
     study_runs.py     the training runs of all of these: finished ones are not trained again
     report.py         means with confidence intervals; a result ready to be written
     plots.py          the pictures

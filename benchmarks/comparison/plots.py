@@ -13,7 +13,6 @@ from moe_jax.runs.records import read_metrics
 
 if TYPE_CHECKING:
     from comparison.baselines import Basis, Groups, Plan
-    from comparison.expert_counts import ExpertCounts
     from comparison.scaling import Scaling
 
 PANELS: "dict[Basis, str]" = {"tokens": "same tokens", "wall": "same wall clock"}
@@ -136,38 +135,6 @@ def _write_predictions(axes: Any, found: "Scaling") -> None:
             color=colour,
             va="center",
         )
-
-
-def experts_figure(found: "ExpertCounts") -> Any:
-    """The mixtures by their number of experts, and the dense baseline as a line.
-
-    With more than one seed, dots are seeds. Bars, and the band of the dense baseline, are 95 % intervals of the means.
-    """
-    check_installed()
-    k = found.models.base.model.routing.top_k
-    title = f"{found.models.base.preset}: loss against the number of experts, {k} of them active"
-    figure, axes = _axes(title, "experts in each layer")
-    axes.set_xscale("log", base=2)
-    counts = [float(result.experts or 0) for result in found.mixtures]
-    means = [t_interval(result.bits) for result in found.mixtures]
-    style: dict[str, Any] = {"color": COLOURS[0], "label": f"mixture of experts, {k} active"}
-    dense = t_interval(found.baseline.bits)
-    if dense.known:
-        for count, result in zip(counts, found.mixtures, strict=True):
-            axes.plot([count * 1.06] * len(result.bits), result.bits, "o", color=COLOURS[0], alpha=0.4, markersize=4)
-        axes.errorbar(
-            counts, [m.mean for m in means], yerr=[m.high - m.mean for m in means], fmt="D-", capsize=5, **style
-        )
-    else:
-        axes.plot(counts, [m.mean for m in means], "D-", **style)
-    axes.axhline(dense.mean, color=COLOURS[1], label="dense, same active parameters")
-    if dense.known:
-        axes.axhspan(dense.low, dense.high, color=COLOURS[1], alpha=0.15, linewidth=0)
-    axes.set_xticks(counts, [f"{count:g}" for count in counts])
-    axes.minorticks_off()
-    axes.set_xlim(counts[0] / 1.3, counts[-1] * 1.3)
-    axes.legend(frameon=False)
-    return figure
 
 
 def _axes(title: str, x: str) -> tuple[Any, Any]:

@@ -72,7 +72,7 @@ def train_run(config: RunConfig) -> dict[str, Any]:
         return done
     with locked_for_training(folder):
         session = Session.open(config, (saved := load_config(folder)) and resumed_run(saved))
-        if (stopped := take_steps(session)) is not None:
+        if (stopped := take_steps(session, "the same command")) is not None:
             raise SystemExit(128 + stopped)
         result = finish(session)
     jax.clear_caches()  # the next run compiles its own programs

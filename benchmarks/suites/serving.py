@@ -1,8 +1,9 @@
 """What the engine of `serve` does for many texts at once, and for one that comes late."""
 
+import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -14,8 +15,8 @@ from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.transformer import Params, abstract_model, create, split
-from moe_jax.serving.engine import Engine, in_parallel
-from moe_jax.serving.texts import TextRequest
+from moe_jax.serving.engine import Engine
+from moe_jax.serving.texts import Event, Listener, TextRequest
 from moe_jax.system.machine import Measured, Times, alternate
 
 from .request import BenchmarkRequest, print_numbers, times_table
@@ -26,6 +27,25 @@ TOKENS = 64
 PROMPT_TOKENS = 8
 LATE = 5
 """Late requests in a round."""
+
+
+def in_parallel(engine: Engine, requests: Sequence[TextRequest]) -> list[list[Event]]:
+    """The events of texts that are submitted at once. Waits until all have ended."""
+    events: list[list[Event]] = [[] for _ in requests]
+    left = itertools.count(len(requests) - 1, -1)
+    done = threading.Event()
+
+    def listener(n: int) -> Listener:
+        def listen(event: Event) -> None:
+            events[n].append(event)
+            if event.finish is not None and next(left) == 0:
+                done.set()
+
+        return listen
+
+    engine.submit(requests, [listener(n) for n in range(len(requests))])
+    done.wait()
+    return events
 
 
 class Bench:
@@ -45,8 +65,7 @@ class Bench:
             engine.start()
 
     def texts(self, count: int, limit: int | None = None) -> list[TextRequest]:
-        """Requests of new texts, of TOKENS tokens unless a limit is given. Each has a prompt of its own: the engine
-        would read a prompt of several texts once."""
+        """Requests of new texts, of TOKENS tokens unless a limit is given. Each has a prompt of its own."""
         self._number += count
         most = TOKENS if limit is None else limit
         prompts = [[(self._number + n) % self._vocab_size, *range(1, PROMPT_TOKENS)] for n in range(count)]

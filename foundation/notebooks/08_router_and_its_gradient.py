@@ -289,7 +289,7 @@ assert max(loads["bias, rate 0.001"][-1], loads["balance loss"][-1]) < 1.2
 # | expert choice | no | it makes them |
 #
 # A test of gradients can say nothing about the last two; the table holds them against
-# counting. The project has the first two, in `moe_jax/model/moe/balance.py` and
+# counting. The project has the first two, in
 # `moe_jax/model/moe/router.py`.
 #
 # ## Exercises

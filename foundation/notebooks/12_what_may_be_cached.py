@@ -10,7 +10,7 @@
 #
 # The code is `foundation/caching.py` and, for step 4, `foundation/latent_attention.py`.
 # The project writes with `moe_jax/inference/decode.py`. Its queues are in
-# `moe_jax/model/moe/queues.py`, and `moe_jax/certify/causality.py` tests a trained
+# `moe_jax/model/moe/router.py`, and `moe_jax/certify/causality.py` tests a trained
 # model.
 #
 # ## Step 1: two tests, not one

@@ -14,7 +14,7 @@
 #
 # The code is `foundation/micro_batches.py`. In the project it is
 # `moe_jax/training/step.py` that accumulates, `moe_jax/data/batches.py` that weighs
-# tokens, and `moe_jax/model/moe/balance.py` that has the balance loss.
+# tokens, and `moe_jax/model/moe/router.py` that has the balance loss.
 #
 # ## Step 1: gradients are linear, losses need care
 # The gradient of a sum is the sum of the gradients, whatever the functions are. So if

@@ -1,8 +1,7 @@
 """The arithmetic of the compiled programs, in whole numbers: equal to its formulas, not close to them.
 
 A compiled layer has the matrix products that the rows of its dispatch need: the slots of all experts for `capacity`,
-the rows of the block plan for `blocks` (`costs.multiplied_rows`, which computes the slots by itself). Fewer products
-are wrong, too: then some are missing, or `system.hlo` does not see them.
+the rows of the block plan for `blocks` (`costs.multiplied_rows`, which computes the slots by itself).
 
 The products of a compiled step are divided by their named scopes: attention, expert layers, head, and the rest, which
 are those of the optimizer. Each part has exactly the products of its formula (`costs.step_products`), with what the
@@ -10,7 +9,6 @@ backward pass computes again and with the padding of the head's blocks.
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -25,57 +23,26 @@ from moe_jax.model.costs import layer_flops, multiplied_rows, router_flops, step
 from moe_jax.model.kernels import cross_entropy
 from moe_jax.model.moe.layer import Mode, MoE
 from moe_jax.model.transformer import build_layer
-from moe_jax.system.hlo import Program, instructions, read_program, scopes
+from moe_jax.system.hlo import Program, read_program, scopes
 from moe_jax.training.programs import Programs
 
 PARTS = {"attention": "attention", "ffn": "the expert layers", "head": "the head"}
 """Named scopes of a training step whose products are counted, and what people call them."""
 
 
-def telling_length(config: ModelConfig) -> int:
-    """The smallest T from `seq_len` on for which T x rows cannot divide the size of an array by chance: T is a prime
-    that divides no other size of the layer, and the number of rows has a prime factor that divides none, either."""
-    sizes = (
-        2 * config.width * config.expert_hidden * config.experts * config.routing.top_k * (config.shared_experts or 1)
-    )
-
-    def tells(tokens: int) -> bool:
-        own = multiplied_rows(dataclasses.replace(config, seq_len=tokens), 1)
-        while (common := math.gcd(own, sizes)) > 1:
-            own //= common
-        return own > 1 and sizes % tokens > 0 and all(tokens % n for n in range(2, math.isqrt(tokens) + 1))
-
-    return next(filter(tells, itertools.count(max(config.seq_len, 2))))
-
-
-def layer_arithmetic(config: ModelConfig) -> Iterator[Certificate]:
-    """The products and the sizes of arrays of one layer, compiled with gradients for one sequence of `telling_length`
-    tokens in float32."""
-    # With a single slot, the choices [T, E] of all tokens would have the size of T x slots.
-    least = config.experts / (config.seq_len * config.routing.top_k)
-    config = config.with_routing(capacity_factor=max(config.routing.capacity_factor, least))
-    config = dataclasses.replace(config, seq_len=telling_length(config))
-    tokens, rows = config.seq_len, multiplied_rows(config, 1)
-    layer, params = layer_shapes(config)
-    x = jax.ShapeDtypeStruct((1, tokens, config.width), jnp.float32)
+def layer_arithmetic(config: ModelConfig) -> Certificate:
+    """The products of one layer, compiled with gradients for one sequence in float32."""
+    layer, params = layer_function(config)
+    x = jax.ShapeDtypeStruct((1, config.seq_len, config.width), jnp.float32)
     text = jax.jit(with_gradients(layer)).lower(params, x, x).compile().as_text()
-    computed, needed = read_program(text).flops, 3 * layer_flops(config, 1)
-    yield Certificate(
+    rows, needed = multiplied_rows(config, 1), 3 * layer_flops(config, 1)
+    computed = read_program(text).flops
+    return Certificate(
         "arithmetic: one layer, with gradients",
         computed == needed,
-        f"{computed:,} operations for {tokens:,} tokens, {computed / needed:.6f} x the formula; every expert on every "
-        f"token would multiply {tokens * config.experts / rows:.2f} x as many rows",
+        f"{computed:,} operations for {config.seq_len:,} tokens, {computed / needed:.6f} x the formula",
         f"exactly {needed:,}, what {rows:,} rows of all experts need",
         title="operations of one layer, with gradients",
-    )
-    shapes = {shape for i in instructions(text) for _, shape in i.arrays}
-    large = [shape for shape in shapes if math.prod(shape) and math.prod(shape) % (tokens * rows) == 0]
-    yield Certificate(
-        "arithmetic: arrays of one layer",
-        len(shapes) > 1 and not large,
-        f"{len(shapes)} shapes of arrays, {len(large)} of such a size",
-        f"no size is a multiple of {tokens:,} tokens x {rows:,} rows of all experts",
-        title="no array of tokens x experts x slots in one layer",
     )
 
 
@@ -149,20 +116,7 @@ type LayerFunction = Callable[[dict[str, Any], jax.Array], jax.Array]
 
 def layer_function(config: ModelConfig, moe: type[MoE] = MoE) -> tuple[LayerFunction, dict[str, Any]]:
     """The layer as a function, and its initial parameters."""
-    return _function(_initial_layer(config, moe))
-
-
-def layer_shapes(config: ModelConfig) -> tuple[LayerFunction, dict[str, Any]]:
-    """The layer as a function, and the shapes of its parameters. Allocates nothing."""
-    return _function(nnx.eval_shape(lambda: _initial_layer(config, MoE)))
-
-
-def _initial_layer(config: ModelConfig, moe: type[MoE]) -> MoE:
-    return build_layer(config, nnx.Rngs(params=jax.random.key(0)), moe)
-
-
-def _function(layer: MoE) -> tuple[LayerFunction, dict[str, Any]]:
-    graphdef, state = nnx.split(layer, nnx.Param)
+    graphdef, state = nnx.split(build_layer(config, nnx.Rngs(params=jax.random.key(0)), moe), nnx.Param)
 
     def moe_layer(params: dict[str, Any], x: jax.Array) -> jax.Array:
         return nnx.merge(graphdef, nnx.State(jax.tree.map(lambda p: p, params)))(x, Mode.TRAIN)[0]

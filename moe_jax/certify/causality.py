@@ -28,21 +28,16 @@ from moe_jax.inference.decode import NOTHING_GIVEN, Decoder
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.costs import attention_flops, layer_flops
 from moe_jax.model.moe.layer import Mode, MoE
-from moe_jax.model.moe.router import Routing, route
-from moe_jax.model.transformer import Forms, Params, abstract_model, build_layer, merge
+from moe_jax.model.transformer import Params, abstract_model, build_layer, merge
 
 CAPACITY_SCALE = 0.5
 """The tests multiply the configured capacity factor by this number, so that many pairs are dropped."""
-MOST_SEQUENCES = 6
-SOME_FLOPS = 3e11
-"""The number of sequences, from 2 to MOST_SEQUENCES, is chosen so that a test takes about as many operations."""
-CROWD = 0.92
-"""Share of the tokens that choose the crowded expert."""
+SEQUENCES = 4
 FEW = 24
 """Evenly spaced positions that are tried outside training."""
 MOST_FLOPS = 2e12
-"""If changing every position in 2 sequences takes more operations, some positions are left out. At 200 GFLOP/s these
-are ten seconds."""
+"""If changing every position takes more operations, some positions are left out. At 200 GFLOP/s these are ten seconds.
+"""
 
 
 class PerturbationResult(NamedTuple):
@@ -76,11 +71,6 @@ class PerturbationResult(NamedTuple):
     def causal(self) -> bool:
         """Whether a later output changed, and no earlier one, and none of the sequence that was left alone."""
         return self.earlier == 0 and self.other_row == 0 and self.later > 0
-
-
-def sequences_for(flops: float) -> int:
-    """Sequences of the batch, if changing every position of one takes `flops` operations."""
-    return int(np.clip(SOME_FLOPS / flops, 2, MOST_SEQUENCES))
 
 
 def spaced(first: int, last: int, count: int) -> np.ndarray:
@@ -147,7 +137,7 @@ def layer_causality(config: ModelConfig, ffn: dict[str, Any], moe: type[MoE] = M
     model = tight(config).with_routing(dispatch="capacity")
     flops, layer = layer_flops(model, 1), build_layer(model, nnx.Rngs(params=jax.random.key(1)), moe)
     nnx.update(layer, nnx.State({part: value for part, value in ffn.items() if hasattr(layer, part)}))
-    shape = 2, sequences_for(flops * model.seq_len), model.seq_len, model.width
+    shape = 2, SEQUENCES, model.seq_len, model.width
     before, other = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     graphdef, state = nnx.split(layer)
 
@@ -156,21 +146,11 @@ def layer_causality(config: ModelConfig, ffn: dict[str, Any], moe: type[MoE] = M
         y, stats = nnx.merge(graphdef, state)(x, Mode.TRAIN, trace)
         return (y if stats.trace is None else stats.trace.slot), stats.drop_fraction
 
-    name, title = "causality: token priority, by capacity", "earlier tokens get the slots first"
-    return perturbed(name, title, run, before, other, flops, model.capacity)
-
-
-def crowding_bias(probs: jax.Array, top_k: int) -> jax.Array:
-    """Balance biases [E] that make CROWD of all tokens choose expert 0 among their K. `probs` [B, T, E] is the softmax
-    of their logits."""
-    experts = probs.shape[-1]
-    rival = jnp.sort(probs[..., 1:])[..., -min(top_k, experts - 1)]  # it loses its place to expert 0
-    return jnp.zeros(experts).at[0].set(jnp.quantile(rival - probs[..., 0], CROWD))
+    return perturbed("causality: token priority, by capacity", run, before, other, flops, model.capacity)
 
 
 def perturbed(
     name: str,
-    title: str,
     run: Callable[..., tuple[Any, Any]],
     before: np.ndarray,
     other: np.ndarray,
@@ -193,21 +173,19 @@ def perturbed(
             positions = np.union1d(positions, crowded_positions(run(before, trace=True)[0], slots))
     found = count_changes(run, before, other, positions)
     claim = "none changes; nothing is dropped" if slots is None else "none changes, while choices are dropped"
-    return Certificate(name, found.causal and (found.dropped > 0 or slots is None), str(found), claim, title)
+    return Certificate(
+        name, found.causal and (found.dropped > 0 or slots is None), str(found), claim, name.partition(": ")[2]
+    )
 
 
 def model_causality(config: RunConfig, params: Params) -> Iterator[Certificate]:
-    """Test the whole model in float32, without dropout: in training with its capacity factor times CAPACITY_SCALE, in
-    evaluation at FEW positions, and in training by capacity while CROWD of the tokens choose one expert."""
+    """Test the whole model in float32, without dropout: in training with its capacity factor times CAPACITY_SCALE, and
+    in evaluation at FEW positions."""
     model = tight(config.model)
     run = _whole_model(model, params)
     yield tokens_causality("causality: the whole model", model, run, None if model.dropless else model.capacity)
     evaluation, positions = partial(run, mode=Mode.EVALUATE), spaced(0, model.seq_len - 1, FEW)
     yield tokens_causality("causality: the whole model in evaluation", model, evaluation, None, positions=positions)
-    if model.dense == "none":
-        model = model.with_routing(dispatch="capacity", balancing="bias")
-        title, run = "while 9 of 10 tokens choose the same expert", _whole_model(model, crowded(model, params))
-        yield tokens_causality("causality: crowded expert", model, run, model.capacity, title=title)
 
 
 def _whole_model(model: ModelConfig, params: Params) -> Callable[..., tuple[Any, Any]]:
@@ -222,29 +200,6 @@ def _whole_model(model: ModelConfig, params: Params) -> Callable[..., tuple[Any,
         return (hidden if stats.trace is None else stats.trace.slot), stats.drop_fraction
 
     return run
-
-
-class _Crowded(MoE):
-    """Expert 0 is crowded by a bias that is made of the layer's input. So it serves to find the bias, and is not
-    causal."""
-
-    def choose(self, logits: Any) -> Routing:
-        k = self.routing.top_k
-        return route(logits, k, crowding_bias(jax.nn.softmax(logits), k), self.routing.renormalise_gates)
-
-
-def crowded(model: ModelConfig, params: Params) -> Params:
-    """The parameters with balance biases that make CROWD of random tokens choose expert 0 in every layer."""
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, model.vocab_size, (2, model.seq_len)), jnp.int32)
-    graphdef = abstract_model(model, Forms(moe=_Crowded))[0]
-    blocks = {
-        n: {**b, "ffn": {"balance_bias": jnp.zeros(model.experts)} | b["ffn"]} for n, b in params["blocks"].items()
-    }
-    params = {**params, "blocks": blocks}
-    stats = jax.jit(lambda params: merge(graphdef, params)(tokens, Mode.TRAIN, trace=True)[1])(params)
-    for n, block in blocks.items():
-        block["ffn"]["balance_bias"] = crowding_bias(stats.trace.probs[n], model.routing.top_k)
-    return params
 
 
 def writing_causality(decoder: Decoder, params: Params, vocabulary: int) -> Certificate:
@@ -291,11 +246,10 @@ def tokens_causality(
     run: Callable[..., tuple[Any, Any]],
     slots: int | None,
     positions: np.ndarray | None = None,
-    title: str = "",
 ) -> Certificate:
     """Test `run(tokens [B, T])` as `perturbed` does, on random tokens."""
     routed = layer_flops(model, 1) if model.dense == "none" else 6 * model.seq_len * model.width * model.dense_hidden
     flops = model.layers * (routed + attention_flops(model, 1))
-    shape = 2, sequences_for(flops * model.seq_len), model.seq_len
+    shape = 2, SEQUENCES, model.seq_len
     before, other = np.random.default_rng(0).integers(0, model.vocab_size, shape).astype(np.int32)
-    return perturbed(name, title or name.partition(": ")[2], run, before, other, flops, slots, positions)
+    return perturbed(name, run, before, other, flops, slots, positions)

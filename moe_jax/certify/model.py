@@ -1,9 +1,4 @@
-"""Every certificate of a model, for `python -m moe_jax certify`, and the count of compilations.
-
-causality      no bit of an output changes if a later token changes, while tokens are dropped      `causality.py`
-arithmetic     the matrix products of compiled programs are exactly those of the formulas         `arithmetic.py`
-compilations   step, evaluation, prefill and decoding are compiled once each                       here
-"""
+"""Every certificate of a model, and the one that step, evaluation, prefill and decoding are compiled once each."""
 
 import dataclasses
 from collections import Counter
@@ -51,7 +46,7 @@ def certify(config: RunConfig, params: Params, batch_size: int) -> Iterator[Cert
     yield from model_causality(config, params)
     yield writing_causality(_decoder(config), params, config.model.vocab_size)
     if config.model.dense == "none":
-        yield from layer_arithmetic(config.model)
+        yield layer_arithmetic(config.model)
         yield from step_arithmetic(config, batch_size)
     yield compilations(config, params, batch_size)
 

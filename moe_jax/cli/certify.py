@@ -12,10 +12,9 @@ from moe_jax.system.terminal import say, working
 
 TRIED = (
     "Tried: one token is changed at a time, and every bit of the earlier outputs is compared. The model computes in "
-    "float32 on one device, with random inputs. It trains with half of the usual slots, so that choices are dropped, "
-    "and also while 9 of 10 tokens choose the same expert in every layer; it evaluates; and it reads prompts and goes "
-    "on, with other tokens behind the prompt. Then the compiled layer and training step are read: the exact number of "
-    "their operations, the precision of the router, and the sizes of the layer's arrays."
+    "float32 on one device, with random inputs. It trains with half of the usual slots, so that choices are dropped; "
+    "it evaluates; and it reads prompts and goes on, with other tokens behind the prompt. Then the compiled layer and "
+    "training step are read: the exact number of their operations, and the precision of the router."
 )
 NOT_TRIED = (
     "Not tried: other inputs, other lengths, other number formats, several texts that are written together, and "

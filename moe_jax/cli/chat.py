@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from moe_jax.cli.sampling import Drawing, loading
+from moe_jax.cli.sampling import SamplingArguments, loading
 from moe_jax.config import UserError
 from moe_jax.runs.catalog import title
 from moe_jax.system import environment
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from moe_jax.inference import chat as conversation
 
 
-def chat(drawing: Annotated[Drawing, tyro.conf.arg(name="")] = Drawing()) -> int:
+def chat(sampling: Annotated[SamplingArguments, tyro.conf.arg(name="")] = SamplingArguments()) -> int:
     """Give a trained model the beginnings of texts, and read how it goes on. The model is loaded and compiled once.
 
     A line is a beginning; the model continues it, word by word. For a run that is tuned on conversations (`sft`) a line
@@ -25,22 +25,22 @@ def chat(drawing: Annotated[Drawing, tyro.conf.arg(name="")] = Drawing()) -> int
     and /help lists them. Ctrl-C ends the present text, Ctrl-D leaves. If the input is a file or a pipe, each of its
     lines is answered in turn, without colours or other output.
     """
-    folder = drawing.checked_run()
+    folder = sampling.checked_run()
     environment.prepare_environment()
     person = sys.stdin.isatty() and sys.stdout.isatty()
-    talk = _begin(drawing, folder, person)
+    talk = _begin(sampling, folder, person)
     while not talk.ended and (line := _next_line(person)) is not None:
         _answer(talk, line)
     return 0
 
 
-def _begin(drawing: Drawing, folder: str, person: bool) -> "conversation.Chat":
+def _begin(sampling: SamplingArguments, folder: str, person: bool) -> "conversation.Chat":
     with working(loading(folder)):
         from moe_jax.inference.chat import Chat, RoleChat
         from moe_jax.inference.decode import SHORT_PROMPT
         from moe_jax.runs.records import read_summary
 
-        run, generator, settings = drawing.open(folder)
+        run, generator, settings = sampling.open(folder)
         tuned = run.converses
         generator.compile(SHORT_PROMPT if tuned else 1)  # the roles of a question are tokens too
     if person:
@@ -52,9 +52,9 @@ def _begin(drawing: Drawing, folder: str, person: bool) -> "conversation.Chat":
         if opening := read_summary(Path(folder)).get("opening"):
             say(f"try: {opening}")
     if not tuned:
-        return Chat(generator, settings, seed=drawing.seed, limit=drawing.max_tokens)
+        return Chat(generator, settings, seed=sampling.seed, limit=sampling.max_tokens)
     context = run.config.model.seq_len
-    return RoleChat(generator, settings, seed=drawing.seed, limit=drawing.max_tokens, context=context)
+    return RoleChat(generator, settings, seed=sampling.seed, limit=sampling.max_tokens, context=context)
 
 
 def _next_line(person: bool) -> str | None:

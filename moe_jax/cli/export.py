@@ -3,10 +3,10 @@
 import os
 import shlex
 from pathlib import Path
-from typing import Literal
 
 from moe_jax.cli.options import RunName, StepNumber, check_out_file, check_out_folder, checked_run
 from moe_jax.config import ConfigError
+from moe_jax.interop.architectures import ExportDtype, ExportTarget
 from moe_jax.runs.catalog import title
 from moe_jax.system import environment
 from moe_jax.system.terminal import working
@@ -16,8 +16,8 @@ def export(
     out: str,
     run: RunName = "",
     step: StepNumber = None,
-    to: Literal["hf", "gguf", "both", "safetensors", "html"] = "hf",
-    dtype: Literal["float32", "bfloat16", "float16", "q8_0"] = "float32",
+    to: ExportTarget = "hf",
+    dtype: ExportDtype = "float32",
 ) -> int:
     """Write a trained model for transformers, llama.cpp or ollama, or as a page that runs it.
 

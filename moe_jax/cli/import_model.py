@@ -35,8 +35,8 @@ def import_model(
     check_out_folder("--out", target, new=True)
     environment.prepare_environment()
     with working(f"opening {source}"):
-        from moe_jax.interop.hub import model_folder
         from moe_jax.interop.imported_run import import_run
+        from moe_jax.interop.model_folder import model_folder
         from moe_jax.interop.pretrained import Pretrained
 
     folder = model_folder(source)

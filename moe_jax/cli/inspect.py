@@ -30,12 +30,14 @@ def inspect(
         out: The page to write. Empty: RUN/report/routing.html, or routing-of-a-text.html beside it with --text or
             --file; of a model that comes with moe-jax, routing-NAME.html here.
         json: Write the data behind the page to this file as well. With --trace: the counts.
-        trace: Write every decision to this file: one line of JSON a token, or arrays if it ends in .npz. No page is
-            written.
+        trace: Write every decision to this .npz file: arrays `token` [N], `expert` and `gate` [N, layers, K]. No page
+            is written.
     """
     folder = checked_run(run, step)
     if trace and out:
         raise ConfigError(f"--out {out}: --trace {trace} writes no page; leave one of them out")
+    if trace and not trace.endswith(".npz"):
+        raise ConfigError(f"--trace {trace}: must end in .npz; numpy.load reads it")
     for flag, value in (("--trace", trace), ("--out", out), ("--json", json)):
         if value:
             check_out_file(flag, value)

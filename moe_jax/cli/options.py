@@ -64,12 +64,17 @@ def check_memory(config: RunConfig) -> None:
 
 
 def check_out_folder(flag: str, path: str | Path, new: bool = False) -> None:
-    """Raise ConfigError unless a folder of this name exists and can be written, or can be made; with `new`, unless it
-    is not there yet, or empty."""
+    """Raise ConfigError unless a folder of this name exists and can be written, or can be made.
+
+    With `new`, it must be missing or empty. It is made elsewhere and gets its name at the end, so it can be no link, no
+    mount and not the current folder.
+    """
     if os.path.exists(path) and not os.path.isdir(path):
         raise ConfigError(f"{flag} {path}: is a file; name a folder")
     if new and os.path.isdir(path) and os.listdir(path):
         raise ConfigError(f"{flag} {path}: is not empty; name a new folder")
+    if new and (os.path.islink(path) or os.path.ismount(path) or Path(path).resolve() == Path.cwd()):
+        raise ConfigError(f"{flag} {path}: is a link, a mount or the current folder; name a new folder inside it")
     _check_writable(flag, Path(path))
 
 

@@ -8,6 +8,7 @@ from moe_jax.planning import plans
 from moe_jax.planning.plans import DEFAULT_GPU, RECORD, known_card
 from moe_jax.system.environment import MIB
 from moe_jax.system.terminal import say
+from moe_jax.training.plan import Plan, chosen
 
 _COLUMNS = "{:<10} {:>8} {:>6} {:>6} {:>6} {:>9} {:>14}  {}"
 """80 columns at most."""
@@ -37,7 +38,7 @@ def plan(preset: PresetName = "seed-158m", gpu: str = DEFAULT_GPU, json: Json = 
     print(_COLUMNS.format(*_HEADINGS))
     for row in found:
         _print_row(row, card.budget)
-    best = plans.chosen(found, card.budget)
+    best = chosen(found, card.budget)
     if best.programs:
         programs = ", ".join(f"{name} {mib:,.0f} MiB" for name, mib in best.programs.items())
         say("", f"{programs}, with all that is in memory beside it", f"attention in training: {best.attention}")
@@ -51,7 +52,7 @@ def plan(preset: PresetName = "seed-158m", gpu: str = DEFAULT_GPU, json: Json = 
     return 0 if fits else 1
 
 
-def _print_row(row: plans.Plan, budget: float) -> None:
+def _print_row(row: Plan, budget: float) -> None:
     """One line for a setting."""
     train, step = row.config.train, row.programs.get("step")
     memory = f"{step:,.0f}" if step is not None else f">= {row.least:,.0f}"

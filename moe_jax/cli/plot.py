@@ -22,7 +22,7 @@ def plot(run: tyro.conf.UseAppendAction[list[str]], out: str = "") -> int:
     if out:
         check_out_folder("--out", out)
     environment.prepare_environment()
-    with working("drawing the pictures"):
+    with working("sampling the pictures"):
         from moe_jax.plots.figures import run_figures, save_figures
 
         figures = run_figures(runs)

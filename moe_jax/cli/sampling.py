@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Drawing:
+class SamplingArguments:
     """How text is drawn from a trained model."""
 
     run: RunName = ""

@@ -39,9 +39,9 @@ def serve(
     check_range("--port", port, 0, 65535)
     check_range("--slots", slots, 1, 256)
     _check_access(host, api_key, allow_origin)
-    if not all(importlib.util.find_spec(name) for name in ("starlette", "uvicorn")):
+    if not all(importlib.util.find_spec(name) for name in ("starlette", "uvicorn", "pydantic")):
         raise UserError(
-            "serve needs the packages starlette and uvicorn: `uv run --extra serve python -m moe_jax serve ...`"
+            "serve needs starlette, uvicorn and pydantic: `uv run --extra serve python -m moe_jax serve ...`"
         )
     from moe_jax.serving.sockets import bind, url
 
@@ -50,10 +50,10 @@ def serve(
     environment.prepare_environment()
     from moe_jax.inference.decode import Decoder, cast_once
     from moe_jax.runs.load import open_run
-    from moe_jax.serving.app import Rules, Server
+    from moe_jax.serving.app import AccessPolicy, Server
     from moe_jax.serving.engine import Engine
     from moe_jax.serving.requests import MAX_QUEUE, ModelCard
-    from moe_jax.serving.server import delivered_to
+    from moe_jax.serving.server import WebServer, delivered_to
     from moe_jax.serving.server import serve as serve_until_stopped
 
     opened, loop = open_run(folder, step), asyncio.new_event_loop()
@@ -63,8 +63,9 @@ def serve(
     params = cast_once(opened.writer, opened.params)
     engine = Engine(decoder, params, opened.tokenizer, queue=MAX_QUEUE, deliver=delivered_to(loop))
     engine.compile()
-    server = Server(engine, card, Rules(host, api_key, list(allow_origin)))
-    serve_until_stopped(server, loop, sock, ready=lambda: say(f"ready: {url(sock)} (Ctrl-C ends it)"))
+    server = Server(engine, card, AccessPolicy(host, api_key, list(allow_origin)))
+    web = WebServer(server, ready=lambda: say(f"ready: {url(sock)} (Ctrl-C ends it)"))
+    serve_until_stopped(web, loop, sock)
     say("stopped")
     return 0
 

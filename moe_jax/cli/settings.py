@@ -11,7 +11,7 @@ import shlex
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated
 
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
@@ -25,6 +25,7 @@ from moe_jax.system import environment
 from moe_jax.system.terminal import say, working
 from moe_jax.training.start import Start, Values, start_of
 
+LORA = ("train", "lora_rank")
 NAMING = {
     ("", "preset"): ["--preset"],
     ("", "out"): ["--out"],
@@ -33,18 +34,13 @@ NAMING = {
     ("", "base"): ["--run"],
     ("data", "source"): ["--data", "--data.source"],
     ("model", "dense"): ["--model.dense"],
+    LORA: ["--lora", "--train.lora-rank"],
 }
-"""The settings that say what a run starts from and name its folder, and their flags."""
+"""The settings that say what a run starts from and name its folder, and their flags. Adapters start at a learning rate
+of their own."""
 
 RunSettings = Annotated[RunConfig, tyro.conf.arg(name="")]
 """A run's settings among the arguments of a command: the flags have no prefix."""
-
-
-class Arguments(Protocol):
-    """The arguments of a command that takes the settings of a run: a frozen dataclass with these in `config`."""
-
-    @property
-    def config(self) -> RunConfig: ...
 
 
 @dataclass(frozen=True)
@@ -57,15 +53,14 @@ class TrainingArguments:
     """Print the settings, the parameters, the memory and the expected time. Write nothing, download nothing."""
 
 
-def parse_settings[A: Arguments](
-    arguments: A,
+def parse_settings(
     argv: Sequence[str],
     prog: str,
     doc: str | None,
     given: Values,
     hidden: Collection[str] = (),
     check: Callable[[RunConfig, Start], None] = lambda config, start: None,
-) -> tuple[A, Start]:
+) -> tuple[TrainingArguments, Start]:
     """The arguments with the values from argv, and what the run starts from.
 
     `given` are settings that the command gives. Fields whose names are `hidden` are no flags. `check` is the command's
@@ -76,9 +71,9 @@ def parse_settings[A: Arguments](
     brief = {"-h", "--help"} & {*argv}
     naming = given | _naming(argv)
     start = Start(preset(naming.get(("", "preset"), "nano"))) if brief else start_of(naming)
-    default = dataclasses.replace(arguments, config=start.defaults.override(given))
+    default = TrainingArguments(config=start.defaults.override(given))
     parsed = tyro.cli(
-        type(arguments),
+        TrainingArguments,
         prog=prog,
         description=doc,
         args=argv,
@@ -106,8 +101,8 @@ def _naming(argv: Sequence[str]) -> Values:
                 found[key] = value if equals else following
     if found.get(("", "preset"), "nano") not in PRESETS:
         del found["", "preset"]
-    if any(word.startswith(("--lora", "--train.lora-rank")) for word in argv):
-        found["train", "lora_rank"] = 1  # adapters start at a rate of their own, whatever their rank
+    if rank := found.pop(LORA, ""):
+        found[LORA] = int(rank) if rank.isdecimal() else 0
     return found
 
 
@@ -175,7 +170,6 @@ def train_as_asked(arguments: TrainingArguments, start: Start, program: str) -> 
     # jax is imported only now, because the arguments are accepted and the environment is set.
     with working("starting JAX"):
         from moe_jax.inspection.report import report_run
-        from moe_jax.planning.fitting import fit
         from moe_jax.training.header import print_dry_run
         from moe_jax.training.run import train
 
@@ -183,4 +177,4 @@ def train_as_asked(arguments: TrainingArguments, start: Start, program: str) -> 
         print_dry_run(config)
         return 0
     resume = f"`uv run {program} --out {shlex.quote(str(run))} --resume`"
-    return train(config, start, fit, report_run, group, resume)
+    return train(config, start, report_run, group, resume)

@@ -21,7 +21,7 @@ def sft(argv: Sequence[str], prog: str) -> int:
 def parse(argv: Sequence[str], prog: str = "moe-jax sft") -> tuple[TrainingArguments, Start]:
     """The arguments with the values from argv, and what the run starts from. Raises ConfigError."""
     given = {("data", "format"): "chat"}
-    return parse_settings(TrainingArguments(), argv, prog, sft.__doc__, given, ["upcycle"], _check_tuned)
+    return parse_settings(argv, prog, sft.__doc__, given, ["upcycle"], _check_tuned)
 
 
 def _check_tuned(config: RunConfig, start: Start) -> None:

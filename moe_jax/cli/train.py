@@ -19,4 +19,4 @@ def train(argv: Sequence[str], prog: str) -> int:
 
 def parse(argv: Sequence[str], prog: str = "train.py") -> tuple[TrainingArguments, Start]:
     """The arguments with the values from argv, and what the run starts from. Raises ConfigError."""
-    return parse_settings(TrainingArguments(), argv, prog, train.__doc__, {}, hidden=ONLY_TUNING)
+    return parse_settings(argv, prog, train.__doc__, {}, hidden=ONLY_TUNING)

@@ -7,7 +7,7 @@ Two kinds are known, both BPEs:
 
 Added tokens that are special, such as `<|im_start|>`, are ordinary text inside a document, as our separator is. What is
 not lossless: a byte-level tokenizer may bring a text into Unicode's form NFC first. One of the other kind puts a space
-before a document, and reads "▁" as a space. Any other loss is refused: see `probe` and `encoder`.
+before a document, and reads "▁" as a space. Any other loss is refused: see `check_lossless`.
 """
 
 import json
@@ -22,13 +22,6 @@ from moe_jax.config import UserError
 if TYPE_CHECKING:
     import tokenizers
 
-MOST_IDS = 1 << 20
-"""Ids that a tokenizer may have. The largest public ones have 262,144."""
-_MOST_PATTERN = 4000
-"""Characters of all regular expressions in a file. The time to compile one grows with the square of its length, and
-nothing can interrupt the library. Public tokenizers have a few hundred."""
-SAMPLE = 1 << 20
-"""Characters of a user's own text that an imported tokenizer must give back."""
 _SPACE = "\u2581"
 _PROBE = " ".join(map(chr, [*range(0x1000), *range(0x1000, 0x110000, 0x1000)])) + (
     "Once  upon \r\n\n\ta TIME, they'll (12345) na\u00efve \u65e5\u672c \U0001f600 cafe\u0301s: ``a'' <>{}~\u00a0.  "
@@ -53,11 +46,7 @@ def library_of(file: str) -> "tokenizers.Tokenizer":
     """The library's tokenizer of the text of a tokenizer.json. Raises UserError unless it is a BPE."""
     import tokenizers
 
-    patterns: list[str] = []
     with one_line():
-        json.loads(file, object_pairs_hook=lambda pairs: patterns.extend(str(v) for n, v in pairs if n == "Regex"))
-        if (size := sum(map(len, patterns))) > _MOST_PATTERN:
-            raise ValueError(f"regular expressions of {size:,} characters, at most {_MOST_PATTERN:,} are read")
         library = tokenizers.Tokenizer.from_str(file)
     if not isinstance(library.model, tokenizers.models.BPE) or library.model.dropout:
         raise UserError("tokenizer.json: must be a BPE without dropout; no other kind can be imported")
@@ -68,31 +57,17 @@ def library_of(file: str) -> "tokenizers.Tokenizer":
 
 
 def entries(library: "tokenizers.Tokenizer") -> list[bytes]:
-    """The bytes of each id. An id without an entry has none. Raises UserError if there is no entry, or too high an
-    id."""
+    """The bytes of each id. An id without an entry has none."""
     ids, spell = library.get_vocab(with_added_tokens=True), _byte_level if _is_byte_level(library) else _with_spaces
-    most = max(ids.values(), default=-1)
-    if not 0 <= most < MOST_IDS:
-        raise UserError(f"tokenizer.json: its highest id is {most}, must be from 0 to {MOST_IDS - 1:,}")
     added = {token.content for token in library.get_added_tokens_decoder().values()}
     words = {i: word.encode(errors="replace") if word in added else spell(word) for word, i in ids.items()}
-    return [words.get(i, b"") for i in range(most + 1)]
+    return [words.get(i, b"") for i in range(max(words, default=-1) + 1)]
 
 
-def probe(library: "tokenizers.Tokenizer") -> str:
-    """A text that an imported tokenizer must give back, with spaces beside each token that would remove them."""
-    stripping = [t.content for t in library.get_added_tokens_decoder().values() if t.lstrip or t.rstrip]
-    return _PROBE + "".join(f"a  {content}  " for content in stripping)
-
-
-def encoder(
-    library: "tokenizers.Tokenizer", entries: list[bytes], separator: int, sample: int
-) -> Callable[[list[str]], list[list[int]]]:
-    """Texts to lists of ids. It raises UserError for a text that would give the separator, which only ends texts; and
-    for one of the first `sample` characters of text if the entries of its ids are not the text."""
+def encoder(library: "tokenizers.Tokenizer", separator: int) -> Callable[[list[str]], list[list[int]]]:
+    """Texts to lists of ids. It raises UserError for a text that would give the separator, which only ends texts."""
 
     def encode_batch(texts: list[str]) -> list[list[int]]:
-        nonlocal sample
         with one_line():
             rows = [encoding.ids for encoding in library.encode_batch(texts, add_special_tokens=False)]
         for text, ids in zip(texts, rows, strict=True):
@@ -101,16 +76,17 @@ def encoder(
                     f"tokenizer.json: reads a part of the text {text[:40]!r} as token {separator}, which ends texts; "
                     "take that part out of the text"
                 )
-            if sample > 0:
-                sample -= len(text)
-                _check_kept(text, b"".join([entries[i] for i in ids]).decode(errors="replace"), _is_byte_level(library))
         return rows
 
     return encode_batch
 
 
-def _check_kept(text: str, back: str, byte_level: bool) -> None:
-    """Raise UserError unless a text came back, but for what the kinds may change."""
+def check_lossless(library: "tokenizers.Tokenizer", encode: Callable[[str], list[int]], entries: list[bytes]) -> None:
+    """Raise UserError unless the ids of a text of many characters give it back, but for what the kinds may change. The
+    text has spaces beside each token that would remove them."""
+    stripping = [t.content for t in library.get_added_tokens_decoder().values() if t.lstrip or t.rstrip]
+    text, byte_level = _PROBE + "".join(f"a  {content}  " for content in stripping), _is_byte_level(library)
+    back = b"".join([entries[i] for i in encode(text)]).decode(errors="replace")
     if not byte_level:
         text = text.replace(_SPACE, " ")
     if back in (text, unicodedata.normalize("NFC", text) if byte_level else " " + text):
@@ -124,13 +100,10 @@ def _check_kept(text: str, back: str, byte_level: bool) -> None:
 
 @contextmanager
 def one_line() -> Iterator[None]:
-    """Turn an error of the library into UserError. It raises `Exception`, and what Rust calls a panic, a BaseException,
-    such as for a regular expression that backtracks without end."""
+    """Turn an error of the library, which raises `Exception`, into UserError."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit, MemoryError):
-        raise
-    except BaseException as error:
+    except Exception as error:
         raise UserError(f"tokenizer.json: cannot be read ({' '.join(str(error).split())[:120]})") from None
 
 

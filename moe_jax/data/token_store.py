@@ -27,9 +27,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from moe_jax.config import DataConfig, UserError
+from moe_jax.data.chats import encode_chats
 from moe_jax.data.corpora import Corpus, open_corpus
 from moe_jax.data.documents import SplitName
-from moe_jax.data.tokenizers import Tokenizer, encode_chats, json_digest, load_tokenizer, train_tokenizer
+from moe_jax.data.tokenizers import Tokenizer, json_digest, load_tokenizer, train_tokenizer
 from moe_jax.system.errors import disk_cause
 from moe_jax.system.files import cache_dir, file_digest, json_text, locked
 from moe_jax.system.terminal import Report, document_progress

@@ -6,7 +6,7 @@ joined, are the UTF-8 bytes of the text. One more id, the separator, stands betw
 text: encoding never produces it (the characters `<|endoftext|>` inside a document are ordinary text), and `token_bytes`
 counts it as 0 bytes. Decoding shows it as `<|endoftext|>`, so that samples can be split into documents.
 
-A tokenizer is saved as JSON, and checked completely when it is loaded. A `bpe` file holds a list of merges. Ids 0 to
+A tokenizer is saved as JSON with its digest. A `bpe` file holds a list of merges. Ids 0 to
 255 are the bytes; merge (a, b) appends an entry, the bytes of entry a followed by the bytes of entry b. A `gpt2` file
 holds no vocabulary, since tiktoken has it. An `hf` file holds the text of the folder's tokenizer.json, unchanged:
 `hf_tokenizers.py` says how it is read, and what is not lossless in it.
@@ -15,17 +15,17 @@ holds no vocabulary, since tiktoken has it. An `hf` file holds the text of the f
 import codecs
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import xxhash
 
-from moe_jax.config import DataConfig, Role, UserError
+from moe_jax.config import DataConfig, UserError
 from moe_jax.data import hf_tokenizers
 from moe_jax.data.chat_templates import ChatTemplate
-from moe_jax.data.documents import ANSWERING, ROLES, SEPARATOR, Conversation, Message
+from moe_jax.data.documents import SEPARATOR
 from moe_jax.system.files import json_text, read_json, write_atomically
 from moe_jax.system.terminal import Report, document_progress
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     import tokenizers
 
 TRAINING_BYTES = 50_000_000
-_LONGEST_ENTRY = 256  # most bytes of a BPE entry; without it, 40 merges in a hostile file could make an entry of 1 TiB
 _LONGEST_WORD = 512
 """Bytes of a word that a `bpe` tokenizer learns from. Words of ordinary text are far shorter."""
 
@@ -53,7 +52,7 @@ class Tokenizer:
     encode_batch: Callable[[list[str]], list[Any]]
     """The ids of each text. Each item is a list or an integer array."""
     template: ChatTemplate | None = None
-    """How an imported model was taught conversations. Without it they have the form that is described below."""
+    """How an imported model was taught conversations. Without it they have the form of `chats.py`."""
 
     def __init__(
         self,
@@ -117,9 +116,9 @@ class Tokenizer:
             case "gpt2":
                 return _gpt2()
             case "bpe":
-                return _bpe(definition.get("merges"))
+                return _bpe(definition["merges"])
             case "hf":
-                return _hf(definition)
+                return _of_library(hf_tokenizers.library_of(definition["file"]), definition)
         raise UserError(f"tokenizer: unknown kind {definition.get('kind')!r}; known are gpt2, bpe, byte and hf")
 
     def save(self, path: str | Path) -> None:
@@ -133,10 +132,10 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return Tokenizer.from_dict(read_json(Path(path)))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); fix that, or give the folder of a run") from None
-    except ValueError:
-        raise UserError(f"{path}: not JSON, so it is damaged; take the file from the run again") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    except (ValueError, LookupError, TypeError):
+        raise UserError(f"{path}: not a tokenizer, so it is damaged; take the file from the run again") from None
 
 
 def train_tokenizer(data: DataConfig, documents: Iterable[str] = (), progress: bool = False) -> Tokenizer:
@@ -203,25 +202,16 @@ def imported_tokenizer(file: str, settings: str, separator_id: int | None, templ
     if separator_id is None:
         separator_id = hf_tokenizers.end_of_text(library, settings)
     definition = {"kind": "hf", "file": file, "settings": settings, "separator": separator_id}
-    definition |= {"template": template} if template else {}
-    tokenizer = _of_library(library, definition, hf_tokenizers.SAMPLE)
-    tokenizer.encode(hf_tokenizers.probe(library))
+    tokenizer = _of_library(library, definition | ({"template": template} if template else {}))
+    hf_tokenizers.check_lossless(library, tokenizer.encode, hf_tokenizers.entries(library))
     return tokenizer
 
 
-def _hf(definition: dict[str, Any]) -> Tokenizer:
-    file, settings, separator = (definition.get(name) for name in ("file", "settings", "separator"))
-    texts = file, settings, definition.get("template", "")
-    if not isinstance(file, str) or not all(isinstance(text, str) for text in texts) or type(separator) is not int:
-        raise UserError("tokenizer: `file`, `settings` or `separator` is missing; take the file from the run again")
-    return _of_library(hf_tokenizers.library_of(file), definition)
-
-
-def _of_library(library: "tokenizers.Tokenizer", definition: dict[str, Any], sample: int = 0) -> Tokenizer:
+def _of_library(library: "tokenizers.Tokenizer", definition: dict[str, Any]) -> Tokenizer:
     entries, separator = hf_tokenizers.entries(library), definition["separator"]
     if not 0 <= separator < len(entries):
         raise UserError(f"tokenizer.json: has {len(entries)} ids, and the token that ends a text is {separator}")
-    tokenizer = Tokenizer(definition, entries, hf_tokenizers.encoder(library, entries, separator, sample), separator)
+    tokenizer = Tokenizer(definition, entries, hf_tokenizers.encoder(library, separator), separator)
     if "template" in definition:
         tokenizer.template = ChatTemplate(definition["template"], definition["file"], definition["settings"], separator)
     return tokenizer
@@ -279,7 +269,7 @@ def _learn_merges(texts: Iterable[str], vocab_size: int) -> list[list[int]]:
         vocab_size=vocab_size - 1,
         min_frequency=2,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        max_token_length=_LONGEST_ENTRY,
+        max_token_length=256,
         show_progress=False,
     )
     library.train_from_iterator(texts, trainer)
@@ -292,22 +282,14 @@ def _learn_merges(texts: Iterable[str], vocab_size: int) -> list[list[int]]:
     return merges
 
 
-def _bpe(merges: Any) -> Tokenizer:
+def _bpe(merges: list[list[int]]) -> Tokenizer:
     """The tokenizer of a list of merges. A merge is a pair of ids and makes a new entry."""
     import tiktoken
 
     entries = [bytes([byte]) for byte in range(256)]
-    try:
-        for left, right in merges:
-            entries.append(entries[left] + entries[right])
-            if min(left, right) < 0 or len(entries[-1]) > _LONGEST_ENTRY:
-                raise ValueError
-        ids = {entry: i for i, entry in enumerate(entries)}
-        if len(ids) < len(entries):
-            raise ValueError
-    except (TypeError, ValueError, IndexError):
-        problem = "a merge does not join two earlier ids to a new entry; take the file from the run again"
-        raise UserError(f"tokenizer: {problem}") from None
+    for left, right in merges:
+        entries.append(entries[left] + entries[right])
+    ids = {entry: i for i, entry in enumerate(entries)}
     encoding = tiktoken.Encoding("bpe", pat_str=_WORD, mergeable_ranks=ids, special_tokens={})
     return Tokenizer({"kind": "bpe", "merges": merges}, entries, encoding.encode_ordinary_batch)
 
@@ -321,65 +303,3 @@ def _limited(documents: Iterable[str], report: Report) -> Iterator[str]:
         report(count, size)
         if size >= TRAINING_BYTES:
             return
-
-
-# Conversations in tokens. Every turn is its role, a line end, its content, and the separator:
-#
-#     separator   user\n  question  separator   assistant\n  answer  separator   separator   user\n ...
-#
-# The separator before a turn says that the next word is a role, and the separator behind it ends the turn. A
-# conversation has one more separator behind it, as every document has. Encoding never produces the separator, so no
-# content can end its turn or begin another: the characters `<|endoftext|>` and the word "assistant" inside a content
-# are ordinary text. Only the tokens of the assistant's contents, and the separators that end them, are learned and
-# scored (`answers`).
-
-
-class EncodedChat(NamedTuple):
-    """A conversation in tokens, without the separators around it."""
-
-    tokens: np.ndarray
-    """int [N]. The last one is the separator that ends the last turn, unless a chat template says otherwise."""
-    answers: np.ndarray
-    """bool [N]: the tokens that are learned."""
-
-
-def encode_chats(tokenizer: Tokenizer, chats: Sequence[Conversation]) -> list[EncodedChat]:
-    """The conversations in tokens. A turn is cut into tokens as one text, as a chat template writes it elsewhere.
-
-    Raises UserError if the tokenizer joins the line end after a role with the content behind it, and the errors of a
-    chat template.
-    """
-    if (template := tokenizer.template) is not None:
-        encoded = [template.encode(chat) for chat in chats]
-        return [EncodedChat(np.array(tokens, np.int64), np.array(learned)) for tokens, learned in encoded]
-    turns = iter(tokenizer.encode_batch([f"{message.role}\n{message.content}" for chat in chats for message in chat]))
-    heads = {role: role_tokens(tokenizer, role) for role in ROLES}
-    return [_encoded([(m, heads[m.role], next(turns)) for m in chat], tokenizer.separator_id) for chat in chats]
-
-
-def _encoded(turns: list[tuple[Message, list[int], Any]], separator: int) -> EncodedChat:
-    tokens, answers = [], []
-    for message, head, ids in turns:
-        turn = np.array([*ids, separator], np.int64)
-        if turn[: len(head)].tolist() != head:
-            raise UserError(
-                f"the tokenizer joins the line end after {message.role!r} with the text {message.content[:40]!r}, so "
-                "the answer has no beginning of its own; change how that text begins"
-            )
-        tokens.append(turn)
-        answers.append(np.repeat([False, message.role == ANSWERING], [len(head), len(turn) - len(head)]))
-    return EncodedChat(np.concatenate(tokens), np.concatenate(answers))
-
-
-def role_tokens(tokenizer: Tokenizer, role: Role) -> list[int]:
-    """How a turn begins: its role and a line end."""
-    return tokenizer.encode(f"{role}\n")
-
-
-def answer_prompt(tokenizer: Tokenizer, chat: Sequence[Message]) -> list[int]:
-    """The tokens after which the model writes the assistant's next content: separator, all turns, "assistant\\n"; or
-    what the chat template says."""
-    if tokenizer.template is not None:
-        return tokenizer.template.prompt(chat)
-    said = encode_chats(tokenizer, [tuple(chat)])[0].tokens.tolist() if chat else []
-    return [tokenizer.separator_id, *said, *role_tokens(tokenizer, ANSWERING)]

@@ -5,5 +5,4 @@ sampling.py         from logits to the next token
 generate.py         TextGenerator: text in, text out
 chat.py             a conversation and its commands
 traced_pass.py      one forward pass with every routing decision
-kept_programs.py    compiled programs, for the next start
 """

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from moe_jax.config import UserError
 from moe_jax.config.section import format_bound
+from moe_jax.data.chats import answer_prompt
 from moe_jax.data.documents import ANSWERING, Message
-from moe_jax.data.tokenizers import answer_prompt
 from moe_jax.inference.generate import TextGenerator
 from moe_jax.inference.sampling import Sampling
 from moe_jax.system.files import write_output
@@ -114,7 +114,7 @@ class Chat:
 
 
 class RoleChat(Chat):
-    """A conversation with a tuned model, in its role format (`data/tokenizers.py`). The model sees the earlier turns
+    """A conversation with a tuned model, in its role format (`data/chats.py`). The model sees the earlier turns
     that fit into its context of T tokens. It ends its answer with the separator."""
 
     echoes = False

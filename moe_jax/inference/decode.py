@@ -2,8 +2,8 @@
 
 It writes S independent texts, each in a slot of a batched cache, with a position, settings and random numbers of its
 own. `generate` has one slot and calls `write`, which draws several tokens before the host sees them: in a small model,
-waiting for the host after each token takes longer than the token (`benchmarks/trials.md`, 59 to 61). `serve` has
-several slots and calls `step`, which draws one token for each.
+waiting for the host after each token takes longer than the token. `serve` has several slots and calls `step`, which
+draws one token for each.
 
 With the same number of slots, a text has the same bits in every slot and beside any other texts: each row of a product
 is summed in the same order (`model/moe/layer.py`, `Mode.SERVE`, says how the experts keep to that). With another number
@@ -25,7 +25,6 @@ from flax import nnx
 from jax.stages import Compiled
 from jaxtyping import Array, Key
 
-from moe_jax.inference.kept_programs import kept_programs
 from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.slots import (
     PromptState,
@@ -158,16 +157,9 @@ class Decoder:
                 text = self.refill(text, 0, self.read(params, context))
 
     def compile(self, params: Params, prompt: int = 1) -> None:
-        """Compile what one text needs after a prompt of `prompt` tokens. On a CPU the programs are kept for later
-        processes."""
+        """Compile what one text needs after a prompt of `prompt` tokens."""
         length = 0 if prompt <= self._given else self._padded_length(min(prompt, self.seq_len))
-        if jax.default_backend() != "cpu":
-            programs = self._compiled(params, length)
-        else:
-            kind = jax.tree.map(lambda leaf: f"{leaf.dtype}{leaf.shape}", params)
-            facts = [repr(self._graphdef), repr(kind), f"{self.seq_len} {length} {self.vocab_size}"]
-            programs = kept_programs(facts, lambda: self._compiled(params, length))
-        self.write, self.begin_empty, *read = programs
+        self.write, self.begin_empty, *read = self._compiled(params, length)
         self._compiled_prefill = dict.fromkeys([length], *read) if read else {}
 
     def _compiled(self, params: Params, length: int) -> list[Compiled]:

@@ -2,12 +2,16 @@
 
 from collections.abc import Iterator, Sequence
 
+import jax
 from flax import nnx
+from jax.experimental.compilation_cache import compilation_cache
 
-from moe_jax.data.tokenizers import StreamDecoder, Tokenizer
+from moe_jax.data.tokenizers import StreamDecoder, Tokenizer, json_digest
 from moe_jax.inference.decode import SHORT_PROMPT, Decoder, cast_once
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.transformer import Params
+from moe_jax.system.files import cache_dir
+from moe_jax.system.machine import processor, processor_flags
 from moe_jax.system.random_keys import Purpose, purpose_key
 
 
@@ -30,7 +34,13 @@ class TextGenerator:
 
     def compile(self, prompt: int = 1) -> None:
         """Compile what a text needs after a prompt of `prompt` tokens now, so that it does not wait for it. A text that
-        is longer than the context compiles one more program."""
+        is longer than the context compiles one more program. jax keeps the programs on the disk for later processes."""
+        if jax.config.jax_compilation_cache_dir is None:
+            # By processor: a program that was compiled for another one may end this process.
+            folder = cache_dir() / "programs" / json_digest([processor(), processor_flags()])
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+            compilation_cache.reset_cache()  # jax reads its settings at the first compilation only
         self._decoder.compile(self._params, prompt)
 
     def pieces(self, prompt: str, settings: Sampling, *, seed: int, number: int = 0, limit: int) -> Iterator[str]:

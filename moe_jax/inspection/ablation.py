@@ -104,18 +104,12 @@ def ablation(run: LoadedRun, tokens: np.ndarray) -> Ablation:
 
 def affordable(config: ModelConfig, tokens: int) -> tuple[list[int], int, bool]:
     """What MOST_FLOPS pays for: (layers, tokens, whether there are stories). One layer is always among them."""
-    one_layer = 2 * totals(count_parameters(config)).multiplied * config.experts
-
-    def layers(tokens: int) -> int:
-        return min(int(MOST_FLOPS / (one_layer * tokens)), max(MOST_EXPERTS // config.experts, 1), config.layers)
-
+    paid = int(MOST_FLOPS / (2 * totals(count_parameters(config)).multiplied * config.experts))  # tokens of one layer
     told = tokens + PROMPT_TOKENS + STORY_TOKENS
-    if tells := layers(told) > 0:
-        count = layers(told)
-    else:
-        while layers(tokens) == 0 and tokens // 2 >= LEAST_TOKENS:
-            tokens //= 2
-        count = max(layers(tokens), 1)
+    tells = paid >= told
+    tokens = tokens if tells else min(tokens, max(paid, LEAST_TOKENS))
+    most = min(max(MOST_EXPERTS // config.experts, 1), config.layers)
+    count = int(np.clip(paid // (told if tells else tokens), 1, most))
     return sorted({round(layer) for layer in np.linspace(0, config.layers - 1, count)}), tokens, tells
 
 

@@ -2,7 +2,7 @@
 
 The model reads at most CORPUS_TOKENS tokens once, with the dispatch of training and its capacity, if it has one. The
 decisions are counted on the host. Choices are counted before drops, so the counts show what the router prefers. Only
-`dropped_at` counts drops.
+`dropped` counts drops.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,6 @@ MOST_FLOPS = 6e12
 """Forward operations that the counts may take. A large model reads fewer tokens, but at least one window."""
 FACTORS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0)
 """Capacity factors for which drops are computed. The run's own factor is added if the run has a capacity."""
-POSITION_BINS = 32
 STARVED = 0.1
 """An expert with less than this share of its fair load is called starved. An expert that no token chose is dead."""
 
@@ -45,8 +44,8 @@ class CorpusRouting:
     """int [L-1, E, E]: entry [l, i, j] counts the tokens whose first choice is i in layer l and j in layer l + 1."""
     entropy: np.ndarray
     """float [L]: entropy of the router, 0 to 1; see `router_entropy`."""
-    dropped_at: np.ndarray
-    """float [L, T]: share of the choices at each position that found no slot."""
+    dropped: np.ndarray
+    """float [L]: share of the choices that found no slot."""
 
     @property
     def load(self) -> np.ndarray:
@@ -115,7 +114,7 @@ def count_routing(
         together=together,
         flow=flow,
         entropy=router_entropy(probs),
-        dropped_at=1 - keep.mean((1, 3)),
+        dropped=1 - keep.mean((1, 2, 3)),
     )
 
 
@@ -138,20 +137,14 @@ def corpus_data(corpus: CorpusRouting) -> dict[str, Any]:
     own = set() if corpus.config.dropless else {corpus.config.routing.capacity_factor}
     factors = sorted({*FACTORS, *own})
     rounded = lambda array: np.round(array, 4).tolist()  # noqa: E731
-    bins = np.array_split(np.arange(corpus.config.seq_len), min(POSITION_BINS, corpus.config.seq_len))
     return {
         "tokens": corpus.tokens,
         "windows": corpus.by_window.shape[1],
         "load": rounded(corpus.load),
-        "worst_window": corpus.by_window.max(1).tolist(),
         "entropy": rounded(corpus.entropy),
         "together": corpus.together.tolist(),
         "flow": corpus.flow.tolist(),
-        "drops": rounded(corpus.dropped_at.mean(1)),
+        "drops": rounded(corpus.dropped),
         "drops_by_factor": {"factor": factors, "drop": [rounded(corpus.drop_fraction(f)) for f in factors]},
-        "drops_by_position": {
-            "first": [int(b[0]) for b in bins],
-            "drop": rounded(np.stack([corpus.dropped_at[:, b].mean(1) for b in bins], axis=1)),
-        },
         "dead": dead_experts(corpus),
     }

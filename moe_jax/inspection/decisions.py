@@ -1,4 +1,4 @@
-"""Every routing decision of a long text: written to a file while it is made, and counted as papers on experts count.
+"""Every routing decision of a long text: written to a file, and counted as papers on experts count.
 
     co-activation     of the tokens that chose expert i, the share that chose j too (Muennighoff et al. 2024, "OLMoE",
                       section 5.2)
@@ -9,12 +9,10 @@
 The passes drop nothing, as evaluation and generation.
 """
 
-import tempfile
-import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +21,7 @@ from moe_jax.inference.traced_pass import check_routed, choice_mask, make_traced
 from moe_jax.inspection.trace import window_width, windows
 from moe_jax.model.moe.layer import Mode
 from moe_jax.runs.load import LoadedRun
-from moe_jax.system.files import json_text, open_output
+from moe_jax.system.files import open_output
 from moe_jax.system.terminal import progress_bar
 
 
@@ -122,10 +120,10 @@ def count_decisions(
     tokens: np.ndarray,
     kind: np.ndarray,
     kinds: Sequence[str],
-    writer: "LinesWriter | ArraysWriter | None" = None,
+    keep: Callable[[Decisions], None] | None = None,
 ) -> Counts:
-    """Route a stream int [N] and count. `kind` int [N] has the number of each token's kind. Each part is given to the
-    `writer` once it is counted."""
+    """Route a stream int [N] and count. `kind` int [N] has the number of each token's kind. Each part is given to
+    `keep` once it is counted."""
     c = run.config.model
     shape = (c.layers, c.experts)
     by_kind, together = np.zeros((len(kinds), *shape), np.int64), np.zeros((*shape, c.experts), np.int64)
@@ -138,61 +136,26 @@ def count_decisions(
             by_kind[k] += hits[:, here == k].sum(1)
         seen = np.where(hits.any(1), made.first + hits.argmax(1), len(tokens))
         first_seen = np.minimum(first_seen, seen)
-        if writer:
-            writer.write(made)
+        if keep:
+            keep(made)
     return Counts(c, list(kinds), by_kind, together, first_seen, len(tokens))
 
 
-class LinesWriter:
-    """One line of JSON a token: its place, its id, and for each layer the experts, best first, and their gates."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
-
-    def write(self, made: Decisions) -> None:
-        experts, gates = made.expert.swapaxes(0, 1).tolist(), made.gate.swapaxes(0, 1).astype(float).round(5).tolist()
-        for n, (token, expert, gate) in enumerate(zip(made.tokens.tolist(), experts, gates, strict=True)):
-            row = {"place": made.first + n, "token": token, "experts": expert, "gates": gate}
-            self._file.write(json_text(row, separators=(",", ":")).encode() + b"\n")
-
-    def close(self) -> None:
-        """Nothing is left to write."""
-
-
-class ArraysWriter:
-    """An .npz file with `token` int32 [N], `expert` int16 [N, L, K] and `gate` float32 [N, L, K]. Until the end they
-    lie in temporary files, so the memory does not grow with the text."""
-
-    def __init__(self, file: IO[bytes], count: int, config: ModelConfig) -> None:
-        self._file, self._folder = file, tempfile.TemporaryDirectory()
-        shape = (count, config.layers, config.routing.top_k)
-        shapes = {"token": (np.int32, (count,)), "expert": (np.int16, shape), "gate": (np.float32, shape)}
-        self._arrays = {
-            f"{name}.npy": np.lib.format.open_memmap(Path(self._folder.name, f"{name}.npy"), "w+", dtype, own)
-            for name, (dtype, own) in shapes.items()
-        }
-
-    def write(self, made: Decisions) -> None:
-        rows = slice(made.first, made.first + len(made.tokens))
-        parts = made.tokens, made.expert.swapaxes(0, 1), made.gate.swapaxes(0, 1)
-        for array, part in zip(self._arrays.values(), parts, strict=True):
-            array[rows] = part
-
-    def close(self) -> None:
-        with self._folder as folder, zipfile.ZipFile(self._file, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name, array in self._arrays.items():
-                array.flush()
-                archive.write(Path(folder, name), name)
-
-
 def write_decisions(run: LoadedRun, texts: Sequence[tuple[str, Sequence[int]]], out: Path) -> Counts:
-    """Route texts of token ids, each with the name of its kind, as one stream. Write every decision to `out`, as arrays
-    if it ends in .npz, else as lines of JSON, and count. An error leaves no file."""
+    """Route texts of token ids, each with the name of its kind, as one stream. Write every decision to `out`, an
+    .npz file of `token` int32 [N], `expert` int16 [N, L, K] and `gate` float32 [N, L, K], and count. An error leaves no
+    file."""
     kinds = list(dict.fromkeys(kind for kind, _ in texts))
     tokens = np.concatenate([np.asarray(ids, np.int32) for _, ids in texts])
     kind = np.concatenate([np.full(len(ids), kinds.index(name)) for name, ids in texts])
+    shape = (len(tokens), run.config.model.layers, run.config.model.routing.top_k)
+    arrays = {"token": tokens, "expert": np.empty(shape, np.int16), "gate": np.empty(shape, np.float32)}
+
+    def keep(made: Decisions) -> None:
+        rows = slice(made.first, made.first + len(made.tokens))
+        arrays["expert"][rows], arrays["gate"][rows] = made.expert.swapaxes(0, 1), made.gate.swapaxes(0, 1)
+
     with open_output(out) as file:
-        writer = ArraysWriter(file, len(tokens), run.config.model) if out.suffix == ".npz" else LinesWriter(file)
-        counts = count_decisions(run, tokens, kind, kinds, writer)
-        writer.close()
+        counts = count_decisions(run, tokens, kind, kinds, keep)
+        np.savez_compressed(file, **arrays)
     return counts

@@ -2,17 +2,19 @@
 
     architectures.py  which class of transformers, and which architecture of llama.cpp, holds which configuration
     source.py         a verified checkpoint as arrays on the host, in the conventions of other programs
-    huggingface.py    config.json and model.safetensors, for transformers
+    config_json.py    config.json, for transformers
+    huggingface.py    which tensor of transformers is which of our parameters
     gguf_file.py      one GGUF file with its vocabulary, for llama.cpp and ollama (extra `gguf`)
     tokenizers.py     the tokenizer, and the role format of tuned runs, in the form of each
     export.py         all of it with a model card, into a folder that is whole or absent
     html.py, page/    one page that runs the model in a browser
 
+    model_folder.py      the files of a folder, and its download by its name on the hub
+    config_fields.py     what the fields of config.json mean
     pretrained_shape.py  config.json of a Hugging Face folder -> ModelConfig, or a refusal by name
     weight_files.py      the headers of its safetensors files, checked before any tensor is read
     pretrained.py        the folder, opened: shape, tokenizer, parameters
     imported_run.py      the folder as a run to read, its weights rounded part by part
-    hub.py               the folder of a model by its name on the hub
 
 Nothing here imports torch, and nothing is compiled. The folder lies below `training`, which starts runs from imports.
 """

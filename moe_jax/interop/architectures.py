@@ -14,9 +14,15 @@ The table is `architecture_of`. Each class computes what our model computes, to 
     gpt2        a dense baseline with learned positions, LayerNorm, GELU     GPT2LMHeadModel          none
 """
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
 from moe_jax.config import ModelConfig, UserError
+from moe_jax.config.section import flag_of
+
+ExportTarget = Literal["hf", "gguf", "both", "safetensors", "html"]
+ExportDtype = Literal["float32", "bfloat16", "float16", "q8_0"]
+"""Names of NumPy and ml_dtypes, but for q8_0, which only GGUF has."""
 
 
 class Architecture(NamedTuple):
@@ -38,14 +44,14 @@ QWEN2_MOE_OTHER = QWEN2_MOE._replace(
 )
 QWEN3_MOE = Architecture("qwen3_moe", "Qwen3MoeForCausalLM", "qwen3moe")
 QWEN3_MOE_TOP_1 = QWEN3_MOE._replace(
-    gguf=None, gguf_problem="--routing.top-k 1: llama.cpp's qwen3moe divides the gate by itself, ours does not"
+    gguf=None, gguf_problem="--top-k 1: llama.cpp's qwen3moe divides the gate by itself, ours does not"
 )
 QWEN3_MOE_PLAIN = QWEN3_MOE._replace(
-    gguf=None, gguf_problem="--set routing.renormalise_gates=false: llama.cpp's qwen3moe always renormalises the gates"
+    gguf=None, gguf_problem="--routing.no-renormalise-gates: llama.cpp's qwen3moe always renormalises the gates"
 )
 OLMOE = Architecture("olmoe", "OlmoeForCausalLM", "olmoe")
 OLMOE_RENORMALISED = OLMOE._replace(
-    gguf=None, gguf_problem="--set routing.renormalise_gates=true: llama.cpp's olmoe never renormalises the gates"
+    gguf=None, gguf_problem="--routing.renormalise-gates: llama.cpp's olmoe never renormalises the gates"
 )
 ERNIE = Architecture("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", "ernie4_5-moe")
 GRANITE = Architecture("granitemoe", "GraniteMoeForCausalLM", "granitemoe")
@@ -54,80 +60,73 @@ LLAMA = Architecture("llama", "LlamaForCausalLM", "llama")
 QWEN3 = Architecture("qwen3", "Qwen3ForCausalLM", "qwen3")
 GPT2 = Architecture("gpt2", "GPT2LMHeadModel", None, "GPT-2 layouts are not written as GGUF; export to hf")
 
+SHAPE = ("norm", "positions", "activation", "bias", "qkv_bias", "qk_norm", "kv_heads", "head_size", "dense")
+SHAPE += ("shared_experts", "shared_gate", "scaled_embedding", "tied_head")
+ROUTING = ("top_k", "renormalise_gates", "balancing")
+"""The settings that decide the class."""
+
 
 def architecture_of(config: ModelConfig) -> Architecture:
-    """The architecture of a configuration. Raises UserError, with the option to blame, if no class holds it."""
+    """The architecture of a configuration. Raises UserError, with the settings to blame, if no class holds it."""
     if config.norm == "layernorm" or config.positions == "learned" or config.activation == "gelu":
-        return _gpt2(config)
-    if config.bias:
-        raise _unheld("--set model.bias=true", "no class has biases in attention only")
-    if config.qkv_bias and not config.shared_gate:
-        raise _unheld("--set model.qkv_bias=true", "the class with these biases has shared experts behind a gate")
-    if config.dense != "none":
-        if config.scaled_embedding and config.tied_head:
-            raise _unheld("--set model.scaled_embedding=true", "no dense class scales a tied embedding")
-        if config.qk_norm == "full":
-            raise _unheld("--model.qk-norm full", "no dense class with norms before each half has it")
-        return QWEN3 if config.qk_norm == "head" else LLAMA
-    return _with_experts(config)
+        found = _gpt2(config)
+    elif config.bias or (config.qkv_bias and not config.shared_gate):
+        found = None
+    else:
+        found = _dense(config) if config.dense != "none" else _with_experts(config)
+    if found is None:
+        raise UserError(
+            f"{', '.join(_unusual(config))}: no class of transformers holds a model with these settings together; "
+            "`--to safetensors` writes its weights with a stated layout"
+        )
+    return found
 
 
-def _with_experts(config: ModelConfig) -> Architecture:
-    routing = config.routing
-    shared, single = routing.balancing == "bias" or config.shared_experts > 0, routing.top_k == 1
-    plain = not routing.renormalise_gates and not single
-    own_width = config.head_width * config.heads != config.width
-    if config.shared_gate:
-        if routing.balancing == "bias" or config.qk_norm != "none" or (config.scaled_embedding and config.tied_head):
-            raise _unheld("--set model.shared_gate=true", "the class with this gate has no other options of ours")
-        return QWEN2_MOE if config.qkv_bias and (plain or single) else QWEN2_MOE_OTHER
-    if config.scaled_embedding and config.tied_head:
-        if config.qk_norm != "none" or shared or single or plain or own_width:
-            raise _unheld("--set model.scaled_embedding=true", "with a tied head, no class has the other options too")
-        return GRANITE
-    if config.qk_norm == "full":
-        if shared:
-            raise _unheld("--model.qk-norm full", "no class has it beside balance by bias or shared experts")
-        if own_width:
-            raise _unheld("--set model.head_size", "the class that normalises over all heads has width / heads")
-        return OLMOE if plain or single else OLMOE_RENORMALISED
-    if shared:
-        if config.qk_norm == "head":
-            raise _unheld("--model.qk-norm", "no class has it beside balance by bias or shared experts")
-        if single or plain:
-            option = "--routing.top-k 1" if single else "--set routing.renormalise_gates=false"
-            raise _unheld(option, "the class with shared experts always renormalises the gates, ours does not")
-        if own_width:
-            raise _unheld("--set model.head_size", "the class with shared experts has width / heads")
-        return ERNIE
-    if single or plain:
-        if config.qk_norm == "none":
-            option = "--routing.top-k 1" if single else "--set routing.renormalise_gates=false"
-            raise _unheld(option, "the classes that keep the gates need --model.qk-norm head or full")
-        return QWEN3_MOE_TOP_1 if single else QWEN3_MOE_PLAIN
-    return QWEN3_MOE if config.qk_norm == "head" else MIXTRAL
+def _unusual(config: ModelConfig) -> Iterator[str]:
+    """The settings that decide the class, where they are not the defaults."""
+    usual = ModelConfig()
+    for section, plain, names in ((config, usual, SHAPE), (config.routing, usual.routing, ROUTING)):
+        for name in names:
+            if (value := getattr(section, name)) != getattr(plain, name):
+                yield f"{flag_of(section, name)} {value}"
 
 
-def _gpt2(config: ModelConfig) -> Architecture:
-    if config.dense == "none":
-        blamed = {"--set model.positions=learned": config.positions, "--set model.norm=layernorm": config.norm}
-        option = next((o for o, value in blamed.items() if o.endswith(value)), "--set model.activation=gelu")
-        raise _unheld(option, "no class has it together with experts")
+def _gpt2(config: ModelConfig) -> Architecture | None:
     whole = (config.norm, config.positions, config.activation, config.bias, config.qk_norm, config.scaled_embedding)
-    if whole != ("layernorm", "learned", "gelu", True, "none", False):
-        raise _unheld(
-            f"--set model.norm={config.norm} model.positions={config.positions} model.activation={config.activation}",
-            "GPT-2 is layernorm, learned and gelu with biases; Llama is rmsnorm, rope and swiglu",
-        )
-    if config.key_value_heads != config.heads or config.head_width * config.heads != config.width:
-        raise _unheld(
-            "--model.kv-heads, --set model.head_size", "GPT-2 has one key head for each head, of width / heads"
-        )
-    return GPT2
+    ok = config.dense != "none" and whole == ("layernorm", "learned", "gelu", True, "none", False)
+    return GPT2 if ok and config.key_value_heads == config.heads and _heads_fill(config) else None
 
 
-def _unheld(option: str, why: str) -> UserError:
-    return UserError(
-        f"{option}: no class of transformers holds this model ({why}); `--to safetensors` writes its weights with a "
-        "stated layout"
-    )
+def _dense(config: ModelConfig) -> Architecture | None:
+    if config.qk_norm == "full" or (config.scaled_embedding and config.tied_head):
+        return None
+    return QWEN3 if config.qk_norm == "head" else LLAMA
+
+
+def _with_experts(config: ModelConfig) -> Architecture | None:
+    routing, norm = config.routing, config.qk_norm
+    by_bias, scaled_head = routing.balancing == "bias", config.scaled_embedding and config.tied_head
+    shared = by_bias or config.shared_experts > 0
+    renormalised = routing.top_k > 1 and routing.renormalise_gates
+    if config.shared_gate:
+        if by_bias or norm != "none" or scaled_head:
+            return None
+        return QWEN2_MOE_OTHER if renormalised or not config.qkv_bias else QWEN2_MOE
+    if scaled_head:
+        return GRANITE if norm == "none" and not shared and renormalised and _heads_fill(config) else None
+    if norm == "full":
+        if shared or not _heads_fill(config):
+            return None
+        return OLMOE_RENORMALISED if renormalised else OLMOE
+    if shared:
+        return ERNIE if norm == "none" and renormalised and _heads_fill(config) else None
+    if norm == "none":
+        return MIXTRAL if renormalised else None
+    if routing.top_k == 1:
+        return QWEN3_MOE_TOP_1
+    return QWEN3_MOE if renormalised else QWEN3_MOE_PLAIN
+
+
+def _heads_fill(config: ModelConfig) -> bool:
+    """Whether a head has width / heads."""
+    return config.head_width * config.heads == config.width

@@ -4,23 +4,21 @@ it is removed by the next one of the same name."""
 import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 
 from moe_jax.config import UserError
 from moe_jax.interop import gguf_file, huggingface
-from moe_jax.interop.architectures import Architecture, architecture_of
+from moe_jax.interop.architectures import Architecture, ExportDtype, ExportTarget, architecture_of
+from moe_jax.interop.config_json import config_json
 from moe_jax.interop.source import ExportSource
 from moe_jax.interop.tokenizers import ollama, separator_text, tokenizer_files
 from moe_jax.model.costs import count_parameters, totals, training_flops
 from moe_jax.runs.arrays import SafetensorsWriter
 from moe_jax.system.errors import disk_cause
 from moe_jax.system.files import json_text, new_folder
-
-Target = Literal["hf", "gguf", "both", "safetensors"]
-Dtype = Literal["float32", "bfloat16", "float16", "q8_0"]
 
 LAYOUT = """\
 # The layout of model.safetensors
@@ -48,7 +46,7 @@ Rotary positions rotate the pairs (i, i + A/2) of a head. `settings.json` has th
 """
 
 
-def check_exportable(source: ExportSource, to: Target) -> Architecture | None:
+def check_exportable(source: ExportSource, to: ExportTarget) -> Architecture | None:
     """The architecture of an export; None for plain safetensors. Raises UserError if the model does not fit."""
     if to == "safetensors":
         return None
@@ -62,7 +60,7 @@ def check_exportable(source: ExportSource, to: Target) -> Architecture | None:
     return architecture
 
 
-def export(source: ExportSource, to: Target, dtype: Dtype, out: Path, command: str) -> list[Path]:
+def export(source: ExportSource, to: ExportTarget, dtype: ExportDtype, out: Path, command: str) -> list[Path]:
     """Write the model, its tokenizer and its card into the new folder `out`. Returns the paths of the files.
 
     Raises UserError where the model does not fit the target, or the disk is full; nothing is left then.
@@ -85,11 +83,11 @@ def export(source: ExportSource, to: Target, dtype: Dtype, out: Path, command: s
 
 
 def _write_for(
-    folder: Path, source: ExportSource, architecture: Architecture, to: Target, dtype: Dtype, name: str
+    folder: Path, source: ExportSource, architecture: Architecture, to: ExportTarget, dtype: ExportDtype, name: str
 ) -> None:
     if to in ("hf", "both"):
         _write_weights(folder, source, lambda source: huggingface.tensors(source, architecture), dtype)
-        _write_json(folder / "config.json", huggingface.config_json(source, architecture, dtype))
+        _write_json(folder / "config.json", config_json(source, architecture, dtype))
         separator = source.tokenizer.separator_id
         generation = {"bos_token_id": separator, "eos_token_id": separator, "do_sample": True, "temperature": 0.8}
         _write_json(folder / "generation_config.json", generation)
@@ -102,7 +100,7 @@ def _write_for(
         (folder / "Modelfile").write_text(modelfile, encoding="utf-8", newline="\n")
 
 
-def _write_plain(folder: Path, source: ExportSource, dtype: Dtype) -> None:
+def _write_plain(folder: Path, source: ExportSource, dtype: ExportDtype) -> None:
     _write_weights(folder, source, lambda source: ((name, source.array(name)) for name in source.weights), dtype)
     (folder / "LAYOUT.md").write_text(LAYOUT, encoding="utf-8")
     _write_json(folder / "settings.json", source.config.to_dict())
@@ -123,12 +121,10 @@ def _write_weights(
     folder: Path,
     source: ExportSource,
     tensors: Callable[[ExportSource], Iterator[tuple[str, np.ndarray]]],
-    dtype: Dtype,
+    dtype: ExportDtype,
 ) -> None:
     """One tensor after another: a large model does not fit the memory twice."""
-    import ml_dtypes
-
-    kind = np.dtype({"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}[dtype])
+    kind = np.dtype(dtype)  # jax has registered bfloat16
     shapes = {name: jax.ShapeDtypeStruct(tensor.shape, kind) for name, tensor in tensors(source.hollow())}
     with SafetensorsWriter(folder / "model.safetensors", shapes, {"format": "pt"}) as writer:
         for _, tensor in tensors(source):

@@ -4,18 +4,17 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from moe_jax.config import UserError
 from moe_jax.data.tokenizers import Tokenizer
-from moe_jax.interop.architectures import ERNIE, GRANITE, Architecture
-from moe_jax.interop.huggingface import norm_eps, trunk_tensors
+from moe_jax.interop.architectures import ERNIE, GRANITE, Architecture, ExportDtype
+from moe_jax.interop.config_json import norm_eps
+from moe_jax.interop.huggingface import trunk_tensors
 from moe_jax.interop.source import ExportSource, balance_bias, embedding, experts
 from moe_jax.interop.tokenizers import jinja, merges, separator_text, spelled
-
-GgufType = Literal["float32", "bfloat16", "float16", "q8_0"]
 
 INTERLEAVED = ("llama", "granitemoe", "ernie4_5-moe")
 """Architectures that rotate the pairs (2i, 2i + 1) of a head."""
@@ -138,7 +137,7 @@ def check_installed() -> None:
         ) from None
 
 
-def write_gguf(path: Path, source: ExportSource, architecture: Architecture, name: str, dtype: GgufType) -> None:
+def write_gguf(path: Path, source: ExportSource, architecture: Architecture, name: str, dtype: ExportDtype) -> None:
     """Write the model. Matrices have the `dtype`; vectors and routers stay float32.
 
     A row of q8_0 is cut into blocks of 32 entries: a matrix whose rows are no multiple of that stays float16.
@@ -167,7 +166,7 @@ def write_gguf(path: Path, source: ExportSource, architecture: Architecture, nam
     writer.close()
 
 
-def _kind(name: str, weight: np.ndarray, dtype: GgufType) -> Any:
+def _kind(name: str, weight: np.ndarray, dtype: ExportDtype) -> Any:
     from gguf import GGMLQuantizationType as Kind
 
     if weight.ndim == 1 or dtype == "float32" or "ffn_gate_inp" in name:

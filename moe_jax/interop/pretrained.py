@@ -29,7 +29,8 @@ from moe_jax.config import UserError
 from moe_jax.data.chat_templates import template_in
 from moe_jax.data.tokenizers import Tokenizer, imported_tokenizer
 from moe_jax.interop.huggingface import EMBEDDING, HEAD, Piece, Table, expected, is_fused, table
-from moe_jax.interop.pretrained_shape import PretrainedShape, read_file, read_shape
+from moe_jax.interop.model_folder import read_file
+from moe_jax.interop.pretrained_shape import PretrainedShape, read_shape
 from moe_jax.interop.weight_files import DTYPES, WeightFiles
 from moe_jax.model.transformer import Params
 from moe_jax.runs.arrays import named_leaves
@@ -99,12 +100,6 @@ class Pretrained:
         shape = read_shape(folder, flag)
         tokenizer = _tokenizer(folder, shape)
         opened = cls(shape, tokenizer, WeightFiles.open(folder))
-        layers, experts, there = shape.model.layers, shape.model.experts, len(opened.weights.tensors)
-        if layers * (1 if is_fused(opened.weights.tensors) else experts) > there:  # before a table of that size is made
-            raise UserError(
-                f"{folder}: config.json gives {layers:,} layers of {experts:,} experts, and the weight files have "
-                f"{there:,} tensors; take both from the same folder"
-            )
         opened.weights.check(expected(opened.table()), {HEAD} if shape.tied else set())
         return opened
 

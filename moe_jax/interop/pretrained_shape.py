@@ -4,27 +4,17 @@ A field of config.json either gives the shape, or must have the one value that o
 a forward pass. Any other field is refused by name, because it may change what the model computes.
 """
 
-import errno
 import json
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
-from moe_jax.config import ConfigError, ModelConfig, QKNorm, RoutingConfig, UserError
+from moe_jax.config import ConfigError, ModelConfig, RoutingConfig, UserError
 from moe_jax.config.rope import KINDS, scaling_text
-from moe_jax.interop.architectures import (
-    GRANITE,
-    GRANITE_SHARED,
-    LLAMA,
-    MIXTRAL,
-    OLMOE,
-    QWEN2_MOE,
-    QWEN3,
-    QWEN3_MOE,
-    Architecture,
-)
+from moe_jax.interop.architectures import OLMOE, Architecture
+from moe_jax.interop.config_fields import FIXED, HARMLESS, LAYOUTS, MULTIPLIERS, SHAPE, Layout
+from moe_jax.interop.model_folder import read_file
 from moe_jax.system.errors import shortened
 from moe_jax.system.files import parse_json
 
@@ -69,95 +59,6 @@ class PretrainedShape(NamedTuple):
     multipliers: Multipliers = Multipliers()
 
 
-class _Layout(NamedTuple):
-    """A class of transformers: where its fields are, and what a missing field means."""
-
-    architecture: Architecture
-    eps: float
-    theta: float = 10_000.0
-    kv_heads: int | None = None
-    """None: as many as attention heads."""
-    head_dim: int | None = None
-    """None: width / heads."""
-    qk_norm: QKNorm = "none"
-    experts: str = ""
-    """The field with the number of experts. Empty: a dense model."""
-    hidden: str = "intermediate_size"
-    top_k: int = 0
-    renormalise: bool | None = None
-    """What a missing `norm_topk_prob` means; None: the class has no such field, and always renormalises."""
-    shared: str = ""
-    """The field with the hidden width of the shared experts."""
-    shared_hidden: int = 0
-    """What it means if it is left out."""
-    gated: bool = False
-    """Whether the shared experts have a gate, and queries, keys and values have biases."""
-    multipliers: bool = False
-
-
-_EXPERTS: dict[str, Any] = {"experts": "num_experts", "top_k": 8, "renormalise": False}
-_QWEN2 = _EXPERTS | {"top_k": 4, "shared": "shared_expert_intermediate_size", "shared_hidden": 5632}
-_GRANITE: dict[str, Any] = {"experts": "num_local_experts", "top_k": 2, "multipliers": True}
-LAYOUTS = {
-    layout.architecture.model_type: layout
-    for layout in (
-        _Layout(LLAMA, 1e-6),
-        _Layout(QWEN3, 1e-6, kv_heads=32, head_dim=128, qk_norm="head"),
-        _Layout(MIXTRAL, 1e-5, 1e6, kv_heads=8, experts="num_local_experts", top_k=2),
-        _Layout(QWEN3_MOE, 1e-6, kv_heads=4, qk_norm="head", hidden="moe_intermediate_size", **_EXPERTS),
-        _Layout(OLMOE, 1e-5, qk_norm="full", **_EXPERTS),
-        _Layout(QWEN2_MOE, 1e-6, kv_heads=16, hidden="moe_intermediate_size", gated=True, **_QWEN2),
-        _Layout(GRANITE, 1e-6, **_GRANITE),
-        _Layout(GRANITE_SHARED, 1e-6, shared="shared_intermediate_size", **_GRANITE),
-    )
-}
-"""`model_type` -> its layout. The defaults are those of the classes in transformers."""
-
-MULTIPLIERS = ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
-"""Fields of Granite."""
-FIXED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
-    "attention_bias": (False, None),
-    "mlp_bias": (False, None),
-    "qkv_bias": (False, None),
-    "use_bias": (False, None),
-    "clip_qkv": (None,),
-    "decoder_sparse_step": (1,),
-    "mlp_only_layers": ([], None),
-    "rope_interleaved": (False, None),
-    "partial_rotary_factor": (1, None),
-    "quantization_config": (None,),
-    "is_encoder_decoder": (False, None),
-    "auto_map": (None,),
-    "embedding_multiplier": (1, None),
-    "attention_multiplier": (None,),
-    "residual_multiplier": (1, None),
-    "logits_scaling": (1, None),
-    "scoring_func": ("softmax", None),
-}
-"""Field -> the values with which the model computes what ours does."""
-
-SHAPE = {
-    *("model_type", "architectures", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "intermediate_size", "moe_intermediate_size", "num_local_experts"),
-    *("num_experts", "num_experts_per_tok", "norm_topk_prob", "rms_norm_eps", "tie_word_embeddings"),
-    *("max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters", "eos_token_id"),
-    *("sliding_window", "use_sliding_window", "layer_types", "max_window_layers"),
-}
-"""Fields that give the shape. A class ignores those that it does not have."""
-
-HARMLESS = {
-    *("bos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id", "tokenizer_class"),
-    *("dtype", "torch_dtype", "use_cache", "initializer_range", "transformers_version", "pretraining_tp"),
-    *("attention_dropout", "hidden_dropout", "dropout", "router_aux_loss_coef", "router_jitter_noise"),
-    *("output_router_logits", "output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id"),
-    *("is_llama_config", "chunk_size_feed_forward", "problem_type", "task_specific_params", "generation_config"),
-    *("transformers.js_config", "use_return_dict", "num_labels", "attn_implementation", "unsloth_fixed"),
-    *("max_length", "do_sample", "temperature", "top_p"),
-}
-"""Fields that change nothing in a forward pass without dropout."""
-
-
 def holds_pretrained(folder: Path) -> bool:
     """Whether a folder holds the config.json of a model for transformers, which a folder of a run does not."""
     try:
@@ -198,27 +99,6 @@ def read_shape(folder: Path, flag: str) -> PretrainedShape:
         raise UserError(f"{folder / CONFIG}: {error}") from None
 
 
-def read_file(folder: Path, name: str, limit: int | None = None) -> bytes:
-    """A plain file of a folder. The caches of Hugging Face hold links to plain files, so a link is followed.
-
-    Raises OSError, also for a file that is not plain (a device, a pipe), or has more than `limit` bytes.
-    """
-    with open_file(folder, name, limit) as file:
-        return file.read()
-
-
-def open_file(folder: Path, name: str, limit: int | None = None) -> BinaryIO:
-    """A plain file of a folder, open for reading. Raises the errors of `read_file`."""
-    path = Path(os.path.realpath(folder / name))
-    size = path.stat().st_size
-    if not path.is_file():
-        raise OSError(errno.EINVAL, "is no plain file; remove it", str(path))
-    if limit is not None and size > limit:
-        problem = f"has {size:,} bytes, and at most {limit:,} are read; put the right file there"
-        raise OSError(errno.EFBIG, problem, str(path))
-    return path.open("rb")
-
-
 class _Reader:
     """The fields of config.json, read with their types."""
 
@@ -250,7 +130,7 @@ class _Reader:
         )
         return PretrainedShape(folder, layout.architecture, model, self._separator(), text, tied, multipliers)
 
-    def _layout(self) -> _Layout:
+    def _layout(self) -> Layout:
         kind = self._values.get("model_type")
         if not isinstance(kind, str) or kind not in LAYOUTS:
             raise self._unheld("model_type", "one of " + ", ".join(LAYOUTS))
@@ -260,7 +140,7 @@ class _Reader:
             raise self._unheld("architectures", f'["{layout.architecture.class_name}"]')
         return layout
 
-    def _network(self, layout: _Layout) -> dict[str, Any]:
+    def _network(self, layout: Layout) -> dict[str, Any]:
         """The fields of the feed-forward network: experts, or one dense network of exactly `intermediate_size`."""
         hidden = self._size(layout.hidden)
         if not layout.experts:
@@ -285,7 +165,7 @@ class _Reader:
             fields |= {"shared_gate": True, "qkv_bias": self._switch("qkv_bias", True)}
         return fields
 
-    def _multipliers(self, layout: _Layout, head_dim: int) -> Multipliers:
+    def _multipliers(self, layout: Layout, head_dim: int) -> Multipliers:
         if not layout.multipliers:
             return Multipliers()
         embedding, scores, residual, logits = (self._number(name, 1, 1e-6, 1e6) for name in MULTIPLIERS)
@@ -304,7 +184,7 @@ class _Reader:
         # A window of W positions is no window at all for a context of at most W.
         return min(longest, self._size("sliding_window"))
 
-    def _rotation(self, layout: _Layout) -> dict[str, Any]:
+    def _rotation(self, layout: Layout) -> dict[str, Any]:
         """The base of the rotation, and how it is scaled. transformers 4 has the base in `rope_theta`, 5 in
         `rope_parameters`."""
         theta, scaling = self._values.get("rope_theta"), ""
@@ -345,7 +225,7 @@ class _Reader:
             raise self._unheld("eos_token_id", "a token id, or a list of token ids")
         return token
 
-    def _check_fields(self, layout: _Layout) -> None:
+    def _check_fields(self, layout: Layout) -> None:
         own = {layout.shared, "qkv_bias" if layout.gated else "", *(MULTIPLIERS if layout.multipliers else ())}
         for name, value in self._values.items():
             if name in SHAPE or name in HARMLESS or name in own or name.startswith("_"):

@@ -123,7 +123,7 @@ def tokenizer_config(context: int, chat: bool) -> dict[str, Any]:
     }
 
 
-# The role format of tuned runs (`data/tokenizers.py`) as templates of other programs
+# The role format of tuned runs (`data/chats.py`) as templates of other programs
 #
 # A turn is its role, a line end, its content and the separator. In transformers and llama.cpp a template gives a text,
 # and the text is cut into tokens after that. There the characters of the separator (`<|endoftext|>`) inside a content

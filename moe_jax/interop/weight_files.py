@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from moe_jax.config import UserError
-from moe_jax.interop.pretrained_shape import open_file, read_file
+from moe_jax.interop.model_folder import open_file, read_file
 from moe_jax.system.errors import shortened
 from moe_jax.system.files import MAX_JSON_BYTES, parse_json
 

@@ -159,7 +159,7 @@ def writing_policy(kind: ComputeDtype, device: Any = None) -> Policy:
     float32.
 
     A product of one row takes as long as reading its matrix, so units for bfloat16 cannot help. Weights of half the
-    size can, on a processor that converts them fast enough. `benchmarks/trials.md`, rows 78 to 80 and 270, has times.
+    size can, on a processor that converts them fast enough.
     """
     if kind == "auto" and Card.of(device or jax.devices()[0]).platform == "cpu":
         return Policy("float32", "a CPU writes texts in float32")

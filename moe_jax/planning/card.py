@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 from moe_jax.config import PresetName
 from moe_jax.config.presets import preset, with_vocabulary
-from moe_jax.planning.plans import MARGIN, known_cards, named, recorded
+from moe_jax.planning.plans import known_cards, recorded
 from moe_jax.system.environment import MIB, ask_nvidia_smi
+from moe_jax.training.plan import MARGIN, named
 
 OLDEST_DRIVER = {"cuda12": 525, "cuda13": 580}
 """Extra -> the major version of the oldest driver that its CUDA accepts."""

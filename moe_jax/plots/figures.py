@@ -5,7 +5,6 @@ and a program without a display can save them.
 """
 
 import io
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from moe_jax.system.files import write_output
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc6fa3", "#e69f00", "#56b4e9", "#7a4fa3", "#737373")
 """Colours that colour-blind readers can distinguish (after Okabe and Ito)."""
 FORMATS = ("png", "svg")
-OVERVIEW_COLUMNS = 2
 
 
 def check_installed() -> None:
@@ -39,7 +37,7 @@ def run_figures(folders: Sequence[Path]) -> dict[str, Any]:
     check_installed()
     runs = [_Metrics(folder) for folder in folders]
     figures = {
-        "loss": _with_floor(_curves(runs, "loss", "nats per token", "Loss"), runs, "nats per token"),
+        "loss": _curves(runs, "loss", "nats per token", "Loss"),
         "bits_per_byte": _bits(runs),
         "learning_rate": _curves(runs, "lr", "learning rate", "Learning rate", splits=("train",)),
         "throughput": _curves(runs, "tokens_per_second", "tokens per second", "Throughput", splits=("train",), floor=0),
@@ -53,16 +51,10 @@ def run_figures(folders: Sequence[Path]) -> dict[str, Any]:
 
 
 def save_figures(figures: dict[str, Any], out: Path) -> list[Path]:
-    """Write every figure as PNG and SVG into a folder; of several, overview.png with all of them too.
-
-    Returns the paths, the overview first.
-    """
+    """Write every figure as PNG and SVG into a folder. Returns the paths."""
     import matplotlib as mpl
 
     paths = []
-    if len(figures) > 1:
-        paths.append(out / "overview.png")
-        write_output(paths[-1], _overview(list(figures.values())))
     with mpl.rc_context({"svg.hashsalt": "moe-jax"}):  # so that the same picture gives the same file
         for name, figure in figures.items():
             for kind in FORMATS:
@@ -71,35 +63,6 @@ def save_figures(figures: dict[str, Any], out: Path) -> list[Path]:
                 paths.append(out / f"{name}.{kind}")
                 write_output(paths[-1], picture.getvalue())
     return paths
-
-
-def _overview(figures: Sequence[Any]) -> bytes:
-    """All figures on one page, side by side in pairs, as a PNG. A figure keeps its proportions."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    pictures = []
-    for figure in figures:
-        canvas = FigureCanvasAgg(figure)
-        canvas.draw()
-        pictures.append(np.asarray(canvas.buffer_rgba()))
-    rows = [pictures[i : i + OVERVIEW_COLUMNS] for i in range(0, len(pictures), OVERVIEW_COLUMNS)]
-    heights = [max(picture.shape[0] / picture.shape[1] for picture in row) for row in rows]
-    width = OVERVIEW_COLUMNS * 7
-    page = Figure(figsize=(width, sum(heights) * 7))
-    top = 1.0
-    for row, height in zip(rows, heights, strict=True):
-        share = height / sum(heights)
-        for column, picture in enumerate(row):
-            place = (column / OVERVIEW_COLUMNS, top - share, 1 / OVERVIEW_COLUMNS, share)
-            axes = page.add_axes(place)
-            axes.imshow(picture, interpolation="lanczos")
-            axes.set_anchor("NW")
-            axes.axis("off")
-        top -= share
-    saved = io.BytesIO()
-    page.savefig(saved, format="png", dpi=100)
-    return saved.getvalue()
 
 
 class _Metrics:
@@ -116,13 +79,6 @@ class _Metrics:
         """Steps and values of the records that have the value."""
         points = [(r["step"], r[name]) for r in self.records[split] if r.get(name) is not None]
         return [p[0] for p in points], [p[1] for p in points]
-
-    def floor(self, unit: str) -> float | None:
-        """The entropy of the validation text in `unit` (bits per byte or nats per token); None if it is unknown."""
-        bits, size = (self.summary.get(k) for k in ("entropy_floor_bits_per_byte", "val_bytes_per_token"))
-        if unit == "bits per byte" or bits is None or size is None:
-            return bits if unit == "bits per byte" else None
-        return bits * math.log(2) * size
 
     @property
     def loads(self) -> tuple[list[int], np.ndarray]:
@@ -184,30 +140,23 @@ def _of(title: str, runs: Sequence[_Metrics]) -> str:
     return f"{title}: {runs[0].name}" if len(runs) == 1 else title
 
 
-def _with_floor(figure: Any, runs: Sequence[_Metrics], unit: str) -> Any:
-    """Draw a horizontal line at the entropy of the validation text, for each different value among the runs."""
-    floors = {floor for run in runs if (floor := run.floor(unit)) is not None}
-    if figure is not None and floors:
-        (axes,) = figure.axes
-        for floor in sorted(floors):
-            axes.axhline(floor, color="0.3", linestyle=":", label=f"entropy of the whole validation text, {floor:.4f}")
-        axes.legend(frameon=False)
-    return figure
-
-
 def _bits(runs: Sequence[_Metrics]) -> Any:
     """Bits per byte of the fixed validation subset. Lines show the trigram score of the whole text, and its entropy,
-    if they are known."""
+    for each different value among the runs."""
     title = "Bits per byte of the validation subset"
     figure = _curves(runs, "bits_per_byte", "bits per byte", title, splits=("val",), floor=0)
-    scores = {score for run in runs if (score := run.summary.get("trigram_bits_per_byte")) is not None}
-    if figure is not None and scores:
-        (axes,) = figure.axes
-        for score in sorted(scores):
-            axes.axhline(score, color="0.6", linestyle="-.", label=f"trigram model of the training text, {score:.4f}")
-        axes.set_ylim(0, 1.05 * max(axes.get_ylim()[1], *scores))
-        axes.legend(frameon=False)
-    return _with_floor(figure, runs, "bits per byte")
+    lines = {
+        "trigram_bits_per_byte": ("-.", "trigram model of the training text"),
+        "entropy_floor_bits_per_byte": (":", "entropy of the whole validation text"),
+    }
+    for name, (style, label) in lines.items():
+        for value in sorted({run.summary[name] for run in runs if run.summary.get(name) is not None}):
+            if figure is not None:
+                (axes,) = figure.axes
+                axes.axhline(value, color="0.4", linestyle=style, label=f"{label}, {value:.4f}")
+                axes.set_ylim(0, max(axes.get_ylim()[1], 1.05 * value))
+                axes.legend(frameon=False)
+    return figure
 
 
 def _evenness(runs: Sequence[_Metrics]) -> Any:

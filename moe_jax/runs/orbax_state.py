@@ -35,7 +35,7 @@ class CheckpointHandler(ocp.PyTreeCheckpointHandler):
         super().__init__(use_compression=False, multiprocessing_options=_processes())
         self._document: Mapping[str, Any] = {}
 
-    async def async_save(self, directory: Any, args: "SaveArgs") -> Any:
+    async def async_save(self, directory: Any, args: "SaveArgs") -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Write all arrays. All processes call this; process 0 writes the weights."""
         self._document = args.document
         write_weights(Path(directory).parent, args.leaves)
@@ -113,7 +113,7 @@ def _processes() -> ocp.options.MultiprocessingOptions:
 def state_shapes(arrays: Path) -> Shapes:
     """The arrays that orbax has written into a folder. Raises CheckpointCorrupted if it cannot read it."""
     try:
-        stored = ocp.PyTreeCheckpointHandler().metadata(arrays.resolve()).tree
+        stored = ocp.PyTreeCheckpointHandler().metadata(arrays.resolve()).tree  # pyright: ignore[reportArgumentType]
     except (ValueError, KeyError) as error:
         raise _unreadable(error) from error
     return {name: jax.ShapeDtypeStruct(x.shape, np.dtype(x.dtype)) for name, x in stored.items()}
@@ -125,7 +125,7 @@ def read_state(arrays: Path, wanted: Shapes) -> dict[str, jax.Array]:
     restore_args = ocp.checkpoint_utils.construct_restore_args(item)
     args = ocp.args.PyTreeRestore(item=item, restore_args=restore_args, partial_restore=True)
     try:
-        return ocp.PyTreeCheckpointHandler().restore(arrays.resolve(), args=args)
+        return ocp.PyTreeCheckpointHandler().restore(arrays.resolve(), args=args)  # pyright: ignore[reportArgumentType]
     except (ValueError, KeyError) as error:
         raise _unreadable(error) from error
 

@@ -2,10 +2,9 @@
 
 Texts wait in a queue. Between two steps the thread frees the slots of texts that nobody waits for, and reads the prompt
 of at most one waiting text, so that the others go on. A step draws one token for every text. A text that ends leaves
-its slot at once.
+its slot at once. An error of the program ends all texts and the engine.
 """
 
-import itertools
 import sys
 import threading
 import traceback
@@ -20,7 +19,7 @@ import numpy as np
 from moe_jax.data.tokenizers import StreamDecoder, Tokenizer
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
-from moe_jax.inference.slots import PromptState, TokenDetails
+from moe_jax.inference.slots import TokenDetails
 from moe_jax.model.transformer import Params
 from moe_jax.serving.texts import Event, FinishReason, Listener, Piece, TextPieces, TextRequest
 from moe_jax.system.random_keys import Purpose, purpose_key
@@ -81,7 +80,6 @@ class Engine:
         self._rows: list[_Row | None] = [None] * self.slots
         self._waiting: deque[_Waiting] = deque()
         self._news: list[tuple[Listener, Event]] = []
-        self._last_read: tuple[tuple[int, ...], PromptState] | None = None
         self._deliver = deliver or (lambda news: [listener(event) for listener, event in news])
         self._changed = threading.Condition()
         self._stopping = False
@@ -93,7 +91,7 @@ class Engine:
         self._step()
         for length in self._decoder.prompt_lengths:
             self._decoder.look(self._params, [0] * length)
-            self._state = self._decoder.refill(self._state, 0, self._read([0] * length))
+            self._state = self._decoder.refill(self._state, 0, self._decoder.read(self._params, [0] * length))
         self._rows = [None for _ in self._rows]
         self._news = []
 
@@ -156,25 +154,16 @@ class Engine:
                     break
             try:
                 self._turn()
-            except Exception:
-                self._begin_anew()
-            self._send()
+                self._send()
+            except Exception:  # the slots were given to the program that has failed
+                traceback.print_exc(file=sys.stderr)
+                self._end_all("failed")
+                with self._changed:
+                    self._stopping = True
         self._news += [(waiting.listener, Event([], "stopped")) for waiting in self._waiting]
         self._waiting.clear()
         self._end_all("stopped")
         self._send()
-
-    def _begin_anew(self) -> None:
-        """After an error of the program: end its texts, and empty all slots. If that fails too, the engine ends."""
-        traceback.print_exc(file=sys.stderr)
-        self._end_all("failed")
-        self._last_read = None
-        try:
-            self._state = self._decoder.empty(self._params)  # the former arrays were given to the failed program
-        except Exception as error:
-            traceback.print_exception(error, chain=False, file=sys.stderr)
-            with self._changed:
-                self._stopping = True
 
     def _turn(self) -> None:
         """Free, admit, step."""
@@ -212,17 +201,11 @@ class Engine:
         context = request.prompt[-self._decoder.seq_len :]
         # The separator begins a prompt and also ends a text. It gets no repetition penalty, or texts would not end.
         seen = [token for token in request.prompt if token != self._tokenizer.separator_id]
-        read, key = self._read(context), purpose_key(request.seed, Purpose.SAMPLE, request.number)
+        read = self._decoder.read(self._params, context)
+        key = purpose_key(request.seed, Purpose.SAMPLE, request.number)
         self._state = self._decoder.place(self._state, slot, read, seen, request.settings, key, request.logprobs)
         pieces = TextPieces(self._tokenizer, request.stop)
         self._rows[slot] = _Row(request, waiting.listener, list(context), pieces, prompt)
-
-    def _read(self, context: list[int]) -> PromptState:
-        """The state after a prompt. Several texts of one prompt, one after another, read it once."""
-        key = tuple(context)
-        if self._last_read is None or self._last_read[0] != key:
-            self._last_read = (key, self._decoder.read(self._params, context))
-        return self._last_read[1]
 
     def _prompt_pieces(self, request: TextRequest) -> list[Piece]:
         read = self._decoder.look(self._params, request.prompt)
@@ -269,12 +252,13 @@ class Engine:
         read its token; the step had no place for it."""
         row.context = row.context[-(self._decoder.seq_len // 2) :]
         if row.drawn < row.request.limit:
-            self._state = self._decoder.refill(self._state, slot, self._read(row.context))
+            read = self._decoder.read(self._params, row.context)
+            self._state = self._decoder.refill(self._state, slot, read)
         if not row.request.routing:
             return piece
         details = self._decoder.look(self._params, row.context)
-        read = self._piece(details, len(row.context) - 1, piece.token, row.request)
-        return piece._replace(experts=read.experts, gates=read.gates)
+        last = self._piece(details, len(row.context) - 1, piece.token, row.request)
+        return piece._replace(experts=last.experts, gates=last.gates)
 
     def _piece(self, details: TokenDetails, row: int, token: int, request: TextRequest) -> Piece:
         """Token `row` of a prompt, or the token drawn for slot `row`. Its text is not known yet."""
@@ -299,22 +283,3 @@ class Engine:
         news, self._news = self._news, []
         if news:
             self._deliver(news)
-
-
-def in_parallel(engine: Engine, requests: Sequence[TextRequest]) -> list[list[Event]]:
-    """The events of texts that are submitted at once. Waits until all have ended."""
-    events: list[list[Event]] = [[] for _ in requests]
-    left = itertools.count(len(requests) - 1, -1)
-    done = threading.Event()
-
-    def listener(n: int) -> Listener:
-        def listen(event: Event) -> None:
-            events[n].append(event)
-            if event.finish is not None and next(left) == 0:
-                done.set()
-
-        return listen
-
-    engine.submit(requests, [listener(n) for n in range(len(requests))])
-    done.wait()
-    return events

@@ -1,16 +1,26 @@
-"""What a request may ask: the bounds of every request and the error that names them, the fields of a body, and what the
-server says about its model."""
+"""What a request may ask: a pydantic model for each endpoint, errors in OpenAI's form, and the entry of the model."""
 
-import json
 import secrets
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import (
+    BaseModel,
+    FailFast,
+    Field,
+    Strict,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from moe_jax.data.documents import Role
 from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.traced_pass import MOST_ALTERNATIVES
-from moe_jax.pages.live import model_entry
+from moe_jax.pages.live import MAX_TOKENS, model_entry
 from moe_jax.runs.load import LoadedRun
 from moe_jax.runs.records import read_summary
 from moe_jax.system.errors import shortened
@@ -26,20 +36,8 @@ MAX_MESSAGES = 1000
 MAX_QUEUE = 256
 """Texts that wait for a slot."""
 
-COMMON = {"temperature", "top_p", "top_k", "min_p", "repetition_penalty", "model", "stream", "stream_options"}
-COMMON |= {"max_tokens", "seed", "stop", "n", "user", "return_token_ids", "routed_experts"}
-"""The fields of both kinds of completion."""
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "best_of": (None, 1),
-    "suffix": (None, ""),
-    "frequency_penalty": (None, 0),
-    "presence_penalty": (None, 0),
-    "logit_bias": (None, {}),
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "response_format": (None, {"type": "text"}),
-}
-"""Fields of OpenAI's that this server does not have, and the values that ask for nothing."""
+type TokenIds = Annotated[list[Annotated[int, Strict()]], Field(min_length=1, max_length=MAX_PROMPT_TOKENS), FailFast()]
+type StopString = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARACTERS)]
 
 
 class ApiError(Exception):
@@ -50,9 +48,110 @@ class ApiError(Exception):
         super().__init__(message)
         self.status, self.param, self.code = status, param, code
 
-    def body(self) -> dict:
+    def body(self) -> dict[str, Any]:
         kind = "invalid_request_error" if self.status < 500 else "server_error"
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+
+
+class GenerationRequest(BaseModel):
+    """The fields of both endpoints. null stands for the default. Other fields are ignored."""
+
+    model: str = ""
+    stream: bool = False
+    stream_options: dict[str, Any] = {}
+    """`include_usage`: whether the last event of a stream counts the tokens."""
+    temperature: float = Field(1.0, ge=0, le=100)
+    top_p: float = Field(1.0, ge=1e-6, le=1)
+    top_k: int = Field(0, ge=-1, le=2**24)
+    """0 and -1 are off."""
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, ge=1e-3, le=1e3)
+    seed: int = Field(default_factory=lambda: secrets.randbelow(2**31), ge=0, lt=2**31)
+    stop: Annotated[list[StopString], FailFast()] = Field([], max_length=MAX_STOPS)
+    n: int = Field(1, ge=1, le=MAX_TEXTS)
+    return_token_ids: bool = False
+    routed_experts: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None}
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stops(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
+
+    @property
+    def sampling(self) -> Sampling:
+        """How to draw. OpenAI's defaults: temperature 1, no filter."""
+        return Sampling(self.temperature, max(self.top_k, 0), self.top_p, self.min_p, self.repetition_penalty)
+
+
+class CompletionRequest(GenerationRequest):
+    """The body of /v1/completions."""
+
+    prompt: Annotated[list[str | TokenIds], FailFast()] = Field(min_length=1, max_length=MAX_TEXTS)
+    """Texts, or lists of token ids. One of them may stand without the list."""
+    max_tokens: int = Field(16, ge=0, le=MAX_TOKENS)
+    logprobs: int | None = Field(None, ge=0, le=MOST_ALTERNATIVES)
+    """How many of the likeliest tokens are reported; None: no log-probabilities."""
+    echo: bool = False
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _prompts(cls, value: Any) -> Any:
+        single = isinstance(value, str) or (isinstance(value, list) and value and isinstance(value[0], int))
+        return [value] if single else value
+
+
+class TextPart(BaseModel):
+    text: str
+
+
+class ChatMessage(BaseModel):
+    """One turn of a conversation. Newer clients send its content in parts."""
+
+    role: Role
+    content: str | list[TextPart]
+
+    @field_validator("content")
+    @classmethod
+    def _not_empty(cls, content: str | list[TextPart]) -> str:
+        text = content if isinstance(content, str) else "".join(part.text for part in content)
+        if not text.strip():
+            raise ValueError("the content must not be empty")
+        return text.strip()
+
+
+class ChatRequest(GenerationRequest):
+    """The body of /v1/chat/completions."""
+
+    messages: Annotated[list[ChatMessage], FailFast()] = Field(min_length=1, max_length=MAX_MESSAGES)
+    max_tokens: int = Field(400, ge=1, le=MAX_TOKENS)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    """The newer name of `max_tokens`."""
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=MOST_ALTERNATIVES)
+
+    @model_validator(mode="after")
+    def _needs_logprobs(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs true")
+        return self
+
+
+def parse_request[R: GenerationRequest](kind: type[R], body: bytes) -> R:
+    """A request of this kind from its JSON. Raises ApiError, which names the field that is wrong."""
+    try:
+        return kind.model_validate_json(body)
+    except ValidationError as error:
+        wrong = error.errors(include_url=False, include_context=False, include_input=False)
+        problems = [f"{'.'.join(map(str, one['loc'])) or 'body'}: {one['msg']}" for one in wrong[:3]]
+        param = str(wrong[0]["loc"][0])[:80] if wrong[0]["loc"] else None
+        raise ApiError(400, "; ".join(shortened(problem, 200) for problem in problems), param) from None
 
 
 @dataclass(frozen=True)
@@ -82,111 +181,3 @@ class ModelCard:
         entry = model_entry(self.name, run.config, run.tokenizer.vocab_size, read_summary(self.folder))
         own = {"object": "model", "created": self.created, "owned_by": "moe-jax"}
         return entry | own | {"moe_jax": entry["moe_jax"] | {"slots": self.slots, "chat": self.tuned}}
-
-
-class Fields:
-    """The body of a request: a JSON object. Its methods raise ApiError for a value that cannot be."""
-
-    def __init__(self, body: bytes, known: set[str]) -> None:
-        """Raises ApiError for a body that is not a JSON object, and for a field that is not known."""
-        try:
-            values = json.loads(body)
-        except (ValueError, RecursionError) as error:
-            raise ApiError(400, f"the body is not JSON ({error})") from None
-        if not isinstance(values, dict):
-            raise ApiError(400, "the body must be a JSON object")
-        for name, value in values.items():
-            if name in _NEUTRAL and name not in known:
-                if value not in _NEUTRAL[name]:
-                    raise ApiError(400, f"{name}: this server does not have it; leave it out", name, "unsupported")
-            elif name not in known:
-                raise ApiError(400, f"{shown(name)}: no such field; known are {', '.join(sorted(known))}", name[:80])
-        self._values = values
-
-    def value(self, name: str) -> Any:
-        """The value as it was sent; None if it was not."""
-        return self._values.get(name)
-
-    def whole(self, name: str, default: int, low: int, high: int) -> int:
-        """A whole number between `low` and `high`."""
-        value = self._value_or(name, default)
-        if type(value) is float and value.is_integer():
-            value = int(value)
-        if type(value) is not int or not low <= value <= high:
-            raise self._wrong(name, shown(value), f"must be a whole number between {low:,} and {high:,}")
-        return value
-
-    def number(self, name: str, default: float, low: float, high: float) -> float:
-        """A number between `low` and `high`."""
-        value = self._value_or(name, default)
-        if type(value) not in (int, float) or not low <= value <= high:  # NaN too
-            raise self._wrong(name, shown(value), f"must be a number between {low:g} and {high:g}")
-        return float(value)
-
-    def switch(self, name: str) -> bool:
-        """True or false; false if it was not sent."""
-        value = self._value_or(name, False)
-        if type(value) is not bool:
-            raise self._wrong(name, shown(value), "must be true or false")
-        return value
-
-    def sampling(self) -> Sampling:
-        """How to draw. OpenAI's defaults: temperature 1, no filter."""
-        return Sampling(
-            temperature=self.number("temperature", 1.0, 0, 100),
-            top_k=max(self.whole("top_k", 0, -1, 2**24), 0),  # other servers have -1 for off
-            top_p=self.number("top_p", 1.0, 1e-6, 1),
-            min_p=self.number("min_p", 0.0, 0, 1),
-            repetition_penalty=self.number("repetition_penalty", 1.0, 1e-3, 1e3),
-        )
-
-    def seed(self) -> int:
-        """The seed; a random one if it was not sent."""
-        return self.whole("seed", secrets.randbelow(2**31), 0, 2**31 - 1)
-
-    def stops(self) -> list[str]:
-        """The strings that end a text."""
-        value = self._value_or("stop", [])
-        stops = [value] if isinstance(value, str) else value
-        if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
-            raise self._wrong("stop", shown(value), "must be a text that is not empty, or a list of such texts")
-        if len(stops) > MAX_STOPS:
-            raise self._wrong("stop", f"{len(stops)} texts", f"may be at most {MAX_STOPS}")
-        longest = max(map(len, stops), default=0)
-        if longest > MAX_STOP_CHARACTERS:
-            problem = f"may have at most {MAX_STOP_CHARACTERS}"
-            raise self._wrong("stop", f"a text of {longest} characters", problem)
-        return stops
-
-    def alternatives(self, name: str) -> int | None:
-        """How many of the likeliest tokens are reported; None without log-probabilities."""
-        value = self.value(name)
-        if value is None or value is False:  # 0 asks for the probability of the token alone
-            return None
-        return self.whole(name, 0, 0, MOST_ALTERNATIVES)
-
-    def check_model(self, name: str) -> None:
-        """Raise ApiError if it names another model."""
-        wanted = self._value_or("model", name)
-        if wanted != name:
-            raise ApiError(404, f"model {shown(wanted)}: this server has {name!r}", "model", "model_not_found")
-
-    def include_usage(self) -> bool:
-        """Whether the last event of a stream counts the tokens."""
-        value = self._value_or("stream_options", {})
-        if not isinstance(value, dict) or not set(value) <= {"include_usage", "include_obfuscation"}:
-            raise self._wrong("stream_options", shown(value), 'must be {"include_usage": true or false}')
-        return value.get("include_usage") is True
-
-    def _value_or(self, name: str, default: Any) -> Any:
-        value = self._values.get(name)
-        return default if value is None else value
-
-    def _wrong(self, name: str, value: str, problem: str) -> ApiError:
-        """`value` says in a few words what was sent."""
-        return ApiError(400, f"{name} {value}: {problem}", name)
-
-
-def shown(value: Any) -> str:
-    """A value of a request, for an error. A value may be as long as a whole body."""
-    return shortened(repr(value))

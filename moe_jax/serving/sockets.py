@@ -2,8 +2,8 @@
 
 import errno
 import ipaddress
+import os
 import socket
-import sys
 
 from moe_jax.config import UserError
 
@@ -24,24 +24,16 @@ def bind(host: str, port: int) -> socket.socket:
     Clients that connect before the model is loaded wait.
     """
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        sock = socket.socket(family, kind, protocol)
-    except (OSError, UnicodeError) as error:  # a name such as "a..b" cannot be encoded for a name server
-        cause = getattr(error, "strerror", None) or "no host name"
-        raise UserError(f"--host {host}: is no address of this machine ({cause}); try 127.0.0.1") from None
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except (OSError, UnicodeError):  # a name such as "a..b" cannot be encoded for a name server
+        raise UserError(f"--host {host}: is no address of this machine; try 127.0.0.1") from None
     try:
-        if sys.platform != "win32":  # there it would share the port
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        sock.listen()
+        return socket.create_server(address[:2], family=family)
     except OSError as error:
-        sock.close()
         if error.errno == errno.EADDRINUSE:
             raise UserError(f"--port {port}: is in use on {host}; give another, or 0 for a free one") from None
-        raise UserError(
-            f"--host {host} --port {port}: cannot be listened on ({error.strerror}); give another"
-        ) from None
-    return sock
+        why = f"cannot be listened on ({os.strerror(error.errno or 0)}); give another"
+        raise UserError(f"--host {host} --port {port}: {why}") from None
 
 
 def url(sock: socket.socket) -> str:

@@ -81,7 +81,7 @@ class TextPieces:
         starts = [start for stop in self._stop if (start := text.find(stop)) >= 0]
         if starts:
             self.stopped = True
-            return self._before(min(starts))
+            return self._release(min(starts))
         if self._decoder.incomplete:
             return []
         return self._release(len(text) - max((_begun(text, stop) for stop in self._stop), default=0))
@@ -94,25 +94,15 @@ class TextPieces:
         return rest
 
     def _release(self, end: int) -> list[Piece]:
-        """The waiting pieces that end at the character `end` or before."""
-        size = count = 0
-        for piece in self._waiting:
-            size += len(piece.text)
-            if size > end:
-                break
-            count += 1
-        out, self._waiting = self._waiting[:count], self._waiting[count:]
-        return out
-
-    def _before(self, end: int) -> list[Piece]:
-        """The waiting pieces that begin before the character `end`, without the characters from there on."""
+        """The waiting pieces that end at the character `end` or before. At a stop string also what is before it of the
+        piece in which it begins, and no piece waits any more."""
         out: list[Piece] = []
-        for piece in self._waiting:
-            if end <= 0:
-                break
-            out.append(piece._replace(text=piece.text[:end]))
-            end -= len(piece.text)
-        self._waiting = []
+        while self._waiting and len(self._waiting[0].text) <= end:
+            out.append(self._waiting.pop(0))
+            end -= len(out[-1].text)
+        if self.stopped:
+            out += [piece._replace(text=piece.text[:end]) for piece in self._waiting[:1] if end]
+            self._waiting = []
         return out
 
 

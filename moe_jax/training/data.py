@@ -8,9 +8,9 @@ import numpy as np
 from moe_jax.config import RunConfig, UserError
 from moe_jax.data.baselines import CorpusBaselines
 from moe_jax.data.batches import MaskedBatch, train_positions, validation_subset
+from moe_jax.data.chats import answer_prompt
 from moe_jax.data.documents import Message
 from moe_jax.data.token_store import Stream, TokenStore, first_question, openings
-from moe_jax.data.tokenizers import answer_prompt
 from moe_jax.training.evaluate import Evaluation
 
 

@@ -85,7 +85,7 @@ def make_evaluation_step(graphdef: nnx.GraphDef, layout: Layout | None = None) -
     return jax.jit(step) if layout is None else _on_mesh(layout, step)
 
 
-def _on_mesh(layout: Layout, local: EvaluationStep) -> EvaluationStep:
+def _on_mesh(layout: Layout, local: Callable[..., tuple[Array, Array]]) -> EvaluationStep:
     """The evaluation step on a mesh. A batch is filled up with rows that do not count, so that every device has as
     many."""
     replicated, rows = PartitionSpec(), PartitionSpec(AXES)

@@ -8,7 +8,6 @@ a GPU the programs must be deterministic too: `--deterministic`.)
 
 import gc
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from moe_jax.system.terminal import say
 from moe_jax.training.evaluate import Evaluation
 from moe_jax.training.header import print_next_step, print_result, print_run_header
 from moe_jax.training.logging import StepLogger, shown_sample, summary
-from moe_jax.training.session import Fit, Session
+from moe_jax.training.session import Session
 from moe_jax.training.start import Start
 from moe_jax.training.step import StepReport
 
@@ -41,22 +40,21 @@ class FirstStepOutOfMemory(RuntimeError):
 def train(
     config: RunConfig,
     start: Start,
-    fit: Fit,
     report: Callable[[Path], list[str]],
     group: ProcessGroup | None = None,
     resume: str = "--resume",
 ) -> int:
     """Train a run to its end, or until a signal stops it, and report it. Returns the exit status.
 
-    `fit` chooses settings that fit the device (`fit.py`), `report` draws the pictures of a finished run and returns
-    lines to print, and `resume` is the command that goes on with a stopped run.
+    `report` draws the pictures of a finished run and returns lines to print, and `resume` is the command that goes on
+    with a stopped run.
     """
     group = group or ProcessGroup()
     with process_group(group):  # before anything asks for the devices
         mesh_of(config.execution.mesh)  # refuses a mesh of other devices before anything is written
         check_same_program(config, start.saved is not None)
         with locked_together(Path(config.run_dir)):
-            session, stopped = _trained(config, start, fit, resume)
+            session, stopped = _trained(config, start, resume)
             if stopped is not None:
                 return 128 + stopped
             result = finish(session)
@@ -67,12 +65,12 @@ def train(
     return 0
 
 
-def _trained(config: RunConfig, start: Start, fit: Fit, resume: str) -> tuple[Session, int | None]:
+def _trained(config: RunConfig, start: Start, resume: str) -> tuple[Session, int | None]:
     """The session after its training, and the signal that stopped it. Where the first step runs out of memory although
     the settings were made to fit, the next ones are taken that may fit."""
     failed = None
     while True:
-        session = Session.open(config, start, partial(fit, failed=failed))
+        session = Session.open(config, start, failed)
         print_run_header(session)
         try:
             return session, take_steps(session, resume)

@@ -5,11 +5,10 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +29,7 @@ from moe_jax.runs.load import check_full_weights, check_same_model, kept_precisi
 from moe_jax.system.random_keys import Purpose, purpose_key
 from moe_jax.training.data import SessionData
 from moe_jax.training.evaluate import Evaluation, Tracer, evaluate
+from moe_jax.training.fit import fit
 from moe_jax.training.programs import Programs
 from moe_jax.training.start import Start
 from moe_jax.training.state import RunCounters, TrainState
@@ -39,20 +39,6 @@ if TYPE_CHECKING:
 
 SAMPLE_TOKENS = 200
 """Longest sample of text at an evaluation."""
-
-
-class Fitted(NamedTuple):
-    """The settings of a run, which fit its device."""
-
-    config: RunConfig
-    record: Any = None
-    """For config.json: the device, the memory, and what was asked for. None if all is as it was asked for."""
-    note: str = ""
-    """What was chosen, and why. Empty if nothing was."""
-
-
-type Fit = Callable[[RunConfig, str, RunConfig | None, Any], Fitted]
-"""(settings, precision that is kept, settings of the run that is resumed, its record) -> the settings to train with."""
 
 
 @dataclass
@@ -91,9 +77,10 @@ class Session:
         return self.elapsed_before + time.monotonic() - self.begin
 
     @classmethod
-    def open(cls, config: RunConfig, start: Start | None = None, fit: Fit | None = None) -> "Session":
+    def open(cls, config: RunConfig, start: Start | None = None, failed: RunConfig | None = None) -> "Session":
         """Prepare data and model. A run that is resumed is restored from its newest good checkpoint; a new one starts
-        from the weights of `start`, or from noise without it. `fit` chooses settings that fit the device.
+        from the weights of `start`, or from noise without it. The settings are made to fit the device (`fit.py`), after
+        those that `failed` for lack of memory.
 
         Raises UserError if the data cannot be read, if a checkpoint does not fit, or if nothing fits the device.
         """
@@ -110,10 +97,8 @@ class Session:
         store = prepare_token_store(config.data, tokenizer=tokenizer, seq_len=config.model.seq_len)
         vocab_size = config.model.vocab_size or store.tokenizer.vocab_size
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
-        fitted = Fitted(config, read_entry(folder.path, "fitted") if saved else None)
-        if fit is not None:
-            fitted = fit(config, precision, saved, fitted.record)
-            config = fitted.config
+        fitted = fit(config, precision, saved, read_entry(folder.path, "fitted") if saved else None, failed)
+        config = fitted.config
         programs = Programs.of(config, mesh=mesh_of(config.execution.mesh), kept_precision=precision)
         texts = {f"--data {config.data.source}": store.digest, "tokenizer": store.tokenizer.digest}
         agree_on(texts | {"--precision": programs.policy.compute})

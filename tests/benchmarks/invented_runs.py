@@ -51,7 +51,7 @@ class Trainer:
         self.score = score
         self.asked: list[RunConfig] = []
 
-    def __call__(self, config: RunConfig, signals: Any = None) -> dict[str, Any]:
+    def __call__(self, config: RunConfig) -> dict[str, Any]:
         self.asked.append(config)
         return summary_of(config, self.score(config))
 

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from comparison import baselines, scaling, study_runs
 from comparison.baselines import Arm, ArmResult, Plan, differences, grouped
-from comparison.expert_counts import ExpertCounts, Models
 from comparison.power_law import fit
 from comparison.report import CONFIDENCE
 from comparison.study_runs import BITS
@@ -22,6 +21,7 @@ from scipy import stats
 from moe_jax.config import ConfigError, RunConfig, UserError
 from moe_jax.model.costs import training_flops
 from moe_jax.training.session import Session, SessionData
+from moe_jax.training.start import Start
 from tests.benchmarks.invented_runs import Trainer, recipe
 from tests.reliability import runs as processes
 from tests.support import saved_run
@@ -132,37 +132,15 @@ def test_both_laws_come_back_in_words_record_and_picture() -> None:
     assert means == [result.mixture.means, result.baseline.means]
 
 
-# Numbers of experts
-
-SCORES = {0: 2.0, 2: 2.1, 4: 1.9, 8: 1.8}
-
-
-def expert_score(config: RunConfig) -> float:
-    """2 for the dense baseline; with experts 2.1, 1.9, 1.8. The second seed is 0.5 above, with experts 0.52."""
-    experts = 0 if config.model.dense == "active" else config.model.experts
-    return SCORES[experts] + config.train.seed * (0.52 if experts else 0.5)
-
-
-def test_differences_between_numbers_of_experts_by_hand() -> None:
-    """With 4 experts: 2 - 1.9 = 0.1 and 2.5 - 2.42 = 0.08, so the mean is 0.09, s is 0.01 sqrt 2, and t(0.975, 1) is
-    12.706: the half width is 12.706 * 0.01 = 0.127. Eight experts have 16 * 4 more router entries than four."""
-    pytest.importorskip("matplotlib")
-    models, trainer = Models.of(BASE, [8, 2, 4], 12.5 * ONE), Trainer(expert_score)
-    counts = ExpertCounts.of(models, [trainer(run.config) for run in models.runs(2, Path("out"))])
-    assert trainer.folders[:2] == ["dense-active-12-steps-seed-0", "moe-2-experts-12-steps-seed-0"]
-    difference = counts.difference(counts.mixtures[1])
-    assert difference.mean == pytest.approx(0.09)
-    assert difference.high - 0.09 == pytest.approx(0.12706, rel=1e-4)
-    report = counts.report()
-    assert "less than the seeds can tell: 95 % [-0.0371, +0.2171]" in report.sentences[1]
-    two, four, eight = (model["params_active"] for model in report.record["models"][1:])
-    assert (four - two, eight - four) == (16 * 2, 16 * 4)
-    (axes,) = report.figures()["experts"].axes
-    means = next(line for line in axes.get_lines() if line.get_marker() == "D")
-    assert (list(means.get_xdata()), list(means.get_ydata())) == ([2, 4, 8], pytest.approx([2.36, 2.16, 2.06]))
-
-
 # Whole comparisons
+
+
+def test_settings_of_all_models_are_flags_of_train() -> None:
+    config = compare.settings_to_compare("nano", ["--experts", "4", "--lr", "0.01"])
+    assert (config.model.experts, config.train.lr) == (4, 0.01)
+    with pytest.raises(ConfigError, match=r"^--steps 7: is chosen for each run; leave it out"):
+        compare.settings_to_compare("nano", ["--steps", "7"])
+
 
 STEP_SECONDS = {"none": 0.2, "active": 0.1}
 
@@ -182,7 +160,7 @@ def command(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list
     """The command on the tiny recipe, one seed of three steps, with step times that are always the same."""
     document = recipe(str(text)).to_dict()
     document["model"]["vocab_size"] = 0
-    monkeypatch.setattr(compare, "preset", lambda name: RunConfig.from_dict(document))
+    monkeypatch.setattr(compare, "settings_to_compare", lambda *_: RunConfig.from_dict(document))
     monkeypatch.setattr(baselines, "step_seconds", lambda models: {c: STEP_SECONDS[c.model.dense] for c in models})
     return ["--out", str(tmp_path / "out"), "--seeds", "1", "--no-total", "--flops", str(3.5 * ONE)]
 
@@ -211,13 +189,14 @@ def test_a_comparison_goes_on_reports_and_repeats_nothing(
 
         patch.setattr(study_runs, "EVALUATIONS", 1)  # with nothing to save, a signal would end the process at once
         patch.setattr(SessionData, "batch", stop_in_the_second)
-        assert compare.run(command) == 128 + signal.SIGTERM
+        with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
+            compare.run(command)
     assert not (out / "comparison.json").exists()
     plan, first = (out / "plan.json").read_text(), (out / "moe-3-steps-seed-0" / "metrics.jsonl").read_text()
     original = Session.open.__func__
 
-    def record(cls: Any, config: RunConfig, saved: RunConfig | None, *lock: Any) -> Any:
-        session = original(cls, config, saved, *lock)
+    def record(cls: Any, config: RunConfig, start: Start | None) -> Any:
+        session = original(cls, config, start)
         opened.append((Path(config.out).name, session.resumed_from))
         return session
 

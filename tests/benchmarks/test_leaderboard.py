@@ -1,14 +1,15 @@
 """The command in a row of the leaderboard starts the same run again."""
 
 import dataclasses
+import shlex
 from pathlib import Path
 
 import leaderboard
 import pytest
 
-from moe_jax.cli.train import Train
 from moe_jax.config import ExecutionConfig
 from moe_jax.config.presets import preset
+from tests.support.commands import train_settings
 
 
 @pytest.mark.parametrize("changed", [False, True])
@@ -27,7 +28,7 @@ def test_the_command_gives_the_configuration_back(changed: bool, tmp_path: Path,
         model=dataclasses.replace(config.model, vocab_size=2048),
         data=dataclasses.replace(config.data, source="somewhere/else"),
     )
-    words = leaderboard.command(seen).split()
+    words = shlex.split(leaderboard.command(seen))
     assert words[:3] == ["uv", "run", "train.py"]
     arguments = [config.data.source if word == "FOLDER" else word for word in words[3:]]
-    assert Train.parse(arguments).settings.config == config
+    assert train_settings(*arguments)[0] == config

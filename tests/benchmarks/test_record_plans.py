@@ -13,7 +13,6 @@ import described_gpu
 import jax
 import pytest
 import record_plans
-from changes import changes_of
 from described_gpu import GPUS, Target, compile_for_gpu
 
 from moe_jax.cli.main import main
@@ -69,17 +68,6 @@ def test_a_target_is_a_name_or_a_file(tmp_path: Path) -> None:
             Target.load(name)
 
 
-def test_changes_of_a_preset_have_the_types_of_their_fields() -> None:
-    config = preset("nano")
-    found = config.override(
-        changes_of(config, ["model.layers=3", "train.lr=0.5", "routing.top_k=1", "execution.remat=true"])
-    )
-    assert (found.model.layers, found.train.lr, found.model.routing.top_k, found.execution.remat) == (3, 0.5, 1, True)
-    for text, said in (("model.size=3", "must be SECTION.NAME=VALUE"), ("model.layers=x", "is no int")):
-        with pytest.raises(ConfigError, match=f"^--set {text}: {said}"):
-            changes_of(config, [text])
-
-
 def compiled(text: str) -> Any:
     """A lowered program."""
     return SimpleNamespace(compile=lambda compiler_options: SimpleNamespace(as_text=lambda: text))
@@ -107,7 +95,7 @@ def test_the_script_prints_the_plan_that_fits(
     mib: float, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(record_plans, "bound", lambda *_, most: mib)
-    asked = ["--preset", "nano", "--set", "train.lora_rank=4", "--set", "train.batch_size=2"]
+    asked = ["--preset", "nano", "--lora", "4", "--optimizer", "adamw", "--batch-size", "2"]
     assert main(record_plans.run, asked) == status
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert (result["fits"], result["micro_batch"], result["optimizer"]) == (status == 0, 2, "adamw")

@@ -31,21 +31,6 @@ def test_the_hidden_width_at_another_depth_by_hand() -> None:
     assert training_flops(back, 1) - training_flops(BASE, 1) == 6 * 128 * (10_624 - 10_688)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "down", "up"), [(4, 2, 2, 8), (4, 1, None, 8), (8, 2, 4, None)])
-def test_heads_fit_the_width(heads: int, kv_heads: int, down: int | None, up: int | None) -> None:
-    """The width is 16: eight heads are two wide, and sixteen could not be rotated in pairs. Half of one key head is
-    none. The parameters and the operations stay the same."""
-    model = dataclasses.replace(BASE.model, heads=heads, kv_heads=kv_heads)
-    side = dataclasses.replace(BASE, model=model)
-    start = Candidate.of(side)
-    found = [tuning.next_heads(side, start, up=direction) for direction in (False, True)]
-    assert [c and c.heads for c in found] == [down, up]
-    for candidate in filter(None, found):
-        own = candidate.apply(side)
-        assert own.model.kv_heads * heads == kv_heads * own.model.heads
-        assert training_flops(own, 1) == training_flops(side, 1)
-
-
 BEST = {"none": 2.0, "active": 0.5, "total": 1.0}
 
 
@@ -101,15 +86,6 @@ def test_the_mixture_for_the_same_time_may_be_another_one() -> None:
     mixture, in_time = chosen.best(MIXTURE), chosen.best(Side("none", "wall"))
     assert (mixture.candidate.layers, mixture.steps) == (3, 199)
     assert (in_time.candidate.layers, in_time.steps) == (1, 3 * 199)
-
-
-def test_an_end_of_a_line_is_said() -> None:
-    """Lower rates are always better: the search stops at an eighth of the preset's."""
-    chosen = found(Trainer(lambda config: config.train.lr), models=["none"])
-    assert chosen.best(MIXTURE).candidate.rate == tuning.LOWEST_RATE == 0.125
-    _, mixture, _ = chosen.sentences(BASE)
-    assert "; rate 0.125 is the lowest that could be tried" in mixture
-    assert "highest" not in mixture
 
 
 def test_choices_are_made_on_a_part_of_the_training_text(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 import write_samples as samples
 from write_samples import distinct, matched_draws, repetition
 
-from moe_jax.cli.generate import Generate
+from moe_jax.cli.main import run_command
 from tests.support import saved_run
 
 
@@ -46,6 +46,6 @@ def test_the_page_has_the_texts_of_generate(
     assert samples.run(["--run", str(folder), "--out", str(page), "--texts", "2", *limits]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert set(result) == set(samples.MEASURES)
-    Generate(run=str(folder), prompt="a cat", seed=1, max_tokens=12, temperature=0.5).execute()
+    assert run_command(["generate", "--run", str(folder), "--prompt", "a cat", "--seed", "1", *limits]) == 0
     quoted = "\n".join(f"> {line}".rstrip() for line in capsys.readouterr().out.strip().splitlines())
     assert f"## a cat … (seed 1)\n\n{quoted}\n" in page.read_text()

@@ -18,8 +18,9 @@ import numpy as np
 import pytest
 
 from moe_jax.config import DataConfig
+from moe_jax.data.chats import answer_prompt
 from moe_jax.data.documents import Message
-from moe_jax.data.tokenizers import Tokenizer, _byte, answer_prompt, token_pieces, train_tokenizer
+from moe_jax.data.tokenizers import Tokenizer, _byte, token_pieces, train_tokenizer
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
 from moe_jax.inspection.switches import SwitchableMoE, with_switches

@@ -11,12 +11,11 @@ import pytest
 from described_gpu import Target, back_ends, lower_for
 
 from moe_jax.certify import causality
-from moe_jax.certify.arithmetic import router_precision, step_arithmetic, telling_length
-from moe_jax.certify.causality import crowding_bias, layer_causality, model_causality
+from moe_jax.certify.arithmetic import router_precision, step_arithmetic
+from moe_jax.certify.causality import layer_causality, model_causality
 from moe_jax.certify.model import certify, initial_params
-from moe_jax.model.costs import multiplied_rows, router_flops
-from moe_jax.model.moe.layer import Mode
-from moe_jax.model.transformer import abstract_model, create, merge, split
+from moe_jax.model.costs import router_flops
+from moe_jax.model.transformer import create, split
 from moe_jax.system.hlo import read_program
 from moe_jax.training.programs import Programs
 from tests.support import planted_certify
@@ -51,54 +50,11 @@ def test_all_certificates_of_a_small_model(changes: dict) -> None:
     config = run_config(small(**changes))
     found = list(certify(config, jax.device_put(initial_params(config), jax.devices()[0]), batch_size=2))
     assert [c.name for c in found if not c.passed] == []
-    assert len(found) == 1 + 4 + 2 + 5 + 1
-    trained = [found[0], found[1], found[3]]
-    assert all(" at each of 32 positions, in 6 sequences" in c.found for c in trained)
-    assert not any("; 0% of the choices" in c.found for c in (found[0], found[3]))  # tried under drops
+    assert len(found) == 1 + 3 + 1 + 5 + 1
+    trained = [found[0], found[1]]
+    assert all(" at each of 32 positions, in 4 sequences" in c.found for c in trained)
+    assert not any("; 0% of the choices" in c.found for c in trained)  # tried under drops
     assert len({c.title for c in found}) == len(found)
-
-
-@pytest.mark.parametrize("top_k", [1, 2, 3])
-def test_nine_of_ten_tokens_choose_the_crowded_expert(top_k: int) -> None:
-    probs = jax.nn.softmax(jnp.asarray(np.random.default_rng(0).normal(size=(4, 100, 5))), -1)
-    chosen = jax.lax.top_k(probs + crowding_bias(probs, top_k), top_k)[1]
-    assert (chosen == 0).any(-1).mean() == pytest.approx(causality.CROWD, abs=0.005)
-
-
-@pytest.mark.parametrize("balancing", ["loss", "bias"])
-def test_every_layer_of_the_model_is_crowded(balancing: str) -> None:
-    """Also of a model whose balance biases have led the load elsewhere. Its own parameters stay as they are."""
-    config = run_config(small({"balancing": balancing}))
-    params = initial_params(config)
-    before = jax.tree.map(np.copy, params)
-    model = causality.tight(config.model).with_routing(dispatch="capacity", balancing="bias")
-    found = causality.crowded(model, params)
-    tokens = jnp.asarray(np.random.default_rng(1).integers(0, model.vocab_size, (40, model.seq_len)))
-    stats = merge(abstract_model(model)[0], found)(tokens, Mode.TRAIN, trace=True)[1]
-    assert stats is not None
-    assert stats.trace is not None
-    chosen = (np.asarray(stats.trace.expert_index) == 0).any(-1).mean((1, 2))
-    assert chosen.shape == (model.layers,)
-    assert chosen == pytest.approx(causality.CROWD, abs=0.06)
-    assert jax.tree.all(jax.tree.map(np.array_equal, before, params))
-
-
-@pytest.mark.parametrize(
-    "routing", [{}, {"capacity_factor": 9.0}, {"capacity_factor": 0.01}, {"dispatch": "blocks"}], ids=str
-)
-def test_a_length_whose_product_with_the_rows_divides_nothing_by_chance(routing: dict) -> None:
-    """The length is prime, and the rows have a prime factor that no size of the layer has."""
-    config = small(routing, width=36)
-    least = max(config.routing.capacity_factor, config.experts / (config.seq_len * 2))
-    config = config.with_routing(capacity_factor=least)
-    tokens = telling_length(config)
-    rows = multiplied_rows(dataclasses.replace(config, seq_len=tokens), 1)
-    assert tokens >= config.seq_len
-    assert [n for n in range(2, tokens) if tokens % n == 0] == []
-    own = [
-        n for n in range(2, rows + 1) if rows % n == 0 and all(n % p for p in (2, 3))
-    ]  # 36, 32, 8 and 2 have 2 and 3
-    assert own != []
 
 
 def in_pairs(expert, valid, experts):
@@ -134,7 +90,7 @@ def test_pairs_are_found_if_positions_are_left_out(monkeypatch: pytest.MonkeyPat
         assert sound.passed
         assert " at each of " not in sound.found
     monkeypatch.setattr("moe_jax.model.moe.dispatch.queue_positions", in_pairs)
-    assert [c.passed for c in model_causality(run_config(model), params)] == [False, True, False]
+    assert [c.passed for c in model_causality(run_config(model), params)] == [False, True]
     assert not layer_causality(model, {}).passed
 
 

@@ -8,8 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from moe_jax.config import DataConfig
 from moe_jax.data import baselines
@@ -18,7 +16,6 @@ from moe_jax.data.baselines import (
     CorpusBaselines,
     NgramModel,
     corpus_baselines,
-    first_documents,
     ngrams,
     spelling_probability,
     words_of,
@@ -82,12 +79,6 @@ def test_a_long_text_is_counted_and_scored_in_its_beginning(text: tuple[DataConf
     assert corpus_baselines(*text) == scored(TRAIN[:1], VALID[:1])
 
 
-@pytest.mark.parametrize(("most", "kept"), [(1, 1), (2, 1), (3, 1), (4, 2), (5, 3), (99, 3)])
-def test_the_first_documents_are_cut_by_bytes(most: int, kept: int) -> None:
-    documents = ["aa", "é", "b"]  # 2, 2 and 1 bytes
-    assert list(first_documents(documents, most)) == documents[:kept]
-
-
 # The n-gram models
 
 COUNTED = [*generate(3, "train", 30)]
@@ -145,13 +136,6 @@ def test_the_probabilities_of_all_words_sum_to_one() -> None:
         assert total + unknown * (1 - spelled) == pytest.approx(1, abs=1e-12)
 
 
-def test_no_word_has_probability_zero() -> None:
-    """ "a" has one follower, three times. Few n-grams occur three times and many four times, so that the formula of the
-    third discount is negative. Without a discount, "b" would have probability 0 after "a"."""
-    model = NgramModel(["a w"] * 3 + [f"b {second}" for second in "wxyz" for _ in range(4)], 2)
-    assert all(model.probability(ngram) > 0 for text in ("a b", "b a", "q") for ngram in ngrams(text, 2))
-
-
 def test_a_score_worked_by_hand() -> None:
     """Words "a" 2, "b" 1, end 3 (of 6). Counts 1, 2, 3 occur once each, 4 never: Y = 1/3, D1 = 1/3, D2 = 1, D3 = 3.
 
@@ -160,8 +144,3 @@ def test_a_score_worked_by_hand() -> None:
     share = (1 / 3 + 1 + 3) / 6
     a, end = 1 / 6 + share * 257.0**-2, share / 257
     assert NgramModel(["a", "a", "b"], 1).bits_per_byte(["a"]) == pytest.approx(-math.log2(a * end))
-
-
-@given(st.text())
-def test_words_joined_are_the_text(text: str) -> None:
-    assert "".join(words_of(text)) == text

@@ -9,11 +9,12 @@ import pytest
 
 from moe_jax.config import DataConfig, UserError
 from moe_jax.data.batches import MaskedBatch, evaluation_windows
+from moe_jax.data.chats import answer_prompt, encode_chats
 from moe_jax.data.corpora import check_source, open_corpus
 from moe_jax.data.documents import SEPARATOR, Message
 from moe_jax.data.synthetic.chats import chats, write_chats
 from moe_jax.data.token_store import first_question, open_store, prepare_token_store, token_stream
-from moe_jax.data.tokenizers import Tokenizer, answer_prompt, encode_chats, train_tokenizer
+from moe_jax.data.tokenizers import Tokenizer, train_tokenizer
 
 BYTE = train_tokenizer(DataConfig(tokenizer="byte"))
 SEP = 256

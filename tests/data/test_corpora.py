@@ -14,7 +14,7 @@ import xxhash
 
 from moe_jax.config import NAMED_CORPORA, ConfigError, DataConfig, UserError
 from moe_jax.data import documents
-from moe_jax.data.corpora import HUB, Corpus, articles, check_source, open_corpus, scored_documents, skipped_files
+from moe_jax.data.corpora import HUB, Corpus, check_source, open_corpus, scored_documents, skipped_files
 from moe_jax.data.documents import SEPARATOR
 
 
@@ -249,25 +249,3 @@ def test_rows_are_documents_but_for_wikitext(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(documents, "_LONGEST", 32)
     serve(monkeypatch, "a" * 50, "b")
     assert list(hub("pg19").documents("train")) == ["a" * 32, "a" * 18, "b"]
-
-
-@pytest.mark.parametrize("error", [OSError("gone\nmore"), RuntimeError("gone\nmore")])
-def test_a_failure_of_the_hub_is_one_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    serve(monkeypatch, "A tale.", error=error)
-    documents = hub("tinystories").documents("train")
-    assert next(documents) == "A tale."
-    with pytest.raises(UserError, match=r"^tinystories: no network, or the hub cannot be reached \(gone\); use --data"):
-        list(documents)
-
-
-@pytest.mark.parametrize(
-    ("lines", "expected"),
-    [
-        (["\n", " = A = \n", "x\n"], ["\n", " = A = \nx\n"]),
-        ([" = A = \n", "x\n", " = B = \n"], [" = A = \nx\n = B = \n"]),  # not after a blank line
-        ([" = A = \n", "\n", " = = B = = \n"], [" = A = \n\n = = B = = \n"]),
-        (["\n", "= A =\n", " = A\n", "x = A = \n"], ["\n= A =\n = A\nx = A = \n"]),
-    ],
-)
-def test_an_article_begins_at_a_heading_after_a_blank_line(lines: list[str], expected: list[str]) -> None:
-    assert list(articles(lines)) == expected

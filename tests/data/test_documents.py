@@ -159,19 +159,3 @@ def test_rows_with_messages_are_conversations(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_read_says_why(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"^{tmp_path}/gone.txt: cannot be read \(No such file .*check the file"):
         list(documents_of(Span(tmp_path / "gone.txt", 0, 5), "text"))
-
-
-@pytest.mark.parametrize(
-    ("text", "low", "high", "end"),
-    [
-        (b"aaaa\n\nb\nc d", 4, 11, 6),  # after the blank line, though other boundaries come later
-        (b"aaaaaaab\nc d", 4, 11, 9),
-        (b"aaaaaaabbc d", 4, 11, 11),
-        (b"\n\naaaaaaaaaa", 4, 11, 11),  # too early a boundary is none
-        ("aaaaaaaaaaé".encode(), 4, 11, 10),  # not inside the character
-        ("aaa😀a".encode(), 0, 6, 3),
-        (b"\x80" * 9, 0, 6, 6),  # no characters
-    ],
-)
-def test_where_a_text_is_divided(text: bytes, low: int, high: int, end: int) -> None:
-    assert documents._last_boundary(text, low, high) == end

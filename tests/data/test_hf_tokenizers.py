@@ -11,9 +11,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from moe_jax.config import DataConfig, UserError
+from moe_jax.data.chats import answer_prompt, encode_chats
 from moe_jax.data.documents import SEPARATOR, Message
 from moe_jax.data.token_store import open_store, prepare_token_store, stored_documents
-from moe_jax.data.tokenizers import Tokenizer, answer_prompt, encode_chats, imported_tokenizer, load_tokenizer
+from moe_jax.data.tokenizers import Tokenizer, imported_tokenizer, load_tokenizer
 from tests.support.hf_tokenizers import BYTE_LEVEL, END, KINDS, end_of, made
 
 made = functools.cache(made)

@@ -242,22 +242,6 @@ def test_documents_across_batches_stay_in_order(batch: int, tmp_path: Path, monk
     assert list(stored_documents(stream[:0], store.tokenizer)) == []
 
 
-@pytest.mark.parametrize(
-    ("document", "words"),
-    [
-        ("Once upon a time, a dragon", "Once upon a time,"),
-        ("ROMEO:\nBut soft, what light", "ROMEO:"),
-        ("\n\n  Two words", "Two words"),
-        ("a\tb  c d e", "a\tb  c d"),
-        ("日本語の短い文章です。" * 40, ("日本語の短い文章です。" * 40)[:48]),
-        ("aa " + "語" * 85, "aa " + "語" * 45),  # the 256 bytes that are looked at end inside the last character
-    ],
-)
-def test_the_first_words_of_the_first_line(document: str, words: str) -> None:
-    stream = [256, *document.encode(), 256, *b"Another document"]
-    assert openings(BYTE, np.array(stream), 1) == [words]
-
-
 def test_openings_of_different_documents_each_once() -> None:
     texts = ["Once upon a time, a dragon", "", "Once upon a time, a cat", "ROMEO:\nBut", "One sunny day, Tom", "Last"]
     stream = np.array([token for text in texts for token in (256, *text.encode())])

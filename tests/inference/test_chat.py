@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from moe_jax.config import DataConfig, UserError
+from moe_jax.data.chats import answer_prompt
 from moe_jax.data.documents import Message
-from moe_jax.data.tokenizers import answer_prompt, train_tokenizer
+from moe_jax.data.tokenizers import train_tokenizer
 from moe_jax.inference.chat import HELP, Chat, RoleChat
 from moe_jax.inference.generate import TextGenerator
 from moe_jax.inference.sampling import Sampling
@@ -151,12 +152,3 @@ def test_the_oldest_turns_make_room_and_the_system_stays() -> None:
     assert all(len(prompt) + 20 <= 80 for prompt in answers.prompts)
     with pytest.raises(UserError, match=r"the question has \d+ tokens with its roles, and the context 80, of which 20"):
         ask(chat, "x" * 60)
-
-
-def test_again_after_a_new_system_message_keeps_that_message() -> None:
-    chat, answers = conversation()
-    ask(chat, "a")
-    chat.command("/system Be short.")
-    assert ask(chat, chat.again()) == "two "
-    assert chat.turns == [Message("system", "Be short."), *turns("a", "two")]
-    assert answers.prompts[-1] == answer_prompt(BYTE, [Message("system", "Be short."), *turns("a")])

@@ -14,8 +14,7 @@ from moe_jax.inference import decode
 from moe_jax.inference.decode import NOTHING_GIVEN, TOKENS_AT_ONCE, Decoder, cast_once
 from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.slots import Slots, advance, draw, prefill
-from moe_jax.model.attention import KeyValue
-from moe_jax.model.moe.layer import Mode, MoE
+from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import merge
 from moe_jax.system.random_keys import Purpose, purpose_key
 from tests.support import short_form, tiny
@@ -268,19 +267,6 @@ def test_a_short_prompt_is_read_by_a_shorter_pass(monkeypatch: pytest.MonkeyPatc
             np.testing.assert_allclose(a.value[:, :, : len(prompt)], b.value[:, :, : len(prompt)], atol=1e-5)
 
 
-def test_the_lengths_of_prompts() -> None:
-    graphdef, _ = tiny.build(tiny.config())
-    lengths = {t: Decoder(graphdef, t, tiny.V, short_prompts=True).prompt_lengths for t in (8, 64, 65, 256, 1024, 1025)}
-    assert lengths == {
-        8: [8],
-        64: [64],
-        65: [64, 65],
-        256: [64, 256],
-        1024: [64, 256, 1024],
-        1025: [64, 256, 1024, 1025],
-    }
-
-
 @pytest.mark.parametrize("slots", short_form([2, 3], [3]))
 def test_a_text_has_the_same_bits_in_every_slot_and_beside_any_texts(slots: int) -> None:
     """Two slots have as many pairs as there are experts, so each pair reads its own expert. Three have more, so the
@@ -374,24 +360,3 @@ def test_a_slot_without_a_text_computes_nothing_that_a_text_reads() -> None:
     writer.place(1, TEXTS[1])
     assert np.isfinite(writer.state.logits[1]).all()
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(writer.state.cache))
-
-
-def test_an_expert_has_room_for_a_pair_of_every_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With one choice, an expert's fair share of 16 texts is a block of 8 rows. If all texts choose one expert, half of
-    them would be in a further block. That is another program, so a text could have other bits in such a company."""
-    config = tiny.config(top_k=1, layers=1)
-    graphdef, params = tiny.build(config)
-    cache = [KeyValue(jnp.zeros((16, 2, 4, tiny.T)), jnp.zeros((16, 2, tiny.T, 4)))]
-    one_token = jax.jit(lambda x: merge(graphdef, params).decode(x, cache, jnp.zeros(16, int), trace=True)[:2])
-    modes, chosen = set(), MoE.dispatch_for
-    monkeypatch.setattr(MoE, "dispatch_for", lambda self, mode, *n: modes.add(mode) or chosen(self, mode, *n))
-    mixed = jnp.arange(16) % tiny.V
-    for token in range(tiny.V):
-        alike, stats = one_token(jnp.full(16, token))
-        assert len(np.unique(stats.trace.expert_index)) == 1
-        assert {row.tobytes() for row in np.asarray(alike)} == {np.asarray(one_token(mixed)[0])[token].tobytes()}
-    assert modes == {Mode.SERVE}
-    layer = merge(graphdef, params).blocks[0].ffn
-    dispatch = layer.dispatch_for(Mode.SERVE, 16, 1)
-    _, _, used = dispatch.plan(layer.route(jnp.ones((16, 1, 8))))
-    assert used == 4, "no further block is used"

@@ -60,9 +60,3 @@ def test_draws_are_those_of_jax() -> None:
         key = jax.random.key(seed)
         drawn = sample(logits, Sampling(temperature=1.0), jnp.zeros(logits.shape, bool), key)
         assert drawn.tolist() == jax.random.categorical(key, logits).tolist()
-
-
-def test_draws_depend_on_the_key() -> None:
-    logits, seen = jnp.zeros((64, 4)), jnp.zeros((64, 4), bool)
-    one, again, other = (sample(logits, Sampling(), seen, jax.random.key(k)).tolist() for k in (0, 0, 1))
-    assert one == again != other

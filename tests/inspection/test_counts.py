@@ -12,14 +12,14 @@ from scipy.stats import chi2
 
 from moe_jax.inspection import corpus_routing, report, trace
 from moe_jax.inspection import specialisation as specialised
-from moe_jax.inspection.corpus_routing import CorpusRouting, corpus_data, dead_experts
+from moe_jax.inspection.corpus_routing import CorpusRouting, dead_experts
 from moe_jax.inspection.specialisation import specialisation
 from moe_jax.inspection.trace import RoutingTrace, attention_data
 from tests.inspection.test_trace import opened
 from tests.support import tiny
 
 
-def corpus(by_token: Any, by_window: Any, counts: Any, dropped_at: Any = None, **changes: Any) -> CorpusRouting:
+def corpus(by_token: Any, by_window: Any, counts: Any, **changes: Any) -> CorpusRouting:
     """One layer. `by_token` [E][V], `by_window` [W][E], `counts` [V]."""
     by_token, by_window, counts = np.array([by_token]), np.array([by_window]), np.array(counts)
     experts, tokens = by_token.shape[1], int(counts.sum())
@@ -33,7 +33,7 @@ def corpus(by_token: Any, by_window: Any, counts: Any, dropped_at: Any = None, *
         together=np.array([np.diag(by_token[0].sum(-1))]),
         flow=np.zeros((0, experts, experts), int),
         entropy=np.ones(1),
-        dropped_at=np.zeros((1, 4)) if dropped_at is None else np.array([dropped_at]),
+        dropped=np.zeros(1),
     )
 
 
@@ -58,15 +58,6 @@ def test_drops_of_a_factor_by_window() -> None:
     assert found.load.tolist() == [[5 / 8, 3 / 8]]
 
 
-def test_positions_are_put_into_bins(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = corpus([[5], [3]], [[4, 0], [1, 3]], [8], dropped_at=[0.0, 0.5, 0.5, 1.0])
-    data = corpus_data(found)
-    assert data["drops_by_position"] == {"first": [0, 1, 2, 3], "drop": [[0.0, 0.5, 0.5, 1.0]]}
-    monkeypatch.setattr(corpus_routing, "POSITION_BINS", 2)
-    assert corpus_data(found)["drops_by_position"] == {"first": [0, 2], "drop": [[0.25, 0.75]]}
-    assert (data["tokens"], data["windows"], data["worst_window"], data["drops"]) == (8, 2, [[4, 3]], [0.5])
-
-
 def test_preferences_are_ordered_bounded_and_summed() -> None:
     """Tokens 0, 1 and 2 choose expert 0 whenever they occur, and token 3 never does."""
     counts = [40, 60, 50, 150]
@@ -79,13 +70,6 @@ def test_preferences_are_ordered_bounded_and_summed() -> None:
     assert first["tokens"][0]["g2"] == round(float(both[0]), 1)
     few = specialisation(found, most=2)[0][0]
     assert ([t["id"] for t in few["tokens"]], few["kinds"]) == ([1, 2], 3)
-
-
-@pytest.mark.parametrize(("times", "kinds"), [(4, 0), (5, 1)])
-def test_a_preference_needs_five_choices(times: int, kinds: int) -> None:
-    """However unlikely they are by chance."""
-    found = corpus([[times, 0], [0, 100_000]], [[times, 100_000]], [times, 100_000])
-    assert specialisation(found)[0][0]["kinds"] == kinds
 
 
 @pytest.mark.parametrize(("length", "windows"), [(3, 1), (15, 1), (16, 2), (200, 8)])
@@ -133,10 +117,6 @@ def test_drops_and_loads_of_a_trace() -> None:
     found = traced(8)
     assert found.drop_fraction.tolist() == [1 / 8, 0]
     assert found.load().tolist() == [[8, 0], [7, 1]]
-    shown = found._repr_html_()
-    assert shown.count("Layer ") == 2
-    assert shown.count('title="expert 1" style="background:hsl(180 70% 50% / .3)">p0<') == 1
-    assert shown.count("hsl(0 70% 50% / .3)") == 15 + 1, "and once in the key"
 
 
 def test_a_long_text_is_refused_and_the_longest_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,24 +130,6 @@ def test_a_long_text_is_refused_and_the_longest_is_not(monkeypatch: pytest.Monke
 
 
 # The report
-
-
-@pytest.mark.parametrize(
-    ("summary", "stream"),
-    [
-        ({}, "whole"),
-        ({"val_whole_stream": False}, "subset"),
-        ({"val_whole_stream": True}, "whole"),
-        ({"val_stream": "subset", "val_whole_stream": True}, "subset"),
-    ],
-)
-def test_the_stream_of_the_score_is_said(summary: dict[str, Any], stream: str, tmp_path: Path) -> None:
-    step: Any = SimpleNamespace(step=7)
-    run = dataclasses.replace(opened(), checkpoint=step)
-    (tmp_path / "summary.json").write_text(json.dumps(summary))
-    found = report._run_data(tmp_path, run)
-    assert (found["val_stream"], found["step"], found["name"]) == (stream, 7, tmp_path.name)
-    assert found["params_total"] > found["params_active"]
 
 
 def attention(window: np.ndarray) -> Any:

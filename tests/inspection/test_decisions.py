@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.cli.inspect import Inspect
+from moe_jax.cli.main import run_command
 from moe_jax.config import ConfigError, UserError
 from moe_jax.inspection import decisions as module
 from moe_jax.inspection.decisions import Decisions, count_decisions, decisions, write_decisions
@@ -73,34 +73,17 @@ def test_counts_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "a: expert 0 of layer 0 has 1.5 times an even share" in told
 
 
-def test_an_expert_that_nobody_chose(monkeypatch: pytest.MonkeyPatch) -> None:
-    one = [Decisions(0, np.array([1]), np.array([[[0]], [[1]]]), np.zeros((2, 1, 1)))]
-    monkeypatch.setattr(module, "decisions", lambda run, tokens: iter(one))
-    counts = count_decisions(opened(), np.array([1]), np.array([0]), ["a", "empty"])
-    assert counts.hot_set(1) == 2 / 8
-    assert np.isfinite(counts.coactivation()).all()
-    assert (counts.specialisation()[1] == 0).all()
-
-
-@pytest.mark.parametrize("ending", ["jsonl", "npz"])
-def test_what_is_written(ending: str, tmp_path: Path) -> None:
-    out = tmp_path / "made" / f"trace.{ending}"
+def test_what_is_written(tmp_path: Path) -> None:
+    out = tmp_path / "made" / "trace.npz"
     counts = write_decisions(
         opened(), [("a", TOKENS[:9].tolist()), ("b", TOKENS[9:20].tolist()), ("a", TOKENS[20:].tolist())], out
     )
-    expert = np.concatenate([part.expert for part in forward()], 1).swapaxes(0, 1)
+    read = np.load(out)
+    assert read["gate"].dtype == np.float32
+    np.testing.assert_array_equal(read["token"], TOKENS)
+    np.testing.assert_array_equal(read["expert"], np.concatenate([p.expert for p in forward()], 1).swapaxes(0, 1))
     gate = np.concatenate([part.gate for part in forward()], 1).swapaxes(0, 1)
-    if ending == "npz":
-        read = np.load(out)
-        found = read["token"], read["expert"], read["gate"]
-        assert found[2].dtype == np.float32
-    else:
-        rows = [json.loads(line) for line in out.read_text().splitlines()]
-        assert [row["place"] for row in rows] == [*range(len(TOKENS))]
-        found = tuple(np.array([row[name] for row in rows]) for name in ("token", "experts", "gates"))
-    np.testing.assert_array_equal(found[0], TOKENS)
-    np.testing.assert_array_equal(found[1], expert)
-    np.testing.assert_allclose(found[2], gate, atol=1e-5)
+    np.testing.assert_allclose(read["gate"], gate, atol=1e-5)
     assert counts.kinds == ["a", "b"]
     assert counts.by_kind[1].sum() == 11 * MODEL.layers * MODEL.routing.top_k
     assert [p.name for p in out.parent.iterdir()] == [out.name]
@@ -112,19 +95,9 @@ def test_an_error_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise UserError("broken")
 
     monkeypatch.setattr(module, "decisions", breaks)
-    for name in ("t.npz", "t.jsonl"):
-        with pytest.raises(UserError, match="broken"):
-            write_decisions(opened(), [("a", TOKENS.tolist())], tmp_path / name)
+    with pytest.raises(UserError, match="broken"):
+        write_decisions(opened(), [("a", TOKENS.tolist())], tmp_path / "t.npz")
     assert not list(tmp_path.iterdir())
-
-
-def test_a_link_is_written_through(tmp_path: Path) -> None:
-    """A rename would replace it, and a device too, by a file."""
-    (tmp_path / "file.jsonl").write_text("before")
-    (tmp_path / "link.jsonl").symlink_to(tmp_path / "file.jsonl")
-    write_decisions(opened(), [("a", TOKENS.tolist())], tmp_path / "link.jsonl")
-    assert (tmp_path / "link.jsonl").is_symlink()
-    assert len((tmp_path / "file.jsonl").read_text().splitlines()) == len(TOKENS)
 
 
 def test_the_files_of_a_folder_are_kinds(tmp_path: Path) -> None:
@@ -133,11 +106,12 @@ def test_the_files_of_a_folder_are_kinds(tmp_path: Path) -> None:
     (tmp_path / ".hidden").write_text("no")
     (tmp_path / "folder").mkdir()
 
-    def texts(path: Path) -> list[tuple[str, str]]:
-        return Inspect(run="run", file=str(path), trace="out")._texts()
-
-    assert texts(tmp_path) == [("a", "one"), ("b", "two")]
-    assert texts(tmp_path / "b.txt") == [("b", "two")]
+    argv = ["inspect", "--run", "nano", "--file", str(tmp_path), "--trace", str(tmp_path / "out" / "trace.npz")]
+    assert run_command([*argv, "--json", str(tmp_path / "out" / "counts.json")]) == 0
+    counts = json.loads((tmp_path / "out" / "counts.json").read_text())
+    assert list(counts["specialisation"]) == ["a", "b"]
     (tmp_path / "c.bin").write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match=r"c\.bin: must be a text in UTF-8"):
-        texts(tmp_path)
+    with pytest.raises(ConfigError, match=r"^--file .*: must be a text in UTF-8"):
+        run_command(argv)
+    with pytest.raises(ConfigError, match=r"^--trace t\.jsonl: must end in \.npz"):
+        run_command([*argv[:-1], "t.jsonl"])

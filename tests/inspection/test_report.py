@@ -1,6 +1,5 @@
 """The report: what is counted, what is called a preference, and that the page holds it and cannot be broken."""
 
-import dataclasses
 import json
 import math
 import shutil
@@ -9,16 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moe_jax.cli.inspect import Inspect
+from moe_jax.cli.main import run_command
 from moe_jax.config import ConfigError, UserError
 from moe_jax.data.tokenizers import token_pieces
 from moe_jax.inspection import corpus_routing, report
 from moe_jax.inspection.corpus_routing import corpus_data, count_routing
-from moe_jax.inspection.report import next_data, render, report_run, write_report
+from moe_jax.inspection.report import render, report_run, write_report
 from moe_jax.inspection.specialisation import log_likelihood_ratio, specialisation
 from moe_jax.inspection.trace import routing_trace
 from moe_jax.pages.assembly import digest
-from moe_jax.runs.catalog import run_folder
 from moe_jax.runs.load import open_run
 from tests.support import saved_run, short_form, tiny
 
@@ -98,13 +96,6 @@ def test_the_page_holds_the_next_tokens_and_the_ablation(folder: Path, written: 
     assert np.array(ablation["change"]).shape == (2, 4, n - 1)
     assert len(ablation["loss"]) == n - 1
     assert [len(stories) for stories in ablation["stories"]] == [4, 4]
-
-
-def test_entries_that_the_tokenizer_does_not_use_have_no_text(folder: Path) -> None:
-    run = open_run(folder)
-    trace = dataclasses.replace(routing_trace(run, "ab"), next_token=np.array([[97, 300], [98, 97], [0, 0]]))
-    following = next_data(run, trace)
-    assert (following["words"], following["index"]) == (["a", "b"], [0, -1, 1, 0])
 
 
 def test_no_text_can_become_markup(written: tuple[str, dict]) -> None:
@@ -189,9 +180,8 @@ def test_drops_counted_from_loads_are_those_that_happened(folder: Path) -> None:
     run = open_run(folder)
     corpus = corpus_routing.corpus_routing(run, np.random.default_rng(1).integers(0, 257, 5000))
     assert corpus.tokens == 5000 // 16 * 16
-    np.testing.assert_allclose(corpus.dropped_at.mean(1), corpus.drop_fraction(1.0), rtol=1e-9)
+    np.testing.assert_allclose(corpus.dropped, corpus.drop_fraction(1.0), rtol=1e-9)
     assert (corpus.drop_fraction(1.0) > 0.02).all()
-    assert (corpus.dropped_at[:, : 8 // 2] == 0).all()  # 8 slots: the first tokens always find one
     assert (corpus.drop_fraction(4.0) == 0).all()
     np.testing.assert_allclose(corpus_data(corpus)["drops"], corpus.drop_fraction(1.0), atol=0.00006)
 
@@ -262,7 +252,7 @@ def test_a_text_of_the_users_does_not_replace_the_runs_own_page(folder: Path, tm
     own = run / "report" / "routing.html"
     own.parent.mkdir(exist_ok=True)
     own.write_text("the run's own")
-    assert Inspect(run=str(run), text="a cat").execute() == 0
+    assert run_command(["inspect", "--run", str(run), "--text", "a cat"]) == 0
     assert own.read_text() == "the run's own"
     assert data_in((run / "report" / "routing-of-a-text.html").read_text(encoding="utf-8"))["text"]["pieces"]
 
@@ -280,14 +270,13 @@ def test_a_text_that_is_predicted_worse_than_by_guessing_is_warned_of(
 ) -> None:
     """By the shipped `nano`, which knows the sentences of its grammar and no German."""
     monkeypatch.setattr(report, "_validation_tokens", lambda _: (None, ""))
-    assert Inspect(run=str(run_folder("nano")), text=text, out=str(tmp_path / "page.html")).execute() == 0
+    assert run_command(["inspect", "--run", "nano", "--text", text, "--out", str(tmp_path / "page.html")]) == 0
     said = capsys.readouterr().err
     assert ("warning: the model predicts this text worse than guessing: " in said) == lost
     assert ("6.93 if all 1,024 tokens" in said) == lost
 
 
-def test_an_empty_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("")
-    monkeypatch.setattr("moe_jax.cli.command.check_run_folder", lambda *_: None)
     with pytest.raises(ConfigError, match=r"--file .*empty\.txt: is empty; give a text"):
-        Inspect(run="run", file=str(tmp_path / "empty.txt")).execute()
+        run_command(["inspect", "--run", "nano", "--file", str(tmp_path / "empty.txt")])

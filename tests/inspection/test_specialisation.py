@@ -108,27 +108,3 @@ def test_a_group_whose_kinds_agree_is_found_with_its_counts(preferences: Callabl
     assert group["examples"] == [str(i) for i in sorted(members, key=lambda i: -by_token[i])[:3]]
     listed = [(t["text"], t["here"], t["all"]) for t in group["tokens"]]
     assert listed == [(t, by_token[int(t)], counts[int(t)]) for t in group["examples"]]
-
-
-def test_every_example_bears_the_group_out(preferences: Callable) -> None:
-    """A member that is frequent but chooses the expert less often than an average token does is no example."""
-    choices = hashed(1)
-    (members,) = np.nonzero(GROUPS == 3)
-    choices[members, 0] = 3
-    choices[members, 1] = 4 + np.arange(len(members)) % 12
-    corpus = routed_by_kind(choices, 1)
-    counts, by_token = corpus.token_counts.copy(), corpus.by_token.copy()
-    frequent = sorted(members, key=lambda i: -counts[i])[2]
-    added = 8 * int(counts[frequent])  # occurrences that never choose the expert
-    counts[frequent] += added
-    corpus = dataclasses.replace(corpus, token_counts=counts, by_token=by_token, tokens=corpus.tokens + added)
-    assert frequent in sorted(members, key=lambda i: -by_token[0, 3, i])[:3]
-    assert by_token[0, 3, frequent] / counts[frequent] < by_token[0, 3].sum() / corpus.tokens
-    (group,) = [group for group in preferences(corpus)[3] if group["name"] == "group 3"]
-    assert len(group["examples"]) == 3
-    assert str(frequent) not in group["examples"]
-
-
-def test_a_model_without_any_difference_between_tokens_has_no_groups(preferences: Callable) -> None:
-    """Every token chooses the same experts."""
-    assert not any(preferences(routed_by_kind(np.tile([2, 5], (KINDS, 1)), 0)))

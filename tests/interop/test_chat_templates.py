@@ -11,21 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_jax.cli.train import Sft
 from moe_jax.config import UserError
-from moe_jax.data.chat_templates import MOST_CHARACTERS, ChatTemplate, template_in
+from moe_jax.data.chat_templates import ChatTemplate, template_in
+from moe_jax.data.chats import answer_prompt, encode_chats
 from moe_jax.data.documents import Message
-from moe_jax.data.tokenizers import Tokenizer, answer_prompt, encode_chats, imported_tokenizer, load_tokenizer
+from moe_jax.data.tokenizers import Tokenizer, imported_tokenizer, load_tokenizer
 from moe_jax.inference.chat import RoleChat
 from moe_jax.inference.generate import TextGenerator
 from moe_jax.inference.sampling import Sampling
 from moe_jax.interop.pretrained import Pretrained
 from moe_jax.interop.tokenizers import tokenizer_files
 from moe_jax.runs.load import open_run
-from moe_jax.serving.answers import ChatCompletion
-from moe_jax.serving.requests import ModelCard
 from moe_jax.training.session import Session
 from tests.interop.made import llama
+from tests.support.commands import sft_settings
 from tests.support.hf_tokenizers import END, end_of, made
 from tests.support.saved_run import quick_training
 
@@ -138,20 +137,9 @@ HOSTILE = {
     "its own refusal": ("{{ raise_exception('Only\\nusers') }}", "(Only users)"),
     "what is not there": ("{{ messages[0].no.no }}", "has no attribute 'no'"),
     "a way to Python": ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "unsafe"),
-    "a loop without end": ("{% set r = range(99999) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}", "end"),
-    "a long text": (
-        "{% for i in range(99999) %}{{ messages[0].content ~ 'aaaaaaaaaaaaaaaaaaaaaaaa' }}{% endfor %}",
-        "end",
-    ),
-    "a range": ("{% for i in range(10**9) %}{% endfor %}", "with **"),
-    "a product": ("{{ 'a' * 1000000000 }}", "with *"),
-    "a format": ("{{ '%1000000000d' % 1 }}", "with %"),
-    "a format as a filter": ("{{ '%1000000000d' | format(1) }}", "No filter named 'format'"),
-    "padding": ("{{ 'a'.center(1000000000) }}", "unsafe"),
-    "padding by a filter": ("{{ 'a' | center(1000000000) }}", "No filter named 'center'"),
+    "a way around": ("{{ (''|attr('__class__')).mro() }}", "unsafe"),
+    "a change of what it reads": ("{{ messages.append(1) }}", "unsafe"),
     "an include": ("{% include '/etc/passwd' %}", "no loader"),
-    "nesting": ("{{ " + "(" * 30_000 + " }}", "recursion"),
-    "a long template": ("a" * (MOST_CHARACTERS + 1), "the chat template has 65,537 characters, at most 65,536"),
     "division": ("{{ 1 // 0 }}", "zero"),
 }
 
@@ -165,7 +153,6 @@ def test_a_hostile_or_broken_template_is_one_line(name: str) -> None:
     assert said in text
     assert "\n" not in text
     assert len(text) < 300
-    assert sys.gettrace() is None or "count" not in str(sys.gettrace())
 
 
 def test_the_content_of_messages_is_not_a_template() -> None:
@@ -213,14 +200,18 @@ def test_a_tuned_run_asks_and_answers_in_the_template(tmp_path: Path) -> None:
     words = ["--init-from", str(folder), "--data", str(tmp_path / "chats.jsonl"), "--out", str(tmp_path / "run")]
     words += ["--seq-len", "128", "--batch-size", "2", "--precision", "float32"]
     with quick_training(tmp_path / "cache"):
-        session = Session.open(*Sft.parse(words).settings)
+        session = Session.open(*sft_settings(*words))
     tokenizer = session.data.store.tokenizer
     assert session.data.sample_prompt() == answer_prompt(tokenizer, CHAT[:2])
     session.save(0, 1.0)
+    pytest.importorskip("starlette", reason="needs the extra `serve`")
+    from moe_jax.serving.completions import ChatCompletion
+    from moe_jax.serving.requests import ModelCard
+
     card = ModelCard(open_run(tmp_path / "run"), "run", 1, tmp_path / "run")
     body = {"messages": [message._asdict() for message in CHAT[:2]]}
     assert card.to_dict()["moe_jax"]["chat"]
-    assert ChatCompletion(json.dumps(body).encode(), card).requests[0].prompt == answer_prompt(tokenizer, CHAT[:2])
+    assert ChatCompletion(json.dumps(body).encode(), card).texts[0].prompt == answer_prompt(tokenizer, CHAT[:2])
 
 
 class Yes(TextGenerator):

@@ -1,4 +1,4 @@
-"""What is in an exported page and in a model card, to the last line; and what a killed export leaves."""
+"""What is in an exported page and in a model card, to the last line."""
 
 import dataclasses
 import json
@@ -12,13 +12,11 @@ import pytest
 
 import moe_jax.interop.export as module
 from moe_jax.interop import html
-from moe_jax.interop.export import export
 from moe_jax.interop.source import open_source
 from moe_jax.model.costs import count_parameters, totals, training_flops
 from moe_jax.model.quantized import quantize
 from moe_jax.runs.arrays import named_leaves
 from moe_jax.runs.load import open_run
-from moe_jax.system.files import locked
 from tests.interop.saved import save
 
 
@@ -66,44 +64,13 @@ def test_a_page_may_start_its_worker_and_read_itself(run: Path) -> None:
     assert 'charset="windows-1252"' in page.lower()
 
 
-SCORES = {
-    "nothing": ({}, ""),
-    "whole": (
-        {"val_bits_per_byte": 1.23456, "val_whole_stream": True},
-        "1.2346 bits per byte on the whole validation text",
-    ),
-    "part": ({"val_bits_per_byte": 2}, "2.0000 bits per byte on a part of the validation text"),
-    "floor": (
-        {"val_bits_per_byte": 1.5, "val_whole_stream": True, "entropy_floor_bits_per_byte": 1.25},
-        "1.5000 bits per byte on the whole validation text; no model can be below 1.2500",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", SCORES)
-def test_what_the_card_says_of_the_score(name: str) -> None:
-    summary, said = SCORES[name]
-    assert module._score(summary) == said
-
-
-def test_what_the_card_says_of_the_routing() -> None:
-    both = {"balance_loss": 1.0625, "train_drop_fraction": 0.03125}
-    assert module._routing(both) == (
-        "balance loss 1.062 at the end (1 is even), 3.1% of the choices dropped in training"
-    )
-    assert [module._routing({name: both[name]}) for name in both] == ["", ""]
-    assert module._routing({"balance_loss": 0.0, "train_drop_fraction": 0.0}).endswith(
-        " 0.0% of the choices dropped in training"
-    )
-
-
 def test_the_whole_card(run: Path) -> None:
     """Every line, of a run that a summary says nothing of."""
     saved = open_source(run)
     config = dataclasses.replace(
         saved.config, train=dataclasses.replace(saved.config.train, batch_size=8, grad_accum=4)
     )
-    checkpoint = dataclasses.replace(saved.checkpoint, step=20)
+    checkpoint = dataclasses.replace(saved.checkpoint, manifest=saved.checkpoint.manifest | {"step": 20})
     source = dataclasses.replace(saved, config=config, checkpoint=checkpoint, summary={})
     model, counts, flops = config.model, totals(count_parameters(config.model)), training_flops(config, 20)
     rows = [
@@ -133,17 +100,3 @@ def test_the_whole_card(run: Path) -> None:
     assert "It is fine-tuned on conversations" in card
     assert "ollama create name -f Modelfile" in card
     assert "transformers import" not in card
-
-
-def test_what_a_killed_export_has_left_is_removed_and_a_living_one_is_not(run: Path, tmp_path: Path) -> None:
-    """By the lock that a living one holds. What looks like another export is not touched."""
-    left, living, other = (tmp_path / f".{name}.partial" for name in ("out[1].dead", "out[1].alive", "out1.dead"))
-    for folder in (left, living, other):
-        folder.mkdir()
-        (folder / "lock").touch()
-    (tmp_path / "out[1]").mkdir()
-    with locked(living / "lock", wait=False):
-        files = export(open_source(run), "hf", "float32", tmp_path / "out[1]", "")
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([living.name, other.name, "out[1]"])
-    assert files == sorted((tmp_path / "out[1]").iterdir())
-    assert re.fullmatch(r'\{\n  "\w.*\n\}\n', (tmp_path / "out[1]" / "config.json").read_text(), re.DOTALL)

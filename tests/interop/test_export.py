@@ -20,11 +20,12 @@ from moe_jax.config.presets import PRESETS, preset
 from moe_jax.data.tokenizers import Tokenizer, _byte
 from moe_jax.interop import html
 from moe_jax.interop.architectures import architecture_of
+from moe_jax.interop.config_json import config_json
 from moe_jax.interop.export import export
 from moe_jax.interop.gguf_file import CONTROL, NORMAL, _kind, _rule, gguf_vocabulary
-from moe_jax.interop.huggingface import config_json
 from moe_jax.interop.source import embedding, open_source
 from tests.interop.saved import save
+from tests.support.commands import refused as refused_command
 from tests.support.hf_tokenizers import BYTE_LEVEL, made
 
 
@@ -42,7 +43,7 @@ ARCHITECTURES = {
     "story": "mixtral",
     "story-cpu": "qwen3_moe",
     "story-4gb": "qwen3_moe",
-    "seed-158m": "--set model.positions=learned: no class of transformers holds this model",
+    "seed-158m": "--model.positions learned",
     "max-4gb": "mixtral",
 }
 
@@ -54,7 +55,7 @@ def test_each_preset_has_a_class_or_a_reason(name: str) -> None:
     if expected.startswith("--"):
         with pytest.raises(UserError) as failure:
             architecture_of(model)
-        assert str(failure.value).startswith(expected)
+        assert expected in str(failure.value)
     else:
         assert architecture_of(model).model_type == expected
 
@@ -90,21 +91,6 @@ def test_every_setting_of_a_model_is_known_to_the_export() -> None:
     assert names == HELD | ONLY_TRAINING
 
 
-def test_the_card_counts_what_the_exported_weights_have_read(run: Path) -> None:
-    """Of the checkpoint, and not of the whole run, which may have gone on."""
-    source = open_source(run)
-    train = dataclasses.replace(source.config.train, batch_size=3, grad_accum=2)
-    config = dataclasses.replace(source.config, train=train)
-    checkpoint = dataclasses.replace(source.checkpoint, manifest=source.checkpoint.manifest | {"step": 20})
-    source = dataclasses.replace(source, config=config, checkpoint=checkpoint)
-    tokens = 20 * 3 * 2 * config.model.seq_len
-    assert f"| training | {tokens:,} tokens in 20 steps, " in module.model_card(source, "name", "command", [])
-    card = module.model_card(source, "my name", "command", ["config.json", "Modelfile"])
-    assert "write = pipeline('text-generation', 'my name')" in card
-    assert "ollama create 'my name' -f Modelfile" in card
-    assert "licence" in card.lower()
-
-
 GPT2 = {"dense": "active", "norm": "layernorm", "positions": "learned", "activation": "gelu", "bias": True}
 
 
@@ -134,46 +120,40 @@ def test_the_class_of_each_kind_of_model(changes: dict, routing: dict, class_nam
     assert (found.class_name, found.gguf) == (class_name, gguf)
     assert bool(found.gguf_problem) == (gguf is None)
     if gguf is None and "top_k" in routing:
-        assert found.gguf_problem.startswith("--routing.top-k 1")
+        assert found.gguf_problem.startswith("--top-k 1")
 
 
 @pytest.mark.parametrize(
-    ("changes", "routing", "option"),
+    ("changes", "routing", "options"),
     [
-        ({"bias": True}, {}, "--set model.bias=true"),
-        ({"activation": "gelu"}, {}, "--set model.activation=gelu"),
-        ({"positions": "learned"}, {}, "--set model.positions=learned"),
-        ({"qk_norm": "head"}, {"balancing": "bias"}, "--model.qk-norm"),
-        ({"qk_norm": "full", "head_size": 8}, {}, "--set model.head_size"),
-        ({"qk_norm": "full", "dense": "active"}, {}, "--model.qk-norm full"),
-        ({"qkv_bias": True}, {}, "--set model.qkv_bias=true"),
-        ({"shared_experts": 1, "shared_gate": True, "qk_norm": "head"}, {}, "--set model.shared_gate=true"),
-        ({"shared_experts": 1}, {"renormalise_gates": False}, "--set routing.renormalise_gates=false"),
-        ({}, {"top_k": 1}, "--routing.top-k 1"),
-        ({"scaled_embedding": True, "qk_norm": "head"}, {}, "--set model.scaled_embedding=true"),
-        ({"dense": "active", "norm": "layernorm"}, {}, "--set model.norm=layernorm model.positions=rope"),
-        ({"norm": "layernorm"}, {}, "--set model.norm=layernorm"),
-        ({"dense": "active", "qk_norm": "head", "scaled_embedding": True}, {}, "--set model.scaled_embedding=true"),
-        ({"qk_norm": "full"}, {"balancing": "bias"}, "--model.qk-norm full"),
-        ({"qk_norm": "full", "shared_experts": 1}, {}, "--model.qk-norm full"),
-        ({"shared_experts": 1}, {"top_k": 1}, "--routing.top-k 1"),
-        ({"shared_experts": 1, "head_size": 8}, {}, "--set model.head_size"),
-        ({}, {"renormalise_gates": False}, "--set routing.renormalise_gates=false"),
-        ({"scaled_embedding": True, "shared_experts": 1}, {}, "--set model.scaled_embedding=true"),
-        ({"scaled_embedding": True, "head_size": 8}, {}, "--set model.scaled_embedding=true"),
-        ({"scaled_embedding": True}, {"renormalise_gates": False}, "--set model.scaled_embedding=true"),
-        ({"scaled_embedding": True}, {"top_k": 1}, "--set model.scaled_embedding=true"),
-        (GPT2 | {"kv_heads": 1}, {}, "--model.kv-heads, --set model.head_size"),
-        (GPT2 | {"head_size": 8, "kv_heads": 0}, {}, "--model.kv-heads, --set model.head_size"),
-        (GPT2 | {"bias": False}, {}, "--set model.norm=layernorm model.positions=learned model.activation=gelu"),
+        ({"bias": True}, {}, "--model.bias True"),
+        ({"activation": "gelu"}, {}, "--model.activation gelu"),
+        ({"positions": "learned"}, {}, "--model.positions learned"),
+        ({"qkv_bias": True}, {}, "--model.qkv-bias True"),
+        ({"qk_norm": "head"}, {"balancing": "bias"}, "--model.qk-norm head, --routing.balancing bias"),
+        ({"qk_norm": "full", "head_size": 8}, {}, "--model.qk-norm full, --model.head-size 8"),
+        ({"qk_norm": "full", "dense": "active"}, {}, "--model.qk-norm full, --model.dense active"),
+        ({"qk_norm": "full", "shared_experts": 1}, {}, "--model.qk-norm full, --model.shared-experts 1"),
+        ({"shared_experts": 1, "shared_gate": True, "qk_norm": "head"}, {}, "--model.qk-norm head, --model.shared"),
+        ({"shared_experts": 1}, {"renormalise_gates": False}, "--model.shared-experts 1, --routing.renormalise-gates"),
+        ({"shared_experts": 1, "head_size": 8}, {}, "--model.head-size 8, --model.shared-experts 1"),
+        ({}, {"top_k": 1}, "--top-k 1"),
+        ({}, {"renormalise_gates": False}, "--routing.renormalise-gates False"),
+        ({"scaled_embedding": True, "qk_norm": "head"}, {}, "--model.qk-norm head, --model.scaled-embedding True"),
+        ({"scaled_embedding": True, "dense": "active"}, {}, "--model.dense active, --model.scaled-embedding True"),
+        ({"scaled_embedding": True, "shared_experts": 1}, {}, "--model.shared-experts 1, --model.scaled-embedding"),
+        ({"scaled_embedding": True}, {"top_k": 1}, "--model.scaled-embedding True, --top-k 1"),
+        ({"dense": "active", "norm": "layernorm"}, {}, "--model.norm layernorm, --model.dense active"),
+        (GPT2 | {"kv_heads": 1}, {}, "--model.norm layernorm, --model.positions learned, --model.activation gelu"),
+        (GPT2 | {"head_size": 8, "kv_heads": 0}, {}, "--model.norm layernorm, --model.positions learned"),
     ],
 )
-def test_what_no_class_holds_is_blamed_on_its_option(changes: dict, routing: dict, option: str) -> None:
+def test_what_no_class_holds_is_blamed_on_its_settings(changes: dict, routing: dict, options: str) -> None:
     start = dataclasses.replace(preset("nano").model, tie_value_output_init=False, qk_norm="none", tied_head=True)
     model = dataclasses.replace(start, **changes).with_routing(**routing)
     with pytest.raises(UserError) as failure:
         architecture_of(model)
-    assert str(failure.value).startswith(option)
+    assert str(failure.value).startswith(options)
     assert "`--to safetensors`" in str(failure.value)
 
 
@@ -344,24 +324,19 @@ def test_a_damaged_checkpoint_is_not_exported(name: str, tmp_path: Path, capsys:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "status", "said"),
+    ("arguments", "said"),
     [
-        (["--dtype", "q8_0"], 2, "--dtype q8_0: for --to gguf only"),
-        (["--to", "onnx"], 2, "--to onnx: must be one of"),
-        (["--step", "7"], 2, "--step 7: "),
-        (["--out", "full"], 2, "is not empty; name a new folder"),
-        (["--out", "."], 2, "--out .: is a link, a mount or the current folder; name a new"),
-        (["--out", "HERE"], 2, "is a link, a mount or the current folder"),
-        (["--out", "link"], 2, "--out link: is a link, a mount or the current folder"),
-        (["--to", "html", "--out", "full"], 2, "--out full: is a folder; name a file"),
-        (["--to", "html", "--out", "link"], 2, "--out link: is a folder; name a file"),
-        (["--to", "html", "--out", "page"], 2, "--out page: is there already; name a new file"),
-        (["--to", "html", "--dtype", "bfloat16"], 2, "--dtype bfloat16: the weights of a page are int8"),
+        (["--dtype", "q8_0"], "--dtype q8_0: for --to gguf only"),
+        (["--to", "onnx"], "invalid choice 'onnx'"),
+        (["--step", "7"], "--step 7: "),
+        (["--out", "full"], "is not empty; name a new folder"),
+        (["--to", "html", "--out", "full"], "--out full: is a folder; name a file"),
+        (["--to", "html", "--out", "page"], "--out page: is there already; name a new file"),
+        (["--to", "html", "--dtype", "bfloat16"], "--dtype bfloat16: the weights of a page are int8"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_read(
     arguments: list[str],
-    status: int,
     said: str,
     run: Path,
     tmp_path: Path,
@@ -369,17 +344,10 @@ def test_wrong_arguments_are_refused_before_anything_is_read(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     here = tmp_path / "here"
-    for folder in (here, here / "full" / "x", tmp_path / "other"):
-        folder.mkdir(parents=True)
-    if arguments[1] in (".", "HERE"):  # an empty folder
-        here = tmp_path / "other"
-    else:
-        (here / "link").symlink_to(tmp_path / "other")
-        (here / "page").touch()
+    (here / "full" / "x").mkdir(parents=True)
+    (here / "page").touch()
     monkeypatch.chdir(here)
     for name in ("source.open_source", "html.write_html"):
         monkeypatch.setattr(f"moe_jax.interop.{name}", lambda *_: pytest.fail("read"))
-    arguments = [str(here) if a == "HERE" else a for a in arguments]
-    assert command("--run", str(run), "--out", str(tmp_path / "out"), *arguments) == status
-    assert said in capsys.readouterr().err
+    assert said in refused_command(["export", "--run", str(run), "--out", str(tmp_path / "out"), *arguments], capsys)
     assert not (tmp_path / "out").exists()

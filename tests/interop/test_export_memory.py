@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax.interop.export import Target, export
+from moe_jax.interop.architectures import ExportTarget
+from moe_jax.interop.export import export
 from moe_jax.interop.source import open_source
 from tests.interop.saved import save
 
 
 @pytest.mark.parametrize("to", ["hf", "safetensors", "gguf"])
-def test_an_export_holds_one_layer_at_a_time(to: Target, tmp_path: Path) -> None:
+def test_an_export_holds_one_layer_at_a_time(to: ExportTarget, tmp_path: Path) -> None:
     """Beside the weights: less than half of what is written, of a model with eight layers."""
     if to == "gguf":
         pytest.importorskip("gguf", reason="the extra gguf is not installed")

@@ -139,21 +139,6 @@ def test_a_model_is_downloaded_by_its_name(folder: Path, tmp_path: Path) -> None
         one_line(imported("tiny/other", address, tmp_path / "run"), "the hub has no model of this name")
 
 
-def test_a_download_that_breaks_off_goes_on(tmp_path: Path) -> None:
-    """What has arrived, in the library's parts of 10 MB, is not read again."""
-    shape = {"hidden_size": 512, "intermediate_size": 256, "num_experts": 8, "num_hidden_layers": 8}
-    hub = Hub(published(tmp_path / "large", shard_bytes=10**9, **shape), cut=1)
-    with serving(hub) as address:
-        done = imported("tiny/moe", address, tmp_path)
-        if done.returncode:  # the library did not try again by itself
-            one_line(done, "try again")
-            done = imported("tiny/moe", address, tmp_path)
-        assert done.returncode == 0, done.stderr
-    assert len(hub.ranges) > 1
-    assert hub.ranges[0] == ""
-    assert any(wanted.startswith("bytes=") and not wanted.startswith("bytes=0-") for wanted in hub.ranges)
-
-
 def test_no_network_is_one_line(tmp_path: Path) -> None:
     said = "`uvx hf download tiny/moe --local-dir moe`"
     one_line(imported("tiny/moe", "http://127.0.0.1:9", tmp_path), said)

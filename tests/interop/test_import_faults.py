@@ -134,36 +134,6 @@ def test_hostile_headers(name: str, folder: Path) -> None:
     refused(folder, "is no whole safetensors file (Error while deserializing header: ")
 
 
-def test_a_shape_without_end_is_shown_by_its_beginning(folder: Path) -> None:
-    header, data = header_of(folder)
-    header[Q]["shape"] += [1] * 10_000
-    write(folder, json.dumps(header).encode(), data)
-    refused(folder, f"{Q} has shape [32, 32, 1, 1")
-
-
-def test_headers_and_files_that_are_cut(folder: Path) -> None:
-    header, data = header_of(folder)
-    text = json.dumps(header).encode()
-    for length in (2**63, 2**64 - 1, len(text) + len(data) + 1):
-        write(folder, text, data, length)
-        refused(folder, "is no whole safetensors file")
-    for text_of_header in (b"{" * 200_000, b"[" * 200_000, b"{nonsense}", b"\xff\xfe{}"):
-        write(folder, text_of_header, data)
-        refused(folder, "is no whole safetensors file")
-    whole = len(text).to_bytes(8, "little") + text + data
-    for content in (b"", b"\0\0\0", bytes(8), whole[:-1], whole[:-50_000], whole + bytes(5)):
-        (folder / "model.safetensors").write_bytes(content)
-        refused(folder, "is no whole safetensors file")
-
-
-def test_a_file_that_is_cut_after_its_check(folder: Path) -> None:
-    """Reading a file that is mapped and then cut would end the process with SIGBUS."""
-    opened = Pretrained.open(folder, "--init-from")
-    os.truncate(folder / "model.safetensors", 3000)
-    with pytest.raises(UserError, match=r"model\.safetensors: has become shorter while it was read; download it again"):
-        opened.params(abstract_model(opened.shape.model)[1])
-
-
 # Folders and shards
 
 

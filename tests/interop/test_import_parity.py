@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from moe_jax.cli.train import Train
 from moe_jax.config import UserError
 from moe_jax.config.rope import scaled_rotation, scaling_text
 from moe_jax.interop.export import export
@@ -26,6 +25,7 @@ from moe_jax.training.session import Session
 from tests.interop.llama_cpp import LlamaCpp
 from tests.interop.made import LAYOUTS, by_transformers, text_file
 from tests.support import short_form, tiny
+from tests.support.commands import train_settings
 from tests.support.hf_tokenizers import end_of, made
 from tests.support.saved_run import quick_training
 
@@ -58,7 +58,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory):
 
 def opened(folder: Path, tmp_path: Path, *flags: str) -> Session:
     words = [flags[0], str(folder), "--data", str(text_file(tmp_path)), "--out", str(tmp_path / "run"), *FLAGS]
-    return Session.open(*Train.parse([*words, *flags[1:]]).settings)
+    return Session.open(*train_settings(*words, *flags[1:]))
 
 
 def logits(session: Session) -> np.ndarray:

@@ -213,7 +213,7 @@ def test_a_killed_import_leaves_no_run_and_the_next_one_clears_up(tmp_path: Path
     for _ in range(4):
         process = runs.start(arguments, tmp_path, runs.COMMANDS)
         deadline = time.monotonic() + 120
-        while not list(out.parent.glob(".killed.*.partial/killed/checkpoints/tmp_*")) and time.monotonic() < deadline:
+        while not list(out.parent.glob(".killed.partial/checkpoints/.step_*")) and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(0.02 * seen)
         process.send_signal(signal.SIGKILL)

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 from moe_jax.config import ModelConfig
 from moe_jax.interop import gguf_file, huggingface
 from moe_jax.interop.architectures import architecture_of
+from moe_jax.interop.config_json import config_json
 from moe_jax.interop.pretrained import Pretrained
 from moe_jax.interop.source import open_source
 from moe_jax.model.moe.layer import Mode
@@ -155,7 +156,7 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 def test_an_export_computes_what_the_run_computes(exported: tuple[str, Any, np.ndarray]) -> None:
     name, source, expected = exported
     architecture = architecture_of(source.config.model)
-    config = huggingface.config_json(source, architecture, "float32")
+    config = config_json(source, architecture, "float32")
     assert config["model_type"] == name
     found = logits_of(config, dict(huggingface.tensors(source, architecture)), TOKENS)
     assert tiny.relative_error(found, expected) < 1e-4
@@ -206,7 +207,7 @@ def test_a_gguf_file_holds_the_model(exported: tuple[str, Any, np.ndarray], tmp_
             tensors |= {f"{at}.mlp.experts.{e}.{part}_proj.weight": w for e, w in enumerate(tensor.data)}
         else:
             tensors[f"{at}.{names[kind]}.{end}"] = tensor.data
-    config = huggingface.config_json(source, architecture, "float32")
+    config = config_json(source, architecture, "float32")
     interleaved = architecture.gguf in ("llama", "granitemoe", "ernie4_5-moe")
     found = logits_of(config | {"rotates_pairs": interleaved}, tensors, TOKENS)
     assert tiny.relative_error(found, expected) < 1e-4

@@ -135,7 +135,7 @@ def test_llama_cpp_gives_our_logits(run: tuple[str, Path], tmp_path: Path) -> No
 
 
 SETTINGS = ("--model.width", "64", "--model.layers", "2", "--model.seq-len", "128", "--model.expert-hidden", "64")
-SETTINGS += ("--set", "data.stories=400", "--data.vocab-size", "512", "--batch-size", "4", "--train.eval-every", "100")
+SETTINGS += ("--data.stories", "400", "--data.vocab-size", "512", "--batch-size", "4", "--train.eval-every", "100")
 SETTINGS += ("--execution.compute-dtype", "float32", "--steps", "120")
 PROMPT, GREEDY = "Once upon a time", 100
 

@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from moe_jax.config import DataConfig, UserError
+from moe_jax.data.chats import answer_prompt, encode_chats
 from moe_jax.data.documents import ROLES, SEPARATOR, Message
-from moe_jax.data.tokenizers import Tokenizer, answer_prompt, encode_chats, imported_tokenizer, train_tokenizer
+from moe_jax.data.tokenizers import Tokenizer, imported_tokenizer, train_tokenizer
 from moe_jax.interop import gguf_file
 from moe_jax.interop.architectures import architecture_of
 from moe_jax.interop.export import export

@@ -101,4 +101,4 @@ def mesh_causality(config: RunConfig, params: Params) -> Certificate:
     forward = make_mesh_forward(layout, programs.trained_graphdef, programs.param_shapes)
     slots = model.device_rows(layout.mesh.shape["expert"]) if model.dropless else model.capacity
     before, other = np.random.default_rng(0).integers(0, V, (2, 2 * DEVICES, T)).astype(np.int32)
-    return perturbed("mesh", "", lambda tokens: forward(placed, tokens)[:2], before, other, 1.0, slots)
+    return perturbed("mesh", lambda tokens: forward(placed, tokens)[:2], before, other, 1.0, slots)

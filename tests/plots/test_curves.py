@@ -1,6 +1,5 @@
 """What a picture shows of the records: which curves, lines, limits and names. No picture is written."""
 
-import io
 import json
 import math
 from pathlib import Path
@@ -12,7 +11,6 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from moe_jax.config import UserError
-from moe_jax.plots import figures
 from moe_jax.plots.figures import COLOURS, _Metrics, load_figure, run_figures
 
 
@@ -61,27 +59,13 @@ def test_one_run_is_the_title_and_several_are_the_legend(tmp_path: Path) -> None
     assert [line.get_color() for line in two["evenness"].axes[0].get_lines()] == list(COLOURS[:2])
 
 
-def test_the_floor_in_both_units(tmp_path: Path) -> None:
-    """0.5 bits a byte and 2 bytes a token are ln 2 nats a token."""
-    summary = {"entropy_floor_bits_per_byte": 0.5, "val_bytes_per_token": 2.0}
-    found = run_figures([run(tmp_path, "a", summary=summary)])
-    assert labels(found["loss"])[-1] == f"entropy of the whole validation text, {math.log(2):.4f}"
-    assert legend(found["bits_per_byte"]) == ["a", "entropy of the whole validation text, 0.5000"]
-    metrics = _Metrics(tmp_path / "a")
-    assert metrics.floor("bits per byte") == 0.5
-    assert metrics.floor("nats per token") == pytest.approx(math.log(2))
-    other = _Metrics(run(tmp_path, "b", summary={"entropy_floor_bits_per_byte": 0.5}))
-    assert (other.floor("bits per byte"), other.floor("nats per token")) == (0.5, None)
-    none = _Metrics(run(tmp_path, "c", summary={"val_bytes_per_token": 2.0}))
-    assert (none.floor("bits per byte"), none.floor("nats per token")) == (None, None)
-
-
 def test_each_floor_is_one_line(tmp_path: Path) -> None:
     runs = [
         run(tmp_path, n, summary={"entropy_floor_bits_per_byte": f}) for n, f in (("a", 0.5), ("b", 0.4), ("c", 0.5))
     ]
-    lines = run_figures(runs)["bits_per_byte"].axes[0].get_lines()[3:]
-    assert [list(line.get_ydata()) for line in lines] == [[0.4, 0.4], [0.5, 0.5]]
+    figure = run_figures(runs)["bits_per_byte"]
+    assert [list(line.get_ydata()) for line in figure.axes[0].get_lines()[3:]] == [[0.4, 0.4], [0.5, 0.5]]
+    assert labels(figure)[3] == "entropy of the whole validation text, 0.4000"
 
 
 def test_values_that_are_null_are_left_out(tmp_path: Path) -> None:
@@ -114,41 +98,3 @@ def test_the_load_has_a_panel_for_each_layer() -> None:
     assert (first.get_xlabel(), second.get_xlabel()) == ("", "step")
     assert bar.get_ylabel() == "times the fair share"
     assert figure.get_size_inches().tolist() == [8, pytest.approx(1.2 + 1.5 * 2)]
-
-
-def test_without_matplotlib_the_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    import builtins
-
-    true = builtins.__import__
-
-    def refuse(name: str, *rest: Any, **options: Any) -> Any:
-        if name.partition(".")[0] == "matplotlib":
-            raise ImportError(name)
-        return true(name, *rest, **options)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(UserError, match=r"matplotlib is missing; add `--extra plots` after `uv run`"):
-        figures.check_installed()
-
-
-def test_the_overview_holds_every_figure_in_its_place() -> None:
-    """Three figures of plain colours: two side by side, 14 inches wide, the third below them at the left."""
-    from matplotlib.figure import Figure
-    from matplotlib.image import imread
-
-    plain = []
-    for colour, height in (("#ff0000", 5), ("#00ff00", 2.5), ("#0000ff", 5)):
-        figure = Figure(figsize=(5, height))
-        figure.set_facecolor(colour)
-        plain.append(figure)
-    page = (imread(io.BytesIO(figures._overview(plain)))[..., :3] * 255).round()
-    assert page.shape[:2] == (1400, 1400)
-    at = {"red": (350, 350), "green": (100, 1050), "paper": (600, 1050), "blue": (1050, 350), "nothing": (1050, 1050)}
-    found = {name: page[place].tolist() for name, place in at.items()}
-    assert found == {
-        "red": [255, 0, 0],
-        "green": [0, 255, 0],
-        "paper": [255, 255, 255],
-        "blue": [0, 0, 255],
-        "nothing": [255, 255, 255],
-    }

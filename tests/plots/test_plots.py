@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from moe_jax.cli.inspect import Plot
+from moe_jax.cli.main import run_command
 from moe_jax.plots.figures import run_figures, save_figures
 from tests.support import saved_run
 
@@ -47,7 +47,7 @@ def test_the_same_run_gives_the_same_files(folder: Path, tmp_path: Path) -> None
 
 
 def test_the_command_writes_into_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert Plot(run=[str(folder)]).execute() == 0
+    assert run_command(["plot", "--run", str(folder)]) == 0
     printed = capsys.readouterr().out.splitlines()
     assert str(folder / "report" / "loss.svg") in printed
     assert all(Path(line).is_file() for line in printed)

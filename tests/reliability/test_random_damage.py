@@ -23,7 +23,7 @@ COMMANDS = {
     "chat": ["--max-tokens", "4"],
     "serve": ["--port", "0"],
     "export": ["--out", "out"],
-    "quantize": ["--weights", "int8", "--out", "out"],
+    "quantize": ["--to", "int8", "--out", "out"],
     "sft": ["--data", "chats.jsonl", "--out", "out", "--steps", "1", "--lora", "2"],
     "certify": [],
 }

@@ -66,7 +66,7 @@ def other_tokenizer(path: Path) -> None:
     ("harm", "said"),
     [
         (Path.unlink, "cannot be read"),
-        (lambda path: path.write_text("{"), "not JSON"),
+        (lambda path: path.write_text("{"), "not a tokenizer, so it is damaged"),
         (other_tokenizer, "not the one that the checkpoints were trained with"),
     ],
     ids=["gone", "cut", "other"],

@@ -1,7 +1,6 @@
 """A server on the loopback interface, in a thread of the test's process, and a client of the standard library."""
 
 import asyncio
-import contextlib
 import http.client
 import json
 import socket
@@ -12,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_jax.serving.app import Rules, Server
+from moe_jax.serving.app import AccessPolicy, Server
 from moe_jax.serving.engine import Engine
 from moe_jax.serving.requests import ModelCard
-from moe_jax.serving.server import delivered_to, serve_until
+from moe_jax.serving.server import WebServer, delivered_to
 from moe_jax.serving.sockets import bind
 from tests.serving import made
 
@@ -95,16 +94,14 @@ def site(folder: Path, tuned: bool = False, origins: Sequence[str] = (), key: st
         made.decoder(), made.run().params, made.run().tokenizer, queue=made.QUEUE, deliver=delivered_to(loop)
     )
     card = ModelCard(made.run(tuned), "tiny", made.SLOTS, folder)
-    server = Server(engine, card, Rules("127.0.0.1", key, origins))
-    stop = asyncio.Event()
+    web = WebServer(Server(engine, card, AccessPolicy("127.0.0.1", key, origins)), ready.set)
 
     def end() -> None:
-        with contextlib.suppress(RuntimeError):  # it has ended
-            loop.call_soon_threadsafe(stop.set)
+        web.should_exit = True
 
     def main() -> None:
         with asyncio.Runner(loop_factory=lambda: loop) as runner:
-            runner.run(serve_until(stop, server, sock, ready.set))
+            runner.run(web.serve([sock]))
 
     thread = threading.Thread(target=main)
     thread.start()

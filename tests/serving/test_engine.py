@@ -1,18 +1,18 @@
 """The engine: every text is that of `generate`, whoever else is served; no slot is lost."""
 
 import itertools
-import threading
 import time
 from collections.abc import Callable
 
 import numpy as np
 import pytest
+from suites.serving import in_parallel
 
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.traced_pass import make_traced_pass
 from moe_jax.model.moe.layer import Mode
-from moe_jax.serving.engine import Engine, QueueFull, Stopping, in_parallel
+from moe_jax.serving.engine import Engine, QueueFull, Stopping
 from moe_jax.serving.texts import Event, TextRequest
 from tests.serving import made
 
@@ -52,16 +52,6 @@ def test_texts_are_those_of_generate_in_any_company() -> None:
         assert [event.finish for event in events[:-1]] == [None] * (len(events) - 1)
         drawn = sum(len(event.pieces) for event in events)
         assert events[-1].finish == ("length" if drawn == request.limit else "stop")
-
-
-def test_a_prompt_of_several_texts_is_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    read = made.decoder().read
-    prompts = []
-    monkeypatch.setattr(made.decoder(), "read", lambda params, tokens: prompts.append(tokens) or read(params, tokens))
-    with made.engine() as engine:
-        prompts.clear()  # the empty slots are made of one, too
-        in_parallel(engine, [TextRequest(made.PROMPT, Sampling(), 0, number, 3) for number in range(5)])
-    assert prompts == [made.PROMPT]
 
 
 def test_after_compile_no_text_waits_for_a_compiler() -> None:
@@ -176,44 +166,21 @@ def test_stopping_ends_every_text_and_the_thread() -> None:
             engine.submit([made.endless()], [lambda event: None])
 
 
-@pytest.mark.parametrize("program", ["step", "place"])
-def test_a_failure_ends_its_texts_and_the_next_ones_are_right(
-    program: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
-) -> None:
-    """The text whose prompt is being read ends, too."""
-    run, failing = getattr(made.decoder(), program), threading.Event()
-
-    def sometimes(*given):
-        if failing.is_set():
-            failing.clear()
-            raise RuntimeError("out of memory")
-        return run(*given)
-
-    monkeypatch.setattr(made.decoder(), program, sometimes)
-    with made.engine() as engine:
-        heard = Heard(engine, [made.endless(), made.endless()])
-        until(lambda: all(heard.begun()))
-        failing.set()
-        later = Heard(engine, [made.endless()] if program == "place" else [])
-        until(lambda: heard.finishes() + later.finishes() == ["failed"] * (2 + len(later.events)))
-        request = TextRequest(made.PROMPT, Sampling(temperature=1.0), 4, 0, 20)
-        assert made.text(in_parallel(engine, [request])[0]) == made.generated(request)
-        assert engine.busy == 0
-    assert "out of memory" in capfd.readouterr().err
-
-
-def test_an_engine_without_memory_for_new_slots_ends_and_answers_all(
+def test_a_failure_of_the_program_ends_the_engine_and_answers_all(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
+    """The text whose prompt is being read, and those that wait, too."""
+
     def out_of_memory(*_: object) -> None:
         raise RuntimeError("out of memory")
 
     with made.engine() as engine:
-        monkeypatch.setattr(made.decoder(), "step", out_of_memory)
-        monkeypatch.setattr(made.decoder(), "empty", out_of_memory)
         heard = Heard(engine, [made.endless() for _ in range(2)])
+        until(lambda: all(heard.begun()))
+        monkeypatch.setattr(made.decoder(), "place", out_of_memory)
+        later = Heard(engine, [made.endless() for _ in range(2)])
         until(lambda: not engine.running)
-        assert heard.finishes() == ["failed", "stopped"]
+        assert (heard.finishes(), later.finishes()) == (["failed"] * 2, ["failed", "stopped"])
         with pytest.raises(Stopping):
             engine.submit([made.endless()], [lambda event: None])
-    assert capfd.readouterr().err.count("RuntimeError: out of memory") == 2
+    assert "RuntimeError: out of memory" in capfd.readouterr().err

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from suites.serving import in_parallel
 
 import moe_jax
 from foundation.trained import Problem
@@ -22,7 +23,7 @@ from moe_jax.model.quantized import QuantizedMatrix
 from moe_jax.runs.doctor import examine
 from moe_jax.runs.load import open_run
 from moe_jax.runs.records import read_summary
-from moe_jax.serving.engine import Engine, in_parallel
+from moe_jax.serving.engine import Engine
 from moe_jax.serving.texts import TextRequest
 from moe_jax.training import initial_weights
 from moe_jax.training.evaluate import Evaluation

@@ -1,4 +1,4 @@
-// Slots: how many are filled, what another capacity factor would have dropped, and where in a window drops happen.
+// Slots: how many are filled, and what another capacity factor would have dropped.
 const drawSlots = () => {
   const layer = state.layer, windows = Math.ceil(N / model.seq_len), wanted = range(E).map(() => range(windows).map(() => 0));
   for (let i = 0; i < N; i++) for (let k = 0; k < K; k++) wanted[choice(layer, i, k).expert][Math.floor(i / model.seq_len)]++;
@@ -17,13 +17,6 @@ const drawFactors = () => {
     caption(`What ${model.dropless ? "" : "other "}capacity factors would have dropped`, "Share of choices dropped, if the routing stays as it is. A factor of 1 gives each expert its fair share of slots."),
     lineChart({ label: "Share dropped by capacity factor", series, x: "capacity factor", ticks: [0.25, 1, 2, 3, 4], format: (v) => percent(v, v < 0.1 && v > 0 ? 1 : 0), marks: model.dropless ? [] : [{ x: model.capacity_factor, text: `this run: ${model.capacity_factor}` }] }), key(series),
   ]);
-  const { first, drop: at } = corpus.drops_by_position;
-  const places = layerSeries(first, at);
-  fill(clear(byId("positions")), {}, [
-    caption("Where in a window choices are dropped", model.dropless ? null
-      : "Slots go to earlier tokens first, so later tokens more often find an expert full. This keeps the model causal: no token can take a slot from an earlier token."),
-    model.dropless ? el("p", { class: "small" }, "Nothing is dropped.") : lineChart({ label: "Share dropped by place in the window", series: places, x: "place in the window", format: (v) => percent(v, v < 0.1 && v > 0 ? 1 : 0), top: Math.max(0.01, ...at.flat()) }), model.dropless ? null : key(places),
-  ]);
 };
 
 const startCapacity = () => {
@@ -31,5 +24,5 @@ const startCapacity = () => {
     ? `This run's dispatch (${model.dispatch}) has no capacity: every choice is served. The pictures show what a capacity would have done.`
     : `A window holds ${whole(model.seq_len)} tokens with ${count(K, "choice")} each. With capacity factor ${model.capacity_factor} each of the ${E} experts has ${whole(model.capacity)} slots a window: ${model.capacity_factor} times its fair share of ${+(model.seq_len * K / E).toFixed(2)}, rounded up.`;
   section("capacity", () => { drawSlots(); if (corpus) drawFactors(); }, ["layer"]);
-  if (!corpus) { byId("factors").remove(); byId("positions").remove(); }
+  if (!corpus) { byId("factors").remove(); }
 };

@@ -7,7 +7,7 @@ converted matrix to memory.
 
 XLA runs the loop on one core. A turn adds several rows, because each turn reads and writes the total. These rows come
 from distant parts of the matrix. Rows that follow one another were slower: if their length is a power of two, they take
-the same places of the cache. `benchmarks/trials.md` has the other forms (111 to 122).
+the same places of the cache.
 """
 
 import math

@@ -1,8 +1,14 @@
-"""Models by the name that they have on the Hugging Face hub: downloaded into its cache, where other programs find them
-too. A download that breaks off goes on at the next call."""
+"""The folder of a public model: its files, and its download by the name that it has on the Hugging Face hub.
 
+The hub's library downloads into its own cache, where other programs find the model too. A download that breaks off goes
+on at the next call.
+"""
+
+import errno
+import os
 import re
 from pathlib import Path
+from typing import BinaryIO
 
 from moe_jax.config import UserError
 
@@ -36,3 +42,24 @@ def model_folder(source: str) -> Path:
             f"{source}: the hub cannot be reached ({why}); try again, or bring the folder: where there is a network, "
             f"`uvx hf download {source} --local-dir {source.partition('/')[2]}`, and give its path here"
         ) from None
+
+
+def read_file(folder: Path, name: str, limit: int | None = None) -> bytes:
+    """A plain file of a folder. The caches of Hugging Face hold links to plain files, so a link is followed.
+
+    Raises OSError, also for a file that is not plain (a device, a pipe), or has more than `limit` bytes.
+    """
+    with open_file(folder, name, limit) as file:
+        return file.read()
+
+
+def open_file(folder: Path, name: str, limit: int | None = None) -> BinaryIO:
+    """A plain file of a folder, open for reading. Raises the errors of `read_file`."""
+    path = Path(os.path.realpath(folder / name))
+    size = path.stat().st_size
+    if not path.is_file():
+        raise OSError(errno.EINVAL, "is no plain file; remove it", str(path))
+    if limit is not None and size > limit:
+        problem = f"has {size:,} bytes, and at most {limit:,} are read; put the right file there"
+        raise OSError(errno.EFBIG, problem, str(path))
+    return path.open("rb")

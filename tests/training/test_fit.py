@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 from moe_jax.config import DataConfig, ExecutionConfig, RunConfig, TrainConfig, UserError
-from moe_jax.planning import fitting
-from moe_jax.planning.fitting import Device, compiled_here, device_here, fit
-from moe_jax.planning.plans import Plan
 from moe_jax.system.environment import MIB
+from moe_jax.training import fit as fitting
+from moe_jax.training.fit import Device, compiled_here, device_here, fit
+from moe_jax.training.plan import Plan
 from moe_jax.training.run import take_steps
 from moe_jax.training.session import Session
 from tests.support import saved_run, tiny
@@ -77,7 +77,7 @@ def fitted(
     expected = (16, 2, True)
     folder = tmp_path_factory.mktemp("fitted")
     with saved_run.quick_training(folder / "cache", samples=False):
-        session = Session.open(asked(folder, memories[expected].total), fit=fit)
+        session = Session.open(asked(folder, memories[expected].total))
         take_steps(session)
     return folder, session, expected
 

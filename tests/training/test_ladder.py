@@ -11,13 +11,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moe_jax.config import ExecutionConfig, RunConfig, TrainConfig
+from moe_jax.config.execution import Fit
 from moe_jax.config.presets import preset, with_vocabulary
-from moe_jax.config.train import Fit
 from moe_jax.model.costs import adapter_parameters, count_parameters, totals
-from moe_jax.planning import fitting
-from moe_jax.planning.fitting import Device
-from moe_jax.planning.plans import Plan, chosen, named
 from moe_jax.system.environment import MIB
+from moe_jax.training import fit as fitting
+from moe_jax.training.fit import Device
+from moe_jax.training.plan import Plan, chosen, named
 from tests.support import tiny
 
 CONFIG = RunConfig(model=tiny.config(), train=TrainConfig(batch_size=4, grad_accum=2, optimizer="adamw"))

@@ -24,12 +24,11 @@ from moe_jax.inference.decode import NOTHING_GIVEN
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.costs import count_parameters, least_step_bytes, totals
 from moe_jax.model.precision import choose_policy
-from moe_jax.planning.plans import MARGIN, Plan, chosen, named, values_of, with_values
 from moe_jax.system.environment import MIB
 from moe_jax.system.terminal import working
 from moe_jax.training.evaluate import evaluation_rows
+from moe_jax.training.plan import MARGIN, Plan, chosen, named, values_of, with_values
 from moe_jax.training.programs import Programs
-from moe_jax.training.session import Fitted
 
 OPTIMIZERS_BY_STATE: tuple[OptimizerKind, ...] = ("adamw", "adamw-bf16", "adamw-8bit", "adafactor")
 """Optimizers in descending order of state."""
@@ -37,6 +36,16 @@ BATCH, ACCUMULATION, REMAT = ("train", "batch_size"), ("train", "grad_accum"), (
 MAY_CHANGE = [BATCH, ACCUMULATION, REMAT]
 """The settings that the ladder chooses at a resume too. The state of a run belongs to one optimizer."""
 FIT = ("execution", "fit")
+
+
+class Fitted(NamedTuple):
+    """The settings of a run, which fit its device."""
+
+    config: RunConfig
+    record: Any = None
+    """For config.json: the device, the memory, and what was asked for. None if all is as it was asked for."""
+    note: str = ""
+    """What was chosen, and why. Empty if nothing was."""
 
 
 # The ladder
