@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from moe_jax.certify.arithmetic import layer_function, with_gradients
+from moe_jax.certify.formulas import expert_flops, router_flops
 from moe_jax.config import ModelConfig
-from moe_jax.model.costs import expert_flops, router_flops
 from moe_jax.model.kernels.matmul import matmul
 from moe_jax.system import machine
 from moe_jax.system.machine import Times, alternate

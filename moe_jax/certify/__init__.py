@@ -3,6 +3,7 @@
     model.py        every certificate of a model; each program is compiled once
     causality.py    no token changes an earlier output
     arithmetic.py   the arithmetic of the compiled programs
+    formulas.py     what that arithmetic must be
 
 The compiled programs are read by `system.hlo`.
 """

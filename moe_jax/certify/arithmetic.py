@@ -1,10 +1,10 @@
 """The arithmetic of the compiled programs, in whole numbers: equal to its formulas, not close to them.
 
 A compiled layer has the matrix products that the rows of its dispatch need: the slots of all experts for `capacity`,
-the rows of the block plan for `blocks` (`costs.multiplied_rows`, which computes the slots by itself).
+the rows of the block plan for `blocks` (`formulas.multiplied_rows`, which computes the slots by itself).
 
 The products of a compiled step are divided by their named scopes: attention, expert layers, head, and the rest, which
-are those of the optimizer. Each part has exactly the products of its formula (`costs.step_products`), with what the
+are those of the optimizer. Each part has exactly the products of its formula (`formulas.step_products`), with what the
 backward pass computes again and with the padding of the head's blocks.
 """
 
@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.certify import Certificate
+from moe_jax.certify.formulas import layer_flops, multiplied_rows, router_flops, step_products
 from moe_jax.config import ModelConfig, RunConfig
-from moe_jax.model.costs import layer_flops, multiplied_rows, router_flops, step_products
 from moe_jax.model.kernels import cross_entropy
 from moe_jax.model.moe.layer import Mode, MoE
 from moe_jax.model.transformer import build_layer

@@ -23,10 +23,10 @@ import numpy as np
 from flax import nnx
 
 from moe_jax.certify import Certificate
+from moe_jax.certify.formulas import attention_flops, layer_flops
 from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.inference.decode import NOTHING_GIVEN, Decoder
 from moe_jax.inference.sampling import Sampling
-from moe_jax.model.costs import attention_flops, layer_flops
 from moe_jax.model.moe.layer import Mode, MoE
 from moe_jax.model.transformer import Params, abstract_model, build_layer, merge
 

@@ -1,17 +1,15 @@
-"""The cost of a model, by formula: parameters by group, floating-point operations, least memory and time of
-training.
+"""The cost of a model, by formula: parameters by group, floating-point operations and least memory of training.
 
-It needs no jax, so the commands know it before anything starts. Chapter 16 of `foundation` derives the formulas.
+It needs no jax, so the commands know it before anything starts. Chapter 16 of `foundation` derives the formulas. The
+operations of a compiled program, padding included: `certify/formulas.py`.
 """
 
-import math
-from fractions import Fraction
 from typing import NamedTuple
 
 from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.config.presets import with_vocabulary
 from moe_jax.config.train import NEWTON_SCHULZ_STEPS, STATE_BYTES
-from moe_jax.model.kernels.query_blocks import LONGEST_KEPT, computed_scores, kept_scores
+from moe_jax.model.kernels.query_blocks import LONGEST_KEPT, kept_scores
 
 
 class Count(NamedTuple):
@@ -106,94 +104,6 @@ def totals(groups: dict[str, Count]) -> Count:
     return Count(total, active, multiplied)
 
 
-def expert_flops(config: ModelConfig, rows: int) -> int:
-    """Forward floating-point operations of the experts' matrix products on `rows` rows, one token each."""
-    matrices = config.expert_matrices
-    return 2 * rows * matrices * config.width * config.expert_hidden
-
-
-def router_flops(config: ModelConfig, tokens: int) -> int:
-    """Forward floating-point operations of a router on `tokens` tokens."""
-    return 2 * tokens * config.width * config.experts
-
-
-def layer_flops(config: ModelConfig, batch: int, devices: int = 1) -> int:
-    """Forward floating-point operations of an MoE layer in training, with the rows of its dispatch: of one device, with
-    `batch` sequences, of `devices` along a mesh axis `expert`."""
-    tokens, rows = batch * config.seq_len, multiplied_rows(config, batch, devices)
-    return expert_flops(config, rows + tokens * config.shared_experts) + router_flops(config, tokens)
-
-
-def multiplied_rows(config: ModelConfig, batch: int, devices: int = 1) -> int:
-    """Rows that the routed experts of a device multiply when a layer trains on `batch` sequences of each device.
-
-    With dispatch by `capacity`, the rows are all slots of all experts, filled or empty. With `blocks`, they are all
-    rows of all blocks, filled or empty. With several `devices` along a mesh axis `expert`, the blocks have room for all
-    rows that may arrive.
-    """
-    tokens = batch * config.seq_len
-    if config.routing.dispatch == "blocks":
-        from moe_jax.model.moe.layer import block_rows  # imports jax, which the other formulas do without
-
-        pairs, own = tokens * config.routing.top_k, config.experts // devices
-        block = block_rows(pairs, own)
-        arriving = pairs if devices == 1 else devices * batch * config.device_rows(devices)
-        return (own + (arriving - 1) // block) * block
-    # Not `config.capacity`: certificates compare programs, which have that one, with these slots.
-    share = Fraction(str(config.routing.capacity_factor)) * config.seq_len * config.routing.top_k / config.experts
-    return batch * config.experts * min(config.seq_len, max(1, math.ceil(share)))
-
-
-def attention_flops(config: ModelConfig, batch: int) -> int:
-    """Forward floating-point operations of an attention layer: its two matrices, and two products of all scores that
-    are computed."""
-    matrices = sum(rows * columns for rows, columns in attention_shapes(config))
-    return 2 * batch * config.seq_len * matrices + 2 * _score_product(config, batch, computed_scores(config.seq_len))
-
-
-def _score_product(config: ModelConfig, batch: int, scores: int) -> int:
-    """Operations of one product of the scores or weights with vectors of the heads, in one layer. `scores` is the
-    number of them that are computed for a head of a sequence."""
-    return 2 * batch * config.heads * config.head_width * scores
-
-
-def step_products(config: RunConfig, batch: int, devices: int = 1, cudnn: bool = False) -> dict[str, int]:
-    """Floating-point operations of all matrix products of a training step with one micro-batch of `batch` sequences, by
-    named scope of the program: attention, ffn, head. The `rest` are those of the optimizer. For models without
-    adapters. With several `devices` along a mesh axis `expert`, `ffn` counts the work of one of them.
-
-    The backward pass of a product is two products. Besides, the backward pass repeats
-
-        the scores of a sequence above LONGEST_KEPT
-        with remat: the forward pass of the blocks, without the products whose result it does not need (the output
-        projection of attention, and the last matrix of the experts, before which the gates enter) or keeps (the router)
-
-    With `cudnn`, attention is that of `library_attention.py`: the scores of later positions are not computed. The
-    backward pass computes the scores again, and with remat both products of the forward pass.
-    """
-    model, again = config.model, int(config.execution.remat)
-    tokens = batch * model.seq_len
-    qkv, out = (2 * tokens * rows * columns for rows, columns in attention_shapes(model))
-    computed = model.seq_len * (model.seq_len + 1) // 2 if cudnn else computed_scores(model.seq_len)
-    score = _score_product(model, batch, computed)
-    scores = 6 + 2 * again + (cudnn or model.seq_len > LONGEST_KEPT)
-    matrices = model.expert_matrices
-    if model.dense == "none":
-        rows = multiplied_rows(model, batch, devices) + tokens * model.shared_experts
-        ffn = (3 + again) * layer_flops(model, batch, devices)
-        ffn -= again * (expert_flops(model, rows) // matrices + router_flops(model, tokens))
-    else:
-        product = 2 * tokens * model.width * model.dense_hidden
-        ffn = matrices * (3 + again) * product - again * product
-    muon = muon_flops(model, config.train.muon_router) if config.train.optimizer == "muon" else 0
-    return {
-        "attention": model.layers * ((3 + again) * qkv + 3 * out + scores * score),
-        "ffn": model.layers * ffn,
-        "head": 6 * model.vocab_size * model.width * tokens,
-        "rest": muon,
-    }
-
-
 def training_flops(config: RunConfig, steps: int) -> int:
     """Floating-point operations of training: 6 x active matmul parameters x tokens, plus the matrix products of Muon.
 
@@ -256,37 +166,3 @@ def least_step_bytes(config: RunConfig) -> int:
     layers = 1 if config.execution.remat or model.seq_len > LONGEST_KEPT else model.layers
     weights = layers * train.batch_size * model.heads * kept_scores(model.seq_len)
     return int(parameters) + (residual + weights) * number
-
-
-# The time of training
-
-LOWEST, HIGHEST = 0.3, 0.6
-"""A training step is expected to reach a share of the matmul rate between these two."""
-USEFUL_PASSES = 4
-"""Reading a text up to four times is nearly as good as new text. More passes are worth less and less, and about 16 are
-the end (Muennighoff et al. 2023, "Scaling data-constrained language models", section 5)."""
-
-
-def expected_time(config: RunConfig, rate: float) -> str:
-    """The time of a run on a machine of `rate` floating-point operations a second in one matrix product, as a person
-    would say it. Compiling, evaluations and checkpoints are not in it. The vocabulary size must be known
-    (`with_vocabulary`)."""
-    flops = training_flops(config, config.train.steps)
-    return f"{duration(flops / (HIGHEST * rate))} to {duration(flops / (LOWEST * rate))}"
-
-
-def steps_within(config: RunConfig, rate: float, seconds: float) -> int:
-    """Most steps whose slowest expected time is at most `seconds`; at least 1."""
-    return max(1, int(seconds * LOWEST * rate / training_flops(config, 1)))
-
-
-def duration(seconds: float) -> str:
-    """Seconds in the unit that a person would use."""
-    if seconds < 1:
-        return "under a second"
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    for limit, size, unit in ((100 * 60, 60, "min"), (48 * 3600, 3600, "h")):
-        if seconds < limit:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds / 86400:.1f} days"

@@ -44,6 +44,18 @@ def rich_console(*, stderr: bool = False, **settings: Any) -> "Console":
     return Escaping(file=sys.stderr if stderr else sys.stdout, highlight=False, **settings)
 
 
+def duration(seconds: float) -> str:
+    """Seconds in the unit that a person would use."""
+    if seconds < 1:
+        return "under a second"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    for limit, size, unit in ((100 * 60, 60, "min"), (48 * 3600, 3600, "h")):
+        if seconds < limit:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds / 86400:.1f} days"
+
+
 def say(*lines: object) -> None:
     """Print lines: broken at spaces on a terminal, whole in a file or a pipe."""
     if lines and sys.stdout.isatty():

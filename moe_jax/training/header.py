@@ -11,22 +11,16 @@ from moe_jax.config import SECTIONS, MeshShape, ModelConfig, RunConfig, TrainCon
 from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.config.section import flag_of
 from moe_jax.data.token_store import Split
-from moe_jax.model.costs import (
-    HIGHEST,
-    LOWEST,
-    adapter_parameters,
-    count_parameters,
-    expected_time,
-    least_step_bytes,
-    totals,
-    training_flops,
-)
+from moe_jax.model.costs import adapter_parameters, count_parameters, least_step_bytes, totals, training_flops
 from moe_jax.model.precision import Policy, choose_policy
 from moe_jax.system import machine
 from moe_jax.system.environment import MIB, unused_card
-from moe_jax.system.terminal import rich_console, say
+from moe_jax.system.terminal import duration, rich_console, say
 from moe_jax.training.optimizers.factory import warmup_steps
 from moe_jax.training.session import Session
+
+LOWEST, HIGHEST = 0.3, 0.6
+"""A training step is expected to reach a share of the matmul rate between these two."""
 
 
 def print_run_header(session: Session) -> None:
@@ -60,13 +54,15 @@ def print_dry_run(config: RunConfig) -> None:
     console.print("[bold]costs[/bold]")
     sized, policy = with_vocabulary(config), choose_policy(config.execution.compute_dtype)
     rate = machine.matmul_rate(policy.compute)
+    flops = training_flops(sized, sized.train.steps)
     memory = f"at least {least_step_bytes(sized) / MIB:,.0f} MiB in a training step"
     costs = {
         "groups": ", ".join(f"{name} {n.total:,}" for name, n in count_parameters(sized.model).items()),
         "memory": f"{memory}; `uv run --isolated --extra gpu-plan python -m moe_jax plan` computes it for a card",
         "plan": plan_line(sized.train, sized.tokens_per_step),
-        "arithmetic": f"{training_flops(sized, sized.train.steps):.2e} floating-point operations",
-        "time": f"{expected_time(sized, rate)}, if training reaches {LOWEST:.0%} to {HIGHEST:.0%} of "
+        "arithmetic": f"{flops:.2e} floating-point operations",
+        "time": f"{duration(flops / (HIGHEST * rate))} to {duration(flops / (LOWEST * rate))}, "
+        f"if training reaches {LOWEST:.0%} to {HIGHEST:.0%} of "
         f"{rate / 1e9:,.0f} GFLOP/s, the {policy.compute} matmul rate of this machine, measured now; compiling, "
         "evaluations and checkpoints come on top",
     }

@@ -14,11 +14,11 @@ from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Column
 
 from moe_jax.config import UserError
-from moe_jax.model.costs import adapter_parameters, count_parameters, duration, totals, training_flops
+from moe_jax.model.costs import adapter_parameters, count_parameters, totals, training_flops
 from moe_jax.parallel.processes import is_process_zero
 from moe_jax.runs import records
 from moe_jax.system.files import json_text
-from moe_jax.system.terminal import rich_console
+from moe_jax.system.terminal import duration, rich_console
 from moe_jax.training.evaluate import Evaluation
 from moe_jax.training.session import Session
 from moe_jax.training.state import STARVED_STEPS

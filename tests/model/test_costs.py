@@ -9,18 +9,10 @@ from flax import nnx
 from suites.all_experts import AllExpertsMoE
 
 from moe_jax.certify.arithmetic import layer_function
+from moe_jax.certify.formulas import expert_flops, multiplied_rows, step_products
 from moe_jax.config import ExecutionConfig, ModelConfig, RunConfig, TrainConfig
 from moe_jax.config.presets import preset
-from moe_jax.model.costs import (
-    Count,
-    count_parameters,
-    expert_flops,
-    multiplied_rows,
-    muon_flops,
-    step_products,
-    totals,
-    training_flops,
-)
+from moe_jax.model.costs import Count, count_parameters, muon_flops, totals, training_flops
 from moe_jax.model.moe.layer import MoE
 from moe_jax.model.transformer import create, split
 from moe_jax.runs.checkpoint import named_leaves

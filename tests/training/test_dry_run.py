@@ -6,8 +6,9 @@ import pytest
 
 from moe_jax.cli.main import run_command
 from moe_jax.config.presets import with_vocabulary
-from moe_jax.model.costs import count_parameters, duration, totals, training_flops
+from moe_jax.model.costs import count_parameters, totals, training_flops
 from moe_jax.system import machine
+from moe_jax.system.terminal import duration
 from tests.support.commands import train_settings
 
 
