@@ -10,8 +10,8 @@ from jaxtyping import Array, Float, Int, Key
 from moe_jax.config import ModelConfig
 from moe_jax.model.kernels.cached_attention import cached_attention
 from moe_jax.model.kernels.causal_attention import Implementation, attention_weights, causal_attention
-from moe_jax.model.kernels.matmul import matmul
 from moe_jax.model.kernels.processor import split_heads
+from moe_jax.model.kernels.quantized import product
 from moe_jax.model.layers import Normalisation, apply_rope, matrix_init
 from moe_jax.model.low_rank import LowRank
 
@@ -76,7 +76,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T H A"], Float[Array, "B T KV A"], Float[Array, "B T KV A"]]:
         """Queries, keys and values."""
         rows = x.reshape(-1, x.shape[-1])
-        qkv = matmul(rows, self.qkv[...])
+        qkv = product(rows, self.qkv[...])
         qkv = qkv if self.qkv_lora is None else qkv + self.qkv_lora(rows)
         if self.config.bias or self.config.qkv_bias:
             qkv = qkv + self.qkv_bias[...].astype(x.dtype)
@@ -94,7 +94,7 @@ class Attention(nnx.Module):
 
     def _output(self, mixed: Float[Array, "B T H A"]) -> Float[Array, "B T D"]:
         rows = mixed.reshape(-1, self.config.heads * self.config.head_width)
-        y = matmul(rows, self.out[...])
+        y = product(rows, self.out[...])
         y = y if self.out_lora is None else y + self.out_lora(rows)
         y = y + self.out_bias[...].astype(y.dtype) if self.config.bias else y
         return y.reshape(*mixed.shape[:2], -1)

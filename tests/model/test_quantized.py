@@ -14,8 +14,7 @@ from moe_jax.inference.sampling import Sampling
 from moe_jax.model import quantized as module
 from moe_jax.model.kernels import quantized as kernels
 from moe_jax.model.kernels.grouped_matmul import grouped_matmul
-from moe_jax.model.kernels.matmul import matmul, vector_matmul
-from moe_jax.model.kernels.quantized import quantized_matmul
+from moe_jax.model.kernels.quantized import quantized_matmul, vector_product
 from moe_jax.model.quantized import WEIGHTS, QuantizedMatrix, Weights, group_size, packed, quantize, quantized_shapes
 from moe_jax.model.transformer import Params
 from moe_jax.runs.arrays import named_leaves
@@ -122,8 +121,8 @@ def test_products_with_the_matrices_of_experts(bits: int) -> None:
     """All experts, each with its own rows; one row with the expert of an index; and several such rows."""
     matrix, values = random_matrix(bits, 3, 64, 5)
     x = rows(3, 2, 64)
-    assert tiny.relative_error(jax.jit(matmul)(x, matrix), np.einsum("gnd,gdf->gnf", x, values)) < 1e-6
-    one = jax.jit(vector_matmul)
+    assert tiny.relative_error(jax.jit(quantized_matmul)(x, matrix), np.einsum("gnd,gdf->gnf", x, values)) < 1e-6
+    one = jax.jit(vector_product)
     for expert in range(3):
         y = one(x[0, 0], matrix, jnp.int32(expert))
         assert tiny.relative_error(y, x[0, 0] @ values[expert]) < 1e-6
@@ -186,7 +185,7 @@ def test_a_product_of_one_row_writes_no_converted_matrix(bits: int, expert: bool
     matrix = jax.tree.map(lambda part: jnp.tile(part, 4), matrix)
     x = rows(64)
     if expert:
-        program = jax.jit(vector_matmul).lower(x, matrix, jnp.int32(0))
+        program = jax.jit(vector_product).lower(x, matrix, jnp.int32(0))
     else:
         program = jax.jit(quantized_matmul).lower(x[None], matrix)
     codes = matrix.codes.nbytes // (2 if expert else 1)
@@ -214,7 +213,7 @@ def test_which_products_read_the_codes_in_place(bits: int, monkeypatch: pytest.M
         matrix = jax.eval_shape(lambda w: module.rounded(w, "int8" if bits == 8 else "int4"), jnp.zeros(shape))
         x = jax.ShapeDtypeStruct((64,) if experts else (count, 64), jnp.float32)
         if experts:
-            jax.eval_shape(vector_matmul, x, matrix, jax.ShapeDtypeStruct((), jnp.int32))
+            jax.eval_shape(vector_product, x, matrix, jax.ShapeDtypeStruct((), jnp.int32))
         else:
             jax.eval_shape(quantized_matmul, x, matrix)
         return list(taken)

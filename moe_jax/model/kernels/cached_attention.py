@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from moe_jax.model.kernels.row_sum import part_at, row_at, row_sum
+from moe_jax.model.kernels.matmul import part_at, row_at, row_sum
 from moe_jax.model.precision import at_least_float32, dot_precision
 
 PLACES = 128

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe_jax.model.kernels.matmul import matmul, transpose_contiguous, transposed_product
+from moe_jax.model.kernels.quantized import quantized_matmul
 from moe_jax.model.precision import at_least_float32, dot_precision
 from moe_jax.model.quantized import QuantizedMatrix
 
@@ -42,7 +43,7 @@ def grouped_matmul(
     """
     if isinstance(weights, QuantizedMatrix):
         if further_expert is None or len(further_expert) == 0:
-            return matmul(rows, weights)
+            return quantized_matmul(rows, weights)
         weights = weights.dequantized(rows.dtype)
     experts, width, hidden = weights.shape
     if further_expert is None or len(further_expert) == 0:

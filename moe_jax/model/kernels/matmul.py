@@ -1,20 +1,30 @@
-"""Matrix products in forms that are fast on a CPU: `matmul` with its gradients, and `vector_matmul` with one expert.
+"""Matrix products in forms that are fast on a CPU: `matmul` with its gradients, and products of a single row.
 
 On a CPU, XLA calls a library that sums along the last axis, in memory order, of the left operand. The gradient of the
 weights of `x @ w` is x^T d_y, which sums over the first axis of x. In bfloat16 x^T is written to memory first, or the
 library falls back to float32; in float32 that costs more than it saves (`benchmarks/performance.md`). On a GPU a
 transposed operand costs nothing, so x^T is not written to memory.
+
+A single row is multiplied where the matrix lies (`row_sum`): x @ w is the sum of x[i] * w[i] over the rows of w. A loop
+adds these rows to a total, which stays in the cache. It reads w once, and converts narrow weights or codes in
+registers. XLA's own products first copy the matrix that an index chooses, or write a converted matrix to memory. The
+loop runs on one core. A turn adds several rows, because each turn reads and writes the total. They come from distant
+parts of the matrix: rows that follow one another may take the same places of the cache. `benchmarks/trials.md` has the
+other forms (111 to 122).
 """
+
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
-from moe_jax.model.kernels.quantized import quantized_matmul, quantized_vectors_matmul
-from moe_jax.model.kernels.row_sum import row_at, row_sum
 from moe_jax.model.precision import at_least_float32, dot_precision
-from moe_jax.model.quantized import QuantizedMatrix
+
+ROWS = 4
+"""Rows that a turn of `row_sum` adds."""
 
 
 def transpose_contiguous(x: Float[Array, "*G N D"]) -> Float[Array, "*G D N"]:
@@ -42,9 +52,10 @@ def transposed_product(x: Float[Array, "*G N D"], y: Float[Array, "*G N F"]) -> 
     return jax.lax.platform_dependent(product, cpu=jax.lax.optimization_barrier, default=lambda product: product)
 
 
-def matmul(x: Float[Array, "*G N D"], weights: Float[Array, "*G D F"] | QuantizedMatrix) -> Float[Array, "*G N F"]:
+@jax.custom_vjp
+def matmul(x: Float[Array, "*G N D"], weights: Float[Array, "*G D F"]) -> Float[Array, "*G N F"]:
     """x @ weights for each group G, in the dtype of x. `weights` may be wider than x; their gradient has the dtype of
-    `weights`. Quantised weights have no gradient.
+    `weights`.
 
     On a CPU, a single row is multiplied where the weights lie (`row_sum`). Writing a text is bound by reading them.
 
@@ -53,24 +64,21 @@ def matmul(x: Float[Array, "*G N D"], weights: Float[Array, "*G D F"] | Quantize
 
         d_x = d_y weights^T        d_weights = x^T d_y
     """
-    return quantized_matmul(x, weights) if isinstance(weights, QuantizedMatrix) else _matmul(x, weights)
 
-
-@jax.custom_vjp
-def _matmul(x: Float[Array, "*G N D"], weights: Float[Array, "*G D F"]) -> Float[Array, "*G N F"]:
     def product(x: Array, weights: Array) -> Array:
         return jnp.matmul(x, weights.astype(x.dtype), precision=dot_precision(x.dtype))
 
     def in_place(x: Array, weights: Array) -> Array:
-        return _sum_of_rows(x[0], weights)[None]
+        return vector_matmul(x[0], weights)[None]
 
     if x.shape[:-1] != (1,):
         return product(x, weights)
     return jax.lax.platform_dependent(x, weights, cpu=in_place, default=product)
 
 
-def _sum_of_rows(x: Float[Array, " D"], weights: Float[Array, "*E D F"], *index: Int[Array, ""]) -> Float[Array, " F"]:
-    """x @ weights[*index] in the dtype of x, summed in at least float32."""
+def vector_matmul(x: Float[Array, " D"], weights: Float[Array, "*E D F"], *index: Int[Array, ""]) -> Float[Array, " F"]:
+    """x @ weights[*index] in the dtype of x, summed in at least float32. On a CPU the weights are read in place. Not
+    for training."""
     wide = at_least_float32(x.dtype)
 
     def term(i: Int[Array, ""]) -> Array:
@@ -80,7 +88,7 @@ def _sum_of_rows(x: Float[Array, " D"], weights: Float[Array, "*E D F"], *index:
 
 
 def _forward(x: Array, weights: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _matmul(x, weights), (x, weights)
+    return matmul(x, weights), (x, weights)
 
 
 def _backward(residuals: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]:
@@ -97,7 +105,7 @@ def _backward(residuals: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]
     return d_x, jax.lax.platform_dependent(x, d_y, cpu=summed_wide, default=summed_as_it_is)
 
 
-_matmul.defvjp(_forward, _backward)
+matmul.defvjp(_forward, _backward)
 
 
 def matmul_wide(x: Float[Array, "*N D"], weights: Float[Array, "D F"]) -> Float[Array, "*N F"]:
@@ -113,7 +121,7 @@ def matmul_wide(x: Float[Array, "*N D"], weights: Float[Array, "D F"]) -> Float[
         return jnp.matmul(x, weights, precision=dot_precision(x.dtype), preferred_element_type=wide)
 
     def in_place(x: Array, weights: Array) -> Array:
-        return _sum_of_rows(x.reshape(-1).astype(wide), weights).reshape(*x.shape[:-1], -1)
+        return vector_matmul(x.reshape(-1).astype(wide), weights).reshape(*x.shape[:-1], -1)
 
     if x.size > x.shape[-1]:
         return product(x, weights)
@@ -126,10 +134,27 @@ def _row_matmul(x: Float[Array, "*N D"], weights: Float[Array, "D F"]) -> Float[
     return (x.astype(wide)[..., None] * weights.astype(wide)).sum(-2)
 
 
-def vector_matmul(
-    x: Float[Array, " D"], weights: Float[Array, "E D F"] | QuantizedMatrix, expert: Int[Array, ""]
-) -> Float[Array, " F"]:
-    """x @ weights[expert] in the dtype of x, summed in at least float32. On a CPU the weights are read in place."""
-    if isinstance(weights, QuantizedMatrix):
-        return quantized_vectors_matmul(x[None], weights, expert[None])[0]
-    return _sum_of_rows(x, weights, expert)
+def row_sum(
+    term: Callable[[Int[Array, ""]], Float[Array, "*N F"]], rows: int, total: Float[Array, "*N F"]
+) -> Float[Array, "*N F"]:
+    """total + the sum of term(i) for i from 0 to rows - 1. Not for training: the gradient would keep every total."""
+    at_once = math.gcd(rows, ROWS)
+    turns = rows // at_once
+
+    def turn(i: Int[Array, ""], total: Array) -> Array:
+        return sum((term(part * turns + i) for part in range(at_once)), start=total)
+
+    return jax.lax.fori_loop(0, turns, turn, total)
+
+
+def row_at(matrix: Array, *index: Int[Array, ""]) -> Array:
+    """matrix[*index], for indices that are in range."""
+    return part_at(matrix, *index, sizes=matrix.shape[len(index) :])
+
+
+def part_at(matrix: Array, *start: Int[Array, ""], sizes: tuple[int, ...]) -> Array:
+    """The part of these sizes of matrix[*index], where the index is all of `start` that is not a start of the part. The
+    starts that are left out are 0. All must be in range."""
+    index = matrix.ndim - len(sizes)
+    starts = [jnp.asarray(i, jnp.int32) for i in (*start, *[0] * (matrix.ndim - len(start)))]  # of one type with x64
+    return jax.lax.dynamic_slice(matrix, starts, (1,) * index + sizes).reshape(sizes)

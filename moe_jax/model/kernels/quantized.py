@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from moe_jax.model.kernels.row_sum import row_at, row_sum
+from moe_jax.model.kernels.matmul import matmul, row_at, row_sum, vector_matmul
 from moe_jax.model.precision import at_least_float32, dot_precision
 from moe_jax.model.quantized import OFFSET, TILE, QuantizedMatrix, group_size
 
@@ -35,6 +35,20 @@ MANY = 16384
 STREAMS = 4
 """Distant groups whose tiles are read in turn. So the core fetches ahead in as many places."""
 _CHAINS = 8
+
+
+def product(x: Float[Array, "*G N D"], weights: Float[Array, "*G D F"] | QuantizedMatrix) -> Float[Array, "*G N F"]:
+    """x @ weights for each group G, in the dtype of x. Quantised weights have no gradient."""
+    return quantized_matmul(x, weights) if isinstance(weights, QuantizedMatrix) else matmul(x, weights)
+
+
+def vector_product(
+    x: Float[Array, " D"], weights: Float[Array, "E D F"] | QuantizedMatrix, expert: Int[Array, ""]
+) -> Float[Array, " F"]:
+    """x @ weights[expert] in the dtype of x, summed in at least float32."""
+    if isinstance(weights, QuantizedMatrix):
+        return quantized_vectors_matmul(x[None], weights, expert[None])[0]
+    return vector_matmul(x, weights, expert)
 
 
 def quantized_matmul(

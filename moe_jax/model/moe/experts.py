@@ -10,9 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import Activation
 from moe_jax.model.kernels.grouped_matmul import grouped_matmul
-from moe_jax.model.kernels.matmul import vector_matmul
 from moe_jax.model.kernels.processor import rounded_once
-from moe_jax.model.kernels.quantized import quantized_vectors_matmul
+from moe_jax.model.kernels.quantized import quantized_vectors_matmul, vector_product
 from moe_jax.model.layers import matrix_init
 from moe_jax.model.low_rank import LowRank
 from moe_jax.model.precision import at_least_float32, dot_precision
@@ -137,7 +136,7 @@ class Experts(nnx.Module):
 
         def matmul(x: Array, param: nnx.Param) -> Array:
             if x.ndim == 1:
-                return vector_matmul(x, param[...], expert)
+                return vector_product(x, param[...], expert)
             chosen = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, expert, keepdims=False), param[...])
             return jnp.matmul(x, as_array(chosen, x.dtype), precision=dot_precision(x.dtype))
 

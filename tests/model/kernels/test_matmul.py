@@ -48,7 +48,7 @@ def test_matmul_and_gradients_against_numpy(kind: str, dtype: type, rounding: fl
 @pytest.mark.parametrize("width", [48, 21])
 @pytest.mark.parametrize(("dtype", "rounding"), [(np.float32, 1e-6), (ml_dtypes.bfloat16, 2**-8)])
 def test_vector_matmul_against_numpy(width: int, dtype: type, rounding: float) -> None:
-    """A width that is a multiple of `row_sum.ROWS`, and one that is not."""
+    """A width that is a multiple of `matmul.ROWS`, and one that is not."""
     x, weights = drawn(((width,), (5, width, 20)), dtype)
     y = jax.jit(vector_matmul)(jnp.asarray(x, dtype), jnp.asarray(weights, jnp.float32), jnp.int32(3))
     assert y.dtype == dtype
