@@ -31,6 +31,7 @@ import jax
 import numpy as np
 import xxhash
 from suites import decoding
+from suites.request import after_rest
 
 from moe_jax.config import ModelConfig, RunConfig, UserError
 from moe_jax.inference.decode import NOTHING_GIVEN, Decoder, cast_once
@@ -226,7 +227,8 @@ def beside_llama_cpp(run: LoadedRun, made: Path) -> dict[str, float]:
 
 def in_turn(what: str, ours: Callable[[], Any], theirs: Callable[[], Any]) -> dict[str, float]:
     """Median seconds of both, the rate of ours over theirs, and the larger spread."""
-    times = alternate({"ours": ours, "theirs": theirs}, 7, rest=REST_SECONDS, turn=TURN_SECONDS)
+    both = {"ours": ours, "theirs": theirs}
+    times = alternate({name: after_rest(run, REST_SECONDS, TURN_SECONDS) for name, run in both.items()}, 7)
     return {
         f"{what}, s": times["ours"].median,
         f"llama.cpp, {what}, s": times["theirs"].median,

@@ -32,7 +32,7 @@ from moe_jax.system.machine import Measured, Times, alternate
 from . import decoding, mixtral
 from .mixtral import Shape
 from .random_tokens import RandomTokenTrainer
-from .request import WORDS, BenchmarkRequest, print_numbers, times_table
+from .request import WORDS, BenchmarkRequest, after_rest, print_numbers, times_table
 
 PROMPT = 128
 PAUSE_SECONDS = 0.2
@@ -161,7 +161,8 @@ def compare(config: RunConfig, batch_size: int, rounds: int) -> tuple[dict[str, 
         if other.about["parameters"] != expected:
             raise AssertionError(f"the peer has {other.about['parameters']} parameters, ours {expected}")
         theirs = {name: (lambda name=name: other.run(name)) for name in other.about["candidates"]}
-        times = alternate({**ours, **theirs}, rounds, rest=PAUSE_SECONDS, turn=MIN_TURN_SECONDS)
+        both = {name: after_rest(run, PAUSE_SECONDS, MIN_TURN_SECONDS) for name, run in {**ours, **theirs}.items()}
+        times = alternate(both, rounds)
         versions = other.about["versions"]
     best = {name: min(t.median for other, t in times.items() if other.startswith(f"{name} ")) for name in ours}
     numbers: dict[str, Any] = {"train_ratio_bfloat16": None, "prefill_ratio_bfloat16": None}

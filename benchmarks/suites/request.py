@@ -2,17 +2,19 @@
 
 import platform
 import subprocess
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from moe_jax.config import RunConfig
 from moe_jax.system.environment import usable_cores
-from moe_jax.system.machine import Times, processor, versions
+from moe_jax.system.machine import Measured, Times, alternate, processor, versions
 
 
 def describe_machine() -> dict[str, Any]:
@@ -47,6 +49,24 @@ class BenchmarkRequest(NamedTuple):
     """Sequences of a training step."""
     rounds: int
     """How often each candidate runs."""
+
+
+def after_rest(run: Callable[[], Any], rest: float, turn: float) -> Callable[[], Measured]:
+    """A candidate of `machine.alternate` whose rivals run in other processes.
+
+    Before each run there are `rest` seconds, in which the threads of the other process go to sleep. The candidate then
+    runs again and again for `turn` seconds, and the median time counts: a processor that has slept is slow at first.
+    """
+
+    def median() -> Measured:
+        time.sleep(rest)
+        taken: list[float] = []
+        end = time.perf_counter() + turn
+        while not taken or time.perf_counter() < end:
+            taken += alternate({"": run}, 1, warmups=0)[""].seconds
+        return Measured(np.median(taken))
+
+    return median
 
 
 def matmul_rate_in(times: dict[str, Times], products: Mapping[str, tuple[Callable[[], Any], float]]) -> float:

@@ -22,7 +22,7 @@ from moe_jax.config import RunConfig, UserError
 from moe_jax.config.presets import preset
 from moe_jax.interop.pretrained import Part, Pretrained, oriented
 from moe_jax.model.costs import Count, count_parameters, totals
-from moe_jax.model.quantized import QuantizedMatrix, Weights, quantized_shapes, rounded_rows
+from moe_jax.model.quantized import QuantizedMatrix, Weights, quantized_shapes, rounded
 from moe_jax.model.transformer import abstract_model
 from moe_jax.runs.arrays import WEIGHTS, SafetensorsWriter, named_leaves
 from moe_jax.runs.checkpoint import CheckpointStore
@@ -146,4 +146,4 @@ def _put_rounded(model: Pretrained, part: Part, made: list[np.ndarray], matrix: 
 @partial(jax.jit, static_argnums=2)
 def rounded_part(rows: Any, factor: float, weights: Weights) -> QuantizedMatrix:
     """Rows of a tensor `[outputs, inputs]`, times a factor, rounded."""
-    return rounded_rows(rows.astype(jnp.float32) * factor, weights)
+    return rounded((rows.astype(jnp.float32) * factor).T, weights)

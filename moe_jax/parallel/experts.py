@@ -25,9 +25,9 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Shaped
 
-from moe_jax.config import RoutingConfig, device_rows
+from moe_jax.config import device_rows
 from moe_jax.model.moe.dispatch import (
     Blocks,
     Capacity,
@@ -36,6 +36,7 @@ from moe_jax.model.moe.dispatch import (
     QueuedPairs,
     combine,
     dispatch,
+    drop_fraction,
     row_gates,
     row_plan,
 )
@@ -80,19 +81,16 @@ class Exchanged:
 
 
 @dataclass(frozen=True)
-class DeviceQueues:
-    """Each of `devices` devices has `rows` rows for each sequence, given out in token-major order."""
+class ExchangedBlocks:
+    """Dispatch by blocks whose experts lie on several devices. For use inside `shard_map` over an axis `expert`.
+
+    Each of `devices` devices has `rows` rows for each sequence, given out in token-major order.
+    """
 
     devices: int
     """n, which divides E. Device j holds the experts j*E/n to (j+1)*E/n - 1."""
     rows: int
     """R, see `moe_jax.config.device_rows`."""
-
-    @classmethod
-    def of(cls, routing: RoutingConfig, tokens: int, experts: int, devices: int) -> "DeviceQueues":
-        """The queues for sequences of `tokens` tokens."""
-        factor = routing.device_capacity_factor
-        return cls(devices, device_rows(tokens, experts, routing.top_k, devices, factor))
 
     def trace(self, routing: Routing) -> QueuedPairs:
         """The place of each pair in the queue of its expert's device. Two choices of a token may be in one queue, so
@@ -111,18 +109,11 @@ class DeviceQueues:
     def _device(self, routing: Routing) -> Int[Array, "B T K"]:
         return routing.expert_index // (routing.logits.shape[-1] // self.devices)
 
-
-@dataclass(frozen=True)
-class ExchangedBlocks:
-    """Dispatch by blocks whose experts lie on several devices. For use inside `shard_map` over an axis `expert`."""
-
-    queues: DeviceQueues
-
     def apply(
         self, x: Float[Array, "B T D"], routing: Routing, experts: Experts
     ) -> tuple[Float[Array, "B T D"], Float[Array, " B"]]:
         """See `Dispatch`. `experts` are those of this device."""
-        plan = self.queues.plan(routing)
+        plan = self.plan(routing)
         with jax.named_scope("dispatch"):
             rows, gate = dispatch(x, plan), row_gates(routing.gate, plan)
             devices, batch, count, width = rows.shape
@@ -136,10 +127,7 @@ class ExchangedBlocks:
             )
         with jax.named_scope("combine"):
             y = combine(rows.reshape(devices, batch, count, width), plan)
-        return y, _drop_fraction(plan.keep)
-
-    def trace(self, routing: Routing) -> QueuedPairs:
-        return self.queues.trace(routing)
+        return y, drop_fraction(plan.keep)
 
 
 class ExpertParallelMoE(MoE):
@@ -152,8 +140,9 @@ class ExpertParallelMoE(MoE):
             return Exchanged(dispatch)
         if mode is not Mode.TRAIN or not isinstance(dispatch, Blocks):
             raise ValueError(f"{mode}: this layer is for training; other passes use the plain one")
-        experts = self.router.shape[-1]
-        return ExchangedBlocks(DeviceQueues.of(self.routing, tokens, experts, jax.lax.axis_size(AXIS)))
+        policy, devices = self.routing, jax.lax.axis_size(AXIS)
+        rows = device_rows(tokens, self.router.shape[-1], policy.top_k, devices, policy.device_capacity_factor)
+        return ExchangedBlocks(devices, rows)
 
 
 def _expert_of_rows(expert: Int[Array, "B T K"], plan: Plan, empty: int) -> Int[Array, "n S"]:
@@ -179,8 +168,3 @@ def _apply_sorted(
     plan, further_expert, _ = blocks.plan_queues(jnp.where(valid, expert, 0)[..., None], valid, own)
     sorted_rows, sorted_gate = dispatch(rows, plan)[:, 0], row_gates(gate[..., None], plan)[:, 0]
     return combine(experts(sorted_rows, further_expert, sorted_gate)[:, None], plan)
-
-
-def _drop_fraction(keep: Bool[Array, "B T K"]) -> Float[Array, " B"]:
-    """Share of each sequence's pairs without a row. Counted, so it is exactly 0 if none is dropped."""
-    return (~keep).reshape(len(keep), -1).mean(1, dtype=jnp.float32)

@@ -15,7 +15,7 @@ whole matrices, and the 8-bit blocks run across rows. Their updates and their st
 gradient sends: chapter 19 of `foundation`.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,10 +117,8 @@ class Layout:
 
         `whole_matrices` has the structure of what is trained. It is true where the optimizer needs whole matrices.
         """
-        names = [
-            leaf_name(path) for tree in (params, adapters) for path, _ in jax.tree_util.tree_leaves_with_path(tree)
-        ]
-        specs = {name: parameter_spec(name, mesh) for name in names}
+        paths = jax.tree_util.tree_leaves_with_path(params) + jax.tree_util.tree_leaves_with_path(adapters)
+        specs = {leaf_name(path): parameter_spec(leaf_name(path), mesh) for path, _ in paths}
         whole = {leaf_name(path): flag for path, flag in jax.tree_util.tree_leaves_with_path(whole_matrices)}
         updates = {name: without_fsdp(specs[name]) if flag else specs[name] for name, flag in whole.items()}
         return cls(mesh, specs, updates)
@@ -142,14 +140,14 @@ class Layout:
 
     def tree(self, params: Any, specs: Specs) -> Any:
         """The specs of parameters as a tree like `params`."""
-        return jax.tree_util.tree_map_with_path(lambda path, _: specs[leaf_name(path)], params)
+        return _map_named(lambda name, _: specs[name], params)
 
     def sharding(self, spec: PartitionSpec) -> NamedSharding:
         return NamedSharding(self.mesh, spec)
 
     def shardings(self, params: Any, specs: Specs) -> Any:
         """The same as `tree`, as shardings of this mesh."""
-        return jax.tree_util.tree_map_with_path(lambda path, _: self.sharding(specs[leaf_name(path)]), params)
+        return _map_named(lambda name, _: self.sharding(specs[name]), params)
 
     def placed_shapes(self, params: Any) -> Any:
         """The shapes of parameters or adapters, which need not be those of this configuration, with their shardings.
@@ -157,21 +155,16 @@ class Layout:
         An axis that cannot be divided evenly is whole, such as the one network of a dense model along `expert`.
         """
 
-        def placed(path: jax.tree_util.KeyPath, x: Any) -> jax.ShapeDtypeStruct:
-            spec = parameter_spec(leaf_name(path), self.mesh)
-            even = [
-                axis if axis and n % self.mesh.shape[axis] == 0 else None
-                for axis, n in zip(spec, x.shape, strict=False)
-            ]
+        def placed(name: str, x: Any) -> jax.ShapeDtypeStruct:
+            axes = zip(parameter_spec(name, self.mesh), x.shape, strict=False)
+            even = [axis if axis and n % self.mesh.shape[axis] == 0 else None for axis, n in axes]
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.sharding(PartitionSpec(*even)))
 
-        return jax.tree_util.tree_map_with_path(placed, params)
+        return _map_named(placed, params)
 
     def state(self, state: Any) -> Any:
         """The shardings of a `TrainState` (arrays or shapes)."""
-        return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: self.sharding(self.state_spec(leaf_name(path), leaf.shape)), state
-        )
+        return _map_named(lambda name, leaf: self.sharding(self.state_spec(name, leaf.shape)), state)
 
     def state_spec(self, name: str, shape: tuple[int, ...]) -> PartitionSpec:
         """Where the leaf of a training state lies: "params.NAME", "adapters.NAME" or "optimizer. ... .NAME[.FIELD]"."""
@@ -251,5 +244,6 @@ def gathered(params: Any) -> Any:
     return _map_named(gather, params)
 
 
-def _map_named(function: Callable[[str, Array], Array], params: Mapping[Any, Any]) -> Any:
+def _map_named(function: Callable[[str, Any], Any], params: Any) -> Any:
+    """A tree of function(name, leaf)."""
     return jax.tree_util.tree_map_with_path(lambda path, x: function(leaf_name(path), x), params)

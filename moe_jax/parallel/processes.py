@@ -64,21 +64,16 @@ def process_group(group: ProcessGroup) -> Iterator[None]:
 
 def _connect(group: ProcessGroup) -> None:
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM from `system.signals`
-    address: dict[str, Any] = {}
+    given: dict[str, Any] = {}
     if not group.detected:
-        address = {
-            "coordinator_address": group.address,
-            "num_processes": group.num_processes,
-            "process_id": group.process_id,
-            "cluster_detection_method": "deactivate",
-        }
-        if group.local:
-            address["coordinator_bind_address"] = group.address
+        given = {"num_processes": group.num_processes, "process_id": group.process_id}
+        given |= {"coordinator_address": group.address, "cluster_detection_method": "deactivate"}
+        given |= {"coordinator_bind_address": group.address} if group.local else {}
         if group.process_id == 0:
             _check_port(group)
     try:
         jax.distributed.initialize(
-            **address,
+            **given,
             initialization_timeout=ANSWER_SECONDS,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=HEARTBEAT_SECONDS,
@@ -139,8 +134,6 @@ def check_same_program(config: RunConfig, resumed: bool) -> None:
 
     The folder of the run may differ: it may be mounted under another path.
     """
-    if not is_multi_process():
-        return
     settings = ((config.section(section), name, value) for section, name, value in config.settings())
     facts = {flag_of(section, name): value for section, name, value in settings if name != "out"}
     facts |= {"a run in --out": resumed}

@@ -4,7 +4,7 @@ config.json            the resolved configuration, package versions, the changes
                        the settings were fitted to the device
 tokenizer.json
 metrics.jsonl          one record a line                                (read by `records.py`)
-summary.json           written by `training/loop.py`, at each evaluation and at the end
+summary.json           written by `training/logging.py`, at each evaluation and at the end
 samples.txt            a generated text at each evaluation
 traces/                the routing of the same tokens at each evaluation
 checkpoints/           see `checkpoint.py`
@@ -16,16 +16,15 @@ Of several processes, process 0 alone writes these files.
 import dataclasses
 import os
 import re
-import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from moe_jax.config import RunConfig, UserError
 from moe_jax.data.tokenizers import Tokenizer
-from moe_jax.parallel.processes import exchange_texts, is_process_zero
+from moe_jax.parallel.processes import is_process_zero
 from moe_jax.runs import records
 from moe_jax.system.files import json_text, locked, read_json, step_name, steps_in, write_atomically
 from moe_jax.system.machine import versions
@@ -37,15 +36,19 @@ _NO_SETTINGS = (("", "out"), ("", "resume"))
 
 @contextmanager
 def locked_for_training(run: Path) -> Iterator[None]:
-    """Hold the lock of a run's folder. Raises UserError if another process is training in the folder.
+    """Hold the lock of a run's folder. Raises UserError if another process is training in the folder. Of several
+    processes that train one run, the first one holds the lock.
 
     If the folder holds nothing but the lock at the end, as after a start that failed, the folder is removed.
     """
+    if not is_process_zero():
+        yield
+        return
     made = [folder for folder in (run, *run.parents) if not folder.exists()]
     run.mkdir(parents=True, exist_ok=True)
     try:
         with locked(run / LOCK, wait=False):
-            (run / LOCK).write_text(f"{os.getpid()}\n{secrets.token_hex(8)}\n", encoding="ascii")
+            (run / LOCK).write_text(f"{os.getpid()}\n", encoding="ascii")
             try:
                 yield
             finally:
@@ -55,31 +58,10 @@ def locked_for_training(run: Path) -> Iterator[None]:
                         for folder in made:  # from the inner one to the outer one
                             folder.rmdir()
     except BlockingIOError:
-        holder = _lock_text(run).partition("\n")[0]
+        holder = (run / LOCK).read_text(encoding="ascii", errors="replace").strip()
         raise UserError(
             f"--out {run}: process {holder} is training there; wait for it, or name another folder"
         ) from None
-
-
-@contextmanager
-def locked_together(run: Path) -> Iterator[None]:
-    """The lock of a run that this process trains, alone or together with others.
-
-    Of several processes the first one holds the lock. The others raise UserError if they do not see its file.
-    """
-    with locked_for_training(run) if is_process_zero() else nullcontext():
-        if exchange_texts(_lock_text(run))[0] != _lock_text(run):
-            raise UserError(
-                f"--out {run}: does not hold the files that process 0 writes there; all processes need one folder, "
-                "on a file system that they share"
-            )
-        yield
-
-
-def _lock_text(run: Path) -> str:
-    with suppress(FileNotFoundError, NotADirectoryError):
-        return (run / LOCK).read_text(encoding="ascii", errors="replace")
-    return ""
 
 
 def read_entry(run: Path, name: str) -> Any:

@@ -14,10 +14,10 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
-_INSTRUCTION = re.compile(r"^\s*(ROOT )?%?([\w.\-]+) = (.*)$")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$")
 _ARRAY = re.compile(r"\b(pred|[suf]\d+|bf16|f8\w+|c\d+)\[([\d,]*)\]")
 # A TPU's tuples have brackets within brackets: ((f32[8]{0:T(8)}), f32[8]{0:T(8)S(1)}, s32[]{:S(2)}).
 _OPCODE = re.compile(r"^(?:\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)|\S+) ([\w\-]+)\(([^)]*)\)")
@@ -62,13 +62,8 @@ class Instruction:
         return found[1] if self.opcode == "custom-call" and found else ""
 
 
-@dataclass(frozen=True)
-class Computation:
-    """The instructions of a computation by name, in order."""
-
-    root: str = ""
-    """The name of the instruction whose result the computation returns."""
-    instructions: dict[str, Instruction] = field(default_factory=dict)
+type Computation = dict[str, Instruction]
+"""The instructions of a computation by name, in order."""
 
 
 def parse(text: str | None) -> tuple[dict[str, Computation], str]:
@@ -76,25 +71,23 @@ def parse(text: str | None) -> tuple[dict[str, Computation], str]:
     if text is None:
         raise ValueError("this backend does not show its optimised program")
     computations: dict[str, Computation] = {}
-    entry, name, root = "", "", ""
-    instructions: dict[str, Instruction] = {}
+    entry, name = "", ""
+    instructions: Computation = {}
     for line in text.splitlines():
         if header := _COMPUTATION.match(line):
-            name, root, instructions = header[2], "", {}
+            name, instructions = header[2], {}
             entry = name if header[1] else entry
         elif line.startswith("}") and name:
-            computations[name] = Computation(root, instructions)
+            computations[name] = instructions
             name = ""
-        elif name and (found := _INSTRUCTION.match(line)):
-            root = found[2] if found[1] else root
-            if instruction := _instruction(found[3]):
-                instructions[found[2]] = instruction
+        elif name and (found := _INSTRUCTION.match(line)) and (instruction := _instruction(found[2])):
+            instructions[found[1]] = instruction
     return computations, entry
 
 
 def instructions(text: str | None) -> list[Instruction]:
     """All instructions, those within fusions included."""
-    return [i for computation in parse(text)[0].values() for i in computation.instructions.values()]
+    return [i for computation in parse(text)[0].values() for i in computation.values()]
 
 
 def _instruction(text: str) -> Instruction | None:
@@ -130,10 +123,6 @@ class Dot:
 
     op_name: str
     """The traced operation that it came from: "jit(step)/.../experts/dot_general"."""
-    left: tuple[int, ...]
-    right: tuple[int, ...]
-    out: tuple[int, ...]
-    dtype: str
     operand_dtype: str
     precision: str
     """The precision that its operands ask for: "highest", or "default". At the default precision a GPU of compute
@@ -193,9 +182,9 @@ def product(instruction: Instruction, computation: Computation, runs: int) -> Do
 
 
 def _dot(instruction: Instruction, computation: Computation, runs: int) -> Dot:
-    (operand_dtype, left), (other, right) = (computation.instructions[n].arrays[0] for n in instruction.operands[:2])
+    (operand_dtype, left), (other, _) = (computation[name].arrays[0] for name in instruction.operands[:2])
     operand_dtype += f" x {other}" * (other != operand_dtype)
-    dtype, out = instruction.arrays[0]
+    _, out = instruction.arrays[0]
     text = instruction.text
     # `lhs_contracting_dims={2}` of a dot, `"lhs_contracting_dimensions":["2"]` of a library's call.
     found = re.search(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([\d,"]*)', text)
@@ -203,7 +192,7 @@ def _dot(instruction: Instruction, computation: Computation, runs: int) -> Dot:
     asked = re.search(r'operand_precision"?[=:][{\[]"?(\w+)', text)
     precision = asked[1].lower() if asked else "default"
     flops = 2 * math.prod(out) * math.prod(left[i] for i in axes)
-    return Dot(instruction.op_name, left, right, out, dtype, operand_dtype, precision, flops, runs)
+    return Dot(instruction.op_name, operand_dtype, precision, flops, runs)
 
 
 def _attention(instruction: Instruction, computation: Computation, runs: int) -> Dot:
@@ -213,7 +202,7 @@ def _attention(instruction: Instruction, computation: Computation, runs: int) ->
     algorithm 4): q k^T again, P^T d_o, d_o v^T, d_S k and d_S^T q. Each has 2 A operations for a score. With a causal
     mask the scores of later positions are not needed, and do not count.
     """
-    (dtype, query), (_, key) = (computation.instructions[name].arrays[0] for name in instruction.operands[:2])
+    (dtype, query), (_, key) = (computation[name].arrays[0] for name in instruction.operands[:2])
     batch, positions, heads, width = query
     asked = re.search(r'"mask_type": ?"(\w+)"', instruction.text)
     if asked is None or asked[1] not in ("CAUSAL", "NO_MASK") or key[1] != positions:
@@ -221,7 +210,7 @@ def _attention(instruction: Instruction, computation: Computation, runs: int) ->
     scores = positions * (positions + 1) // 2 if asked[1] == "CAUSAL" else positions**2
     products = 5 if instruction.custom_call.endswith("Backward") else 2
     flops = products * 2 * batch * heads * scores * width
-    return Dot(instruction.op_name, query, key, instruction.arrays[0][1], dtype, dtype, "default", flops, runs)
+    return Dot(instruction.op_name, dtype, "default", flops, runs)
 
 
 def read_program(text: str | None) -> Program:
@@ -235,12 +224,12 @@ def read_program(text: str | None) -> Program:
 
     def visit(name: str, times: int) -> None:
         runs[name] += times
-        for instruction in computations[name].instructions.values():
+        for instruction in computations[name].values():
             for _, called in calls(instruction):
                 if called in computations:
                     visit(called, times * passes(instruction))
 
     visit(entry, 1)
     called = [(computations[name], times) for name, times in runs.items()]
-    dots = [product(i, computation, times) for computation, times in called for i in computation.instructions.values()]
+    dots = [product(i, computation, times) for computation, times in called for i in computation.values()]
     return Program([dot for dot in dots if dot])

@@ -113,35 +113,17 @@ class Measured(float):
     """Seconds that a candidate has measured itself, for example in another process. Replaces the measured time."""
 
 
-def alternate(
-    candidates: dict[str, Callable[[], Any]], rounds: int, warmups: int = 2, rest: float = 0.0, turn: float = 0.0
-) -> dict[str, Times]:
-    """Time each candidate once a round, for `rounds` rounds after `warmups` rounds that do not count.
-
-    `rest` and `turn` are for candidates that run in different processes. Before each turn there are `rest` seconds, in
-    which the threads of the other process go to sleep. A candidate then runs again and again for `turn` seconds, and
-    the median time counts, because a processor that has slept is slow at first.
-    """
+def alternate(candidates: dict[str, Callable[[], Any]], rounds: int, warmups: int = 2) -> dict[str, Times]:
+    """Time each candidate once a round, for `rounds` rounds after `warmups` rounds that do not count."""
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for n in range(warmups + rounds):
         for name, run in candidates.items():
-            time.sleep(rest)
-            taken = _turn(run, turn)
+            begin = time.perf_counter()
+            result = jax.block_until_ready(run())
+            elapsed = time.perf_counter() - begin
             if n >= warmups:
-                seconds[name].append(taken)
+                seconds[name].append(float(result) if isinstance(result, Measured) else elapsed)
     return {name: Times(tuple(values)) for name, values in seconds.items()}
-
-
-def _turn(run: Callable[[], Any], least: float) -> float:
-    """The median seconds of repeated runs. Runs start until `least` seconds have passed; there is at least one."""
-    taken: list[float] = []
-    end = time.perf_counter() + least
-    while not taken or time.perf_counter() < end:
-        begin = time.perf_counter()
-        result = jax.block_until_ready(run())
-        elapsed = time.perf_counter() - begin
-        taken.append(float(result) if isinstance(result, Measured) else elapsed)
-    return float(np.median(taken))
 
 
 def matmul_rate(dtype: str, size: int = 1024, repeats: int = 5) -> float:

@@ -16,7 +16,7 @@ import jax
 from moe_jax.config import ProcessGroup, RunConfig, UserError
 from moe_jax.parallel.layout import mesh_of
 from moe_jax.parallel.processes import check_same_program, is_process_zero, process_group, stop_reason
-from moe_jax.runs.folder import locked_together
+from moe_jax.runs.folder import locked_for_training
 from moe_jax.runs.load import restore_weights
 from moe_jax.system.signals import Signals
 from moe_jax.system.terminal import say
@@ -53,7 +53,7 @@ def train(
     with process_group(group):  # before anything asks for the devices
         mesh_of(config.execution.mesh)  # refuses a mesh of other devices before anything is written
         check_same_program(config, start.saved is not None)
-        with locked_together(Path(config.run_dir)):
+        with locked_for_training(Path(config.run_dir)):
             session, stopped = _trained(config, start, resume)
             if stopped is not None:
                 return 128 + stopped

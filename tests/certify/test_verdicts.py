@@ -135,7 +135,7 @@ NAMES = ["attention within the step", "expert layers within the step", "head wit
 
 
 def dot(flops: int, op_name: str = "", operands: str = "f32", precision: str = "highest") -> Dot:
-    return Dot(op_name, (), (), (), "f32", operands, precision, flops, 1)
+    return Dot(op_name, operands, precision, flops, 1)
 
 
 def of_step(monkeypatch: pytest.MonkeyPatch, parts: dict[str, int], unnamed: int = 0, attention: str = "") -> list[str]:

@@ -33,9 +33,6 @@ def test_programs_are_compared_but_not_their_folders(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(processes, "agree_on", asked.append)
     config = RunConfig()
     processes.check_same_program(config, resumed=True)
-    assert asked == []
-    monkeypatch.setattr(processes, "is_multi_process", lambda: True)
-    processes.check_same_program(config, resumed=True)
     (facts,) = asked
     assert (facts["a run in --out"], facts["--lr"]) == (True, config.train.lr)
     assert "--out" not in facts

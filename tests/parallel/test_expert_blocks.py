@@ -12,11 +12,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.certify.model import initial_params
+from moe_jax.config import device_rows
 from moe_jax.model.moe.dispatch import Blocks, Dispatch, QueuedPairs
 from moe_jax.model.moe.layer import Mode, MoE
 from moe_jax.model.moe.router import Routing, route
 from moe_jax.model.transformer import Forms, abstract_model, build_layer, merge
-from moe_jax.parallel.experts import DeviceQueues, ExpertParallelMoE
+from moe_jax.parallel.experts import ExchangedBlocks, ExpertParallelMoE
 from moe_jax.parallel.layout import AXES, mesh_of
 from moe_jax.training.programs import Programs
 from tests.parallel import made
@@ -40,20 +41,20 @@ def test_rows_of_a_device_worked_by_hand() -> None:
         for place, name in enumerate(names):
             logits[0, t, "ABCD".index(name)] = 9 - place
     logits[0, 3, 0] = np.nan
-    plan = DeviceQueues(devices=2, rows=3).plan(route(jnp.asarray(logits), 2))
+    plan = ExchangedBlocks(devices=2, rows=3).plan(route(jnp.asarray(logits), 2))
     none = 6
     assert plan.row.tolist() == [[[0, 1], [2, 3], [none, 4], [none, none], [5, none]]]
     assert plan.keep.tolist() == [[[True, True], [True, True], [False, True], [False, False], [True, False]]]
     assert plan.pair.tolist() == [[[0, 1, 2]], [[3, 5, 8]]]
 
 
-def later_first(queues: DeviceQueues, routing: Routing) -> QueuedPairs:
+def later_first(queues: ExchangedBlocks, routing: Routing) -> QueuedPairs:
     """A leak: of a device's rows, later tokens get the first ones."""
     found = _trace(queues, jax.tree.map(lambda x: x[:, ::-1], routing))
     return jax.tree.map(lambda x: x[:, ::-1], found)
 
 
-def with_a_total(queues: DeviceQueues, routing: Routing) -> QueuedPairs:
+def with_a_total(queues: ExchangedBlocks, routing: Routing) -> QueuedPairs:
     """Another bound: all sequences of a source share half of a device's rows, and the first sequences get them."""
     found = _trace(queues, routing)
     total = _trace(queues, jax.tree.map(lambda x: x.reshape(1, -1, *x.shape[2:]), routing)).position
@@ -61,7 +62,7 @@ def with_a_total(queues: DeviceQueues, routing: Routing) -> QueuedPairs:
     return found._replace(keep=found.keep & (total.reshape(found.keep.shape) < half))
 
 
-_trace = DeviceQueues.trace
+_trace = ExchangedBlocks.trace
 
 
 @pytest.mark.parallel
@@ -70,7 +71,7 @@ def test_the_causality_certificate_sees_other_orders(
     planted: Callable[..., QueuedPairs], alone_changes: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`alone_changes`: whether outputs of the sequence change whose tokens stay the same."""
-    monkeypatch.setattr(DeviceQueues, "trace", planted)
+    monkeypatch.setattr(ExchangedBlocks, "trace", planted)
     config = made.config("expert=8", dispatch="blocks")
     found = made.mesh_causality(config, initial_params(config))
     assert not found.passed
@@ -192,7 +193,7 @@ class BoundedBlocks(NamedTuple):
     """Dispatch by blocks on one device, which drops the pairs that find no row in `queues`. Their gates are 0."""
 
     local: Blocks
-    queues: DeviceQueues
+    queues: ExchangedBlocks
 
     def apply(self, x: Any, routing: Routing, experts: Any) -> tuple[Any, Any]:
         keep = self.queues.trace(routing).keep
@@ -209,7 +210,8 @@ class BoundedMoE(MoE):
     def dispatch_for(self, mode: Mode, batch: int, tokens: int) -> Dispatch:
         local = super().dispatch_for(mode, batch, tokens)
         assert isinstance(local, Blocks)
-        return BoundedBlocks(local, DeviceQueues.of(self.routing, tokens, E, N))
+        rows = device_rows(tokens, E, self.routing.top_k, N, self.routing.device_capacity_factor)
+        return BoundedBlocks(local, ExchangedBlocks(N, rows))
 
 
 @pytest.mark.parallel

@@ -60,7 +60,7 @@ def looped_collectives(programs: Programs) -> set[str]:
     found: set[str] = set()
 
     def visit(name: str, looped: bool) -> None:
-        for instruction in computations[name].instructions.values():
+        for instruction in computations[name].values():
             kind = instruction.opcode.removesuffix("-start")
             if looped and kind in ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"):
                 found.add(kind)

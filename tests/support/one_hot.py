@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from moe_jax.model.moe.dispatch import Capacity, Dispatch, QueuedPairs
+from moe_jax.model.moe.dispatch import Capacity, Dispatch, QueuedPairs, drop_fraction
 from moe_jax.model.moe.experts import Experts
 from moe_jax.model.moe.layer import Mode, MoE
 from moe_jax.model.moe.router import Routing
@@ -47,7 +47,7 @@ class OneHot:
             y = jnp.einsum("btec,ebcd->btd", from_slots.astype(x.dtype), rows)
         chosen = jax.nn.one_hot(routing.expert_index, count, dtype=to_slots.dtype)
         keep = jnp.einsum("btke,btec->btk", chosen, to_slots) > 0.5
-        return y, self.capacity.drop_fraction(keep)
+        return y, drop_fraction(keep)
 
     def trace(self, routing: Routing) -> QueuedPairs:
         return self.capacity.trace(routing)

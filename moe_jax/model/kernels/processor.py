@@ -56,37 +56,18 @@ def split_heads(
 ) -> tuple[Float[Array, "B T H A"], Float[Array, "B T KV A"], Float[Array, "B T KV A"]]:
     """The heads of the queries, the keys and the values: the first `queries` heads, and two halves of the others.
 
-    On a CPU the gradient is written as the concatenation that it is. By autodiff it is a sum of padded arrays. A GPU
-    computes this sum in one kernel, but a CPU computes it number by number.
+    The gradient is written as the concatenation that it is. By autodiff it is a sum of padded arrays, which a CPU
+    computes number by number.
     """
-    return _slices(qkv, queries)
-
-
-def _slices(qkv: Array, queries: int) -> tuple[Array, Array, Array]:
-    keys = (qkv.shape[2] - queries) // 2
-    if queries == keys:  # an axis of three, for which a GPU has fewer kernels
-        parts = qkv.reshape(*qkv.shape[:2], 3, queries, -1)
-        return parts[:, :, 0], parts[:, :, 1], parts[:, :, 2]
-    return qkv[:, :, :queries], qkv[:, :, queries : queries + keys], qkv[:, :, queries + keys :]
-
-
-def _split_forward(qkv: Array, queries: int) -> tuple[tuple[Array, Array, Array], None]:
-    return _slices(qkv, queries), None
+    query, key, value = jnp.split(qkv, [queries, (queries + qkv.shape[2]) // 2], axis=2)
+    return query, key, value
 
 
 def _split_backward(queries: int, residuals: None, d_parts: tuple[Array, Array, Array]) -> tuple[Array]:
-    def joined(*d_parts: Array) -> Array:
-        return jnp.concatenate(d_parts, axis=2)
-
-    def padded(*d_parts: Array) -> Array:
-        whole = jax.eval_shape(joined, *d_parts)
-        (d_qkv,) = jax.linear_transpose(lambda qkv: _slices(qkv, queries), whole)(d_parts)
-        return d_qkv
-
-    return (jax.lax.platform_dependent(*d_parts, cpu=joined, default=padded),)
+    return (jnp.concatenate(d_parts, axis=2),)
 
 
-split_heads.defvjp(_split_forward, _split_backward)
+split_heads.defvjp(lambda qkv, queries: (split_heads(qkv, queries), None), _split_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -96,15 +96,11 @@ class Capacity:
             flat = rows.reshape(groups, batch * slots, width)
             rows = experts(flat, gate=gate.reshape(groups, -1)).reshape(rows.shape)
         with jax.named_scope("combine"):
-            return combine(rows, plan), self.drop_fraction(plan.keep)
+            return combine(rows, plan), drop_fraction(plan.keep)
 
     def trace(self, routing: Routing) -> QueuedPairs:
         position = queue_positions(routing.expert_index, routing.valid, routing.logits.shape[-1])
         return QueuedPairs(position, (position < self.slots) & routing.valid[..., None])
-
-    def drop_fraction(self, keep: Bool[Array, "B T *K"]) -> Float[Array, " B"]:
-        """Share of each sequence's pairs without a slot. Counted, so it is exactly 0 if none is dropped."""
-        return (~keep).reshape(len(keep), -1).mean(1, dtype=jnp.float32)
 
 
 # Dropless
@@ -167,7 +163,7 @@ class Blocks:
         with jax.named_scope("combine"):
             y = combine(rows[:, None], plan)
         # A pair is dropped only if its token is invalid.
-        return y.reshape(x.shape), (~plan.keep).reshape(len(x), -1).mean(1, dtype=jnp.float32)
+        return y.reshape(x.shape), drop_fraction(plan.keep.reshape(len(x), -1))
 
     def trace(self, routing: Routing) -> QueuedPairs:
         return unlimited(routing)
@@ -197,7 +193,7 @@ class PerToken:
         with jax.named_scope("combine"):
             rows = gated(rows.reshape(*pairs, -1), routing.gate)
             y = functools.reduce(jnp.add, [rows[:, :, k] for k in range(pairs[-1])])  # in the order of k
-        return y, (~routing.valid).mean(1, dtype=jnp.float32)
+        return y, drop_fraction(routing.valid)
 
     def trace(self, routing: Routing) -> QueuedPairs:
         return unlimited(routing)
@@ -206,6 +202,11 @@ class PerToken:
 def unlimited(routing: Routing) -> QueuedPairs:
     position = queue_positions(routing.expert_index, routing.valid, routing.logits.shape[-1])
     return QueuedPairs(position, jnp.broadcast_to(routing.valid[..., None], position.shape))
+
+
+def drop_fraction(keep: Bool[Array, "B T *K"]) -> Float[Array, " B"]:
+    """Share of each sequence's pairs that are not kept. Counted, so it is exactly 0 if none is dropped."""
+    return (~keep).reshape(len(keep), -1).mean(1, dtype=jnp.float32)
 
 
 # The two functions `dispatch` and `combine`
