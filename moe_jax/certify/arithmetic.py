@@ -100,7 +100,7 @@ def part_products(programs: Programs, batch: int) -> dict[str, int]:
     """`step_products`, with the form of attention of the programs, and with the head as it is padded: its columns on a
     card, and its blocks of tokens where these are many."""
     model = programs.config.model
-    form = cross_entropy.cpu_form() if jax.default_backend() == "cpu" else cross_entropy.gpu_form()
+    form = cross_entropy.CPU_FORM if jax.default_backend() == "cpu" else cross_entropy.GPU_FORM
     columns = -(-model.vocab_size // form.columns) * form.columns
     rows = math.prod(cross_entropy.token_blocks(batch * model.seq_len, columns))
     cudnn = programs.attention.implementation == "cudnn"

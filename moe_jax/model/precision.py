@@ -53,8 +53,7 @@ class Card:
         """Whether an NVIDIA card has units for products of bfloat16 or float16 matrices.
 
         They came with compute capability 7.0. Turing's small chips report 7.5 and have none; there cuBLAS imitates
-        them, and float16 is many times slower than float32 (issues 1675 and 849 of LeelaChessZero/lc0: a GTX 1650
-        reached 535 positions a second in float16 and 2,303 in float32).
+        them, and float16 is many times slower than float32 (issues 1675 and 849 of LeelaChessZero/lc0).
         """
         if self.capability is None or self.capability < 7.0:
             return False
@@ -70,8 +69,7 @@ def cpu_bfloat16_units() -> str:
     """The units with which this processor multiplies bfloat16 faster than float32: "AMX" or "AVX-512 BF16".
 
     "" if there are none, or Linux's /proc/cpuinfo is missing, or a race shows that they are not faster
-    (`system.machine.gain`). With AVX-512 BF16, AMD's Zen 4 reached 401 GFLOP/s in bfloat16 and 193 in
-    float32, its Zen 5 960 and 480, but an Intel Xeon whose AMX was hidden 221 and 300.
+    (`system.machine.gain`), as they are not on an Intel Xeon whose AMX is hidden.
     """
     flags = machine.processor_flags()
     units = "AMX" if "amx_bf16" in flags else "AVX-512 BF16" if "avx512_bf16" in flags else ""
@@ -125,9 +123,8 @@ def choose_policy(kind: ComputeDtype, device: Any = None, kept: str = "") -> Pol
 
     A GPU computes in the narrowest dtype that its matrix units take (`Card`): bfloat16 from compute capability 8.0 on,
     float16 on older cards with tensor cores, float32 on cards without. On a card of this machine a race may overrule
-    float16. A CPU with units for bfloat16 takes it if a race shows that they are faster (`cpu_bfloat16_units`). A step
-    of `seed-158m` took 1.74 s in bfloat16 and 3.10 s in float32 on a CPU with AMX, and 1.54 s and 2.02 s on a Zen 5
-    with AVX-512 BF16. Other CPUs compute bfloat16 in float32.
+    float16. A CPU with units for bfloat16 takes it if a race shows that they are faster (`cpu_bfloat16_units`). Other
+    CPUs compute bfloat16 in float32. `benchmarks/performance.md` has the times of a step.
     """
     if kind != "auto":
         return Policy(kind, "asked for with --precision")
@@ -146,12 +143,8 @@ def choose_policy(kind: ComputeDtype, device: Any = None, kept: str = "") -> Pol
     if card.tensor_cores and not float16_is_slow(device):
         why = f"compute capability {card.capability} has no bfloat16 units; dynamic loss scaling is on"
         return Policy("float16", f"{card.name}: {why}")
-    why = (
-        "multiplied float16 no faster in a race"
-        if card.tensor_cores
-        else "has no tensor cores, so float16 would be slower"
-    )
-    return Policy("float32", f"{card.name}: {why}")
+    raced, without = "multiplied float16 no faster in a race", "has no tensor cores, so float16 would be slower"
+    return Policy("float32", f"{card.name}: {raced if card.tensor_cores else without}")
 
 
 def writing_policy(kind: ComputeDtype, device: Any = None) -> Policy:

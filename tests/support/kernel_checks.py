@@ -222,7 +222,7 @@ def _check_cross_entropy(tokens: int, cases: tuple[tuple[int, tuple[int, int]], 
             with pytest.MonkeyPatch.context() as patch:
                 padded = 13 + -13 % columns
                 form = cross_entropy.Form(columns, one_pass=columns > 1)
-                patch.setattr(cross_entropy, "cpu_form", lambda form=form: form)
+                patch.setattr(cross_entropy, "CPU_FORM", form)
                 patch.setattr(cross_entropy, "LOGITS_BYTES", most * padded * 4)
                 assert cross_entropy.token_blocks(tokens, padded) == blocks
                 loss, pull = jax.vjp(functools.partial(function, targets=jnp.asarray(targets)), *operands)

@@ -22,8 +22,6 @@ from moe_jax.model.quantized import QuantizedMatrix, as_array
 
 LOGITS_BYTES = 128 * 2**20
 """Most bytes of the float32 logits of one block: 667 tokens of GPT-2's vocabulary."""
-GPU_COLUMNS = 128
-"""The padded vocabulary of a GPU is a multiple of this."""
 
 
 class Form(NamedTuple):
@@ -35,12 +33,8 @@ class Form(NamedTuple):
     """logsumexp(z) is one reduction (`_logsumexp_in_one_pass`). Otherwise the maximum is taken first."""
 
 
-def cpu_form() -> Form:
-    return Form(1, one_pass=False)
-
-
-def gpu_form() -> Form:
-    return Form(GPU_COLUMNS, one_pass=True)
+CPU_FORM = Form(1, one_pass=False)
+GPU_FORM = Form(128, one_pass=True)
 
 
 def token_losses(logits: Float[Array, "*N V"], targets: Int[Array, "*N"]) -> Float[Array, "*N"]:
@@ -98,9 +92,7 @@ def blocked_token_losses(
 
 def _by_platform(function: Callable[..., Any], *operands: Any) -> Any:
     """function(form, *operands), in the form for the platform that the program is compiled for."""
-    return jax.lax.platform_dependent(
-        *operands, cpu=partial(function, cpu_form()), default=partial(function, gpu_form())
-    )
+    return jax.lax.platform_dependent(*operands, cpu=partial(function, CPU_FORM), default=partial(function, GPU_FORM))
 
 
 def _padded_head(head: Float[Array, "D V"] | QuantizedMatrix, dtype: jnp.dtype, form: Form) -> Float[Array, "D _"]:
@@ -167,19 +159,19 @@ def mean_cross_entropy(
 
     With weights w, the weight w_n takes the place of 1 / N.
     """
-    loss, _, _ = _by_platform(partial(_cross_entropy, with_gradients=False), hidden, head, targets, loss_scale, weights)
-    return loss
+    losses = blocked_token_losses(hidden, head, targets)
+    return losses.mean() if weights is None else (losses * weights.astype(losses.dtype)).sum()
 
 
-def _cross_entropy(
+def _with_gradients(
     form: Form,
     hidden: Array,
     head: Array,
     targets: Array,
     loss_scale: Array | None,
     weights: Array | None,
-    with_gradients: bool,
 ) -> tuple[Array, Array, Array]:
+    """The loss, d_hidden and d_head, as `mean_cross_entropy` says."""
     count, vocabulary = hidden.shape[0], head.shape[1]
     wide = at_least_float32(hidden.dtype)
     weight = _padded_head(head, hidden.dtype, form)
@@ -196,8 +188,6 @@ def _cross_entropy(
         logsumexp, softmax = _logsumexp_and_softmax(z, form)
         losses = logsumexp - _at_targets(z, target)
         loss = losses.sum() if token_weight is None else (losses * token_weight).sum()
-        if not with_gradients:
-            return d_head, (loss, jnp.zeros((0, h.shape[1]), h.dtype))
         # softmax - onehot(target). To make the array of zeros and ones took a CPU a sixth of the time of head and loss.
         d_z = jnp.where(jnp.arange(z.shape[1]) == target[:, None], softmax - 1, softmax)
         if weights is not None and token_weight is not None:
@@ -208,23 +198,20 @@ def _cross_entropy(
         d_head = d_head + transposed_product(h, d_z)
         return d_head, (loss, jnp.einsum("nv,dv->nd", d_z, weight, precision=dot_precision(h.dtype)))
 
-    d_head = jnp.zeros(weight.shape if with_gradients else (), wide)
+    d_head = jnp.zeros(weight.shape, wide)
     inputs = (_in_blocks(hidden, blocks, rows), _in_blocks(targets, blocks, rows), token_weight)
     if blocks == 1:
         d_head, (losses, d_hidden) = block(d_head, jax.tree.map(lambda x: x[0], inputs))
     else:
         d_head, (losses, d_hidden) = jax.lax.scan(block, d_head, inputs)
     total = losses.sum() if weights is not None else losses.sum() / count
-    d_head = d_head[:, :vocabulary] if with_gradients else d_head
-    return total, d_hidden.reshape(-1, hidden.shape[1])[:count], d_head
+    return total, d_hidden.reshape(-1, hidden.shape[1])[:count], d_head[:, :vocabulary]
 
 
 def _forward(
     hidden: Array, head: Array, targets: Array, loss_scale: Array | None, weights: Array | None
 ) -> tuple[Array, tuple[Array, Array, Array]]:
-    loss, d_hidden, d_head = _by_platform(
-        partial(_cross_entropy, with_gradients=True), hidden, head, targets, loss_scale, weights
-    )
+    loss, d_hidden, d_head = _by_platform(_with_gradients, hidden, head, targets, loss_scale, weights)
     plain = 1 / hidden.shape[0] if weights is None else 1.0
     share = jnp.asarray(plain, loss.dtype) if loss_scale is None else 1 / loss_scale.astype(loss.dtype)
     return loss, (d_hidden, d_head.astype(head.dtype), share)

@@ -52,7 +52,7 @@ def test_logsumexp_in_one_pass(float64: None) -> None:
 
 def test_the_blocks_of_a_gpu_for_gpt_2s_vocabulary() -> None:
     """50,257 columns are filled up to 393 x 128 = 50,304. 2^27 bytes are 667 tokens; 8,192 tokens are 16 times 512."""
-    form = cross_entropy.gpu_form()
+    form = cross_entropy.GPU_FORM
     assert form == (128, True)
     assert cross_entropy._padded_head(jnp.zeros((1, 50257)), jnp.dtype("bfloat16"), form).shape == (1, 50304)
     assert cross_entropy.token_blocks(8192, 50304) == (16, 512)
