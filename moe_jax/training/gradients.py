@@ -27,9 +27,6 @@ from moe_jax.training.loss import Metrics, training_loss
 
 REPLICATED = PartitionSpec()
 
-type Loss = Callable[..., tuple[Array, Metrics]]
-"""(model, tokens [B, T+1], keys [B], config, loss_scale=...) -> (the loss to minimise, metrics), as `training_loss`."""
-
 
 def gradients(
     graphdef: nnx.GraphDef,
@@ -38,7 +35,6 @@ def gradients(
     key: Key[Array, ""],
     scale: Float[Array, ""] | None,
     config: TrainConfig,
-    loss: Loss = training_loss,
     frozen: Params | None = None,
     layout: Layout | None = None,
     blocks: Int[Array, " M"] | None = None,
@@ -56,7 +52,7 @@ def gradients(
     to M - 1 unless given, as a device of a mesh does.
     """
     if layout is not None:
-        return _gradients_on_mesh(layout, graphdef, params, batch, key, scale, config, loss, frozen)
+        return _gradients_on_mesh(layout, graphdef, params, batch, key, scale, config, frozen)
 
     def micro(tokens: Any, index: Array) -> tuple[Params, Metrics]:
         rows = len(jax.tree.leaves(tokens)[0])
@@ -64,7 +60,7 @@ def gradients(
 
         def scaled_loss(p: Params) -> tuple[Array, Metrics]:
             model = merge(graphdef, p if frozen is None else adapted(frozen, p))
-            value, metrics = loss(model, tokens, keys, config, loss_scale=scale)
+            value, metrics = training_loss(model, tokens, keys, config, loss_scale=scale)
             return value if scale is None else value * scale.astype(value.dtype), metrics
 
         return jax.grad(scaled_loss, has_aux=True)(params)
@@ -105,7 +101,6 @@ def _gradients_on_mesh(
     key: Array,
     scale: Array | None,
     config: TrainConfig,
-    loss: Loss,
     frozen: Params | None,
 ) -> tuple[Params, Metrics]:
     """`gradients` on each device, for its own sequences, and their mean over the devices."""
@@ -119,7 +114,7 @@ def _gradients_on_mesh(
         micro_batches = len(jax.tree.leaves(batch)[0])
         blocks = jnp.arange(micro_batches) * layout.devices + jax.lax.axis_index(AXES)
         whole, own = gathered(frozen), gathered(params)
-        grads, metrics = gradients(graphdef, own, batch, key, scale, config, loss=loss, frozen=whole, blocks=blocks)
+        grads, metrics = gradients(graphdef, own, batch, key, scale, config, frozen=whole, blocks=blocks)
         mean: Metrics = jax.lax.pmean(metrics, AXES)
         if mean.answers is not None:
             mean = mean._replace(answers=mean.answers * layout.devices)
