@@ -91,8 +91,8 @@ def dropout(x: Float[Array, "B ..."], rate: float, keys: Key[Array, " B"] | None
 def keep_mask(keys: Key[Array, " B"], rate: float, shape: tuple[int, ...]) -> Bool[Array, "B ..."]:
     """False with probability `rate`, rounded to a multiple of 1 / 65,536. `shape` is the shape of one sequence's mask.
 
-    One draw of 32 random bits serves two entries, because generating random bits took a fifth of the time of a training
-    step of `seed-158m` on a CPU. With the barrier, the backward pass keeps the mask instead of the random bits.
+    One draw of 32 random bits serves two entries, because a CPU makes them slowly. With the barrier, the backward pass
+    keeps the mask instead of the random bits.
     """
     count, least = math.prod(shape), jnp.uint32(min(round(rate * 2**16), 2**16 - 1) << 16)
     words = jax.vmap(lambda key: jax.random.bits(key, ((count + 1) // 2,), jnp.uint32))(keys)

@@ -191,8 +191,7 @@ class Transformer(nnx.Module):
             keys = split_each(sequence_keys(key, len(tokens)), len(self.blocks) + 1)
         x = self._embed(tokens)
         x = dropout(x, config.dropout, keys[0])
-        stats: list[RouterStats | None] = []
-        cache: list[KeyValue] = []
+        stats, cache = [], []
         for block, block_keys in zip(self.blocks, keys[1:], strict=True):
             x, layer_stats, kv = block(x, mode, block_keys, remat=self.remat and mode is Mode.TRAIN, trace=trace)
             stats.append(layer_stats)
@@ -237,8 +236,7 @@ class Transformer(nnx.Module):
         """Append N tokens to each sequence, from position `index` on: the normalised hidden states (for `logits`), the
         routers' statistics, and the cache that includes these tokens. index + N must not exceed the cache's places."""
         x = self._embed(tokens, index[..., None] + jnp.arange(tokens.shape[1]))
-        stats: list[RouterStats | None] = []
-        new: list[KeyValue] = []
+        stats, new = [], []
         for block, kv in zip(self.blocks, cache, strict=True):
             x, layer_stats, kv = block.decode(x, kv, index, trace)
             stats.append(layer_stats)

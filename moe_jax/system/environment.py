@@ -134,9 +134,8 @@ def keep_freed_memory() -> None:
     """Set glibc's allocator so that it keeps freed memory. Nothing without glibc, or if GLIBC_TUNABLES sets it already.
 
     XLA's CPU client allocates the temporary buffers of a program at each call. By default glibc gets them from the
-    kernel and returns them, so in every training step the kernel maps and zeroes all their pages again: a third of the
-    time of a step of preset nano. All threads share one heap, because orbax starts new threads at each save: with a
-    heap for each thread, a step was 8 % slower.
+    kernel and returns them, so in every training step the kernel maps and zeroes all their pages again. All threads
+    share one heap, because orbax starts new threads at each save. `benchmarks/performance.md` has the gains.
     """
     if platform.libc_ver()[0] != "glibc" or "GLIBC_TUNABLES" in os.environ:
         return

@@ -30,7 +30,7 @@ SIZE, LARGE_SIZE = 1024, 4096
 count."""
 ROUNDS = 11
 WIDE_VECTORS: dict[str, Any] = {"xla_cpu_prefer_vector_width": 512}
-"""XLA's documentation does not name this option. A token of int4 weights takes 0.7 of the time with it."""
+"""XLA's documentation does not name this option."""
 
 
 @cache

@@ -19,7 +19,7 @@ def rotated_pairs(
     """Each pair (a, b) of a head as (a cos - b sin, b cos + a sin).
 
     The gradient is the rotation back. By autodiff it would be a sum of padded arrays, which XLA computes number by
-    number on a CPU: a tenth of a training step of `story-cpu`.
+    number on a CPU.
     """
     return jax.lax.platform_dependent(x, cos, sin, cpu=_rotated_on_cpu, default=_rotated_by_halves)
 
@@ -32,7 +32,7 @@ def _rotated_by_halves(x: Array, cos: Array, sin: Array) -> Array:
 
 def _rotated_on_cpu(x: Array, cos: Array, sin: Array) -> Array:
     """The same, as (a, b) * (cos, cos) + (b, a) * (-sin, sin). The barrier makes XLA write (b, a) to memory. What
-    remains is one loop over whole heads. In bfloat16 this takes a third of the time, in float32 two thirds."""
+    remains is one loop over whole heads."""
     other = jax.lax.optimization_barrier(jnp.roll(x, x.shape[-1] // 2, axis=-1))
     cos, sin = jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1)
     return (x.astype(cos.dtype) * cos + other.astype(cos.dtype) * sin).astype(x.dtype)
@@ -75,7 +75,7 @@ def rounded_once(
     function: Callable[..., Array], gate: Float[Array, "*G"] | None, *hidden: Float[Array, "*G F"]
 ) -> Float[Array, "*G F"]:
     """function(gate, *hidden), where `hidden` are narrower than float32. On a CPU it is computed in float32 and rounded
-    at the end: there XLA would round the result of each operation, which takes twice as long."""
+    at the end: there XLA would round the result of each operation."""
     return jax.lax.platform_dependent(gate, *hidden, cpu=partial(_in_float32, function), default=function)
 
 
