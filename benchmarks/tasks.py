@@ -29,7 +29,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from moe_jax.cli.main import main
 from moe_jax.config import ConfigError, UserError
-from moe_jax.inference.generate import TextGenerator
+from moe_jax.inference.decode import TextGenerator
 from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.traced_pass import make_traced_pass
 from moe_jax.model.moe.layer import Mode

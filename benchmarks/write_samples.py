@@ -26,7 +26,7 @@ from moe_jax.system import environment
 from moe_jax.system.files import json_text
 
 if TYPE_CHECKING:
-    from moe_jax.inference.generate import TextGenerator
+    from moe_jax.inference.decode import TextGenerator
     from moe_jax.inference.sampling import Sampling
     from moe_jax.runs.load import LoadedRun
 
@@ -156,7 +156,7 @@ def to_markdown(title: str, about: list[str], measures: dict[str, Measure], stor
 
 def open_writer(folder: str, step: int | None) -> "tuple[LoadedRun, TextGenerator]":
     """A run, and what writes with its model. Raises ConfigError for a run that was trained on conversations."""
-    from moe_jax.inference.generate import TextGenerator
+    from moe_jax.inference.decode import TextGenerator
     from moe_jax.runs.load import open_run
 
     run = open_run(folder, step)

@@ -25,8 +25,7 @@ from flax import nnx
 
 from moe_jax.config import UserError
 from moe_jax.data.token_store import token_stream
-from moe_jax.inference.decode import Decoder
-from moe_jax.inference.generate import TextGenerator
+from moe_jax.inference.decode import Decoder, TextGenerator
 from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.traced_pass import TracedStep
 from moe_jax.inspection.ablation import Ablation, ablation, switched_off, with_more_off

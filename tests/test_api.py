@@ -17,7 +17,7 @@ import pytest
 import moe_jax
 from moe_jax.api import Run
 from moe_jax.config import DataConfig, ExecutionConfig, RunConfig, TrainConfig, UserError
-from moe_jax.inference.generate import TextGenerator
+from moe_jax.inference.decode import TextGenerator
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import merge

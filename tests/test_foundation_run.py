@@ -23,7 +23,7 @@ from moe_jax.config.presets import preset
 from moe_jax.data.batches import evaluation_windows
 from moe_jax.data.corpora import open_corpus
 from moe_jax.data.tokenizers import train_tokenizer
-from moe_jax.inference.generate import TextGenerator
+from moe_jax.inference.decode import TextGenerator
 from moe_jax.inference.sampling import Sampling
 from moe_jax.runs.arrays import SafetensorsWriter
 from moe_jax.runs.load import open_run

@@ -8,7 +8,7 @@ from moe_jax.cli.options import MOST_ACTIVE, Active, RunName, StepNumber, check_
 from moe_jax.runs.catalog import title
 
 if TYPE_CHECKING:
-    from moe_jax.inference.generate import TextGenerator
+    from moe_jax.inference.decode import TextGenerator
     from moe_jax.inference.sampling import Sampling
     from moe_jax.runs.load import LoadedRun
 
@@ -49,7 +49,7 @@ class SamplingArguments:
 
     def open(self, folder: str) -> "tuple[LoadedRun, TextGenerator, Sampling]":
         """The model, loaded, and how it draws."""
-        from moe_jax.inference.generate import TextGenerator
+        from moe_jax.inference.decode import TextGenerator
         from moe_jax.inference.sampling import Sampling
         from moe_jax.runs.load import open_run, with_fewer_experts
 

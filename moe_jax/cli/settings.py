@@ -20,7 +20,7 @@ from moe_jax.cli.options import check_memory, check_out_folder
 from moe_jax.config import ConfigError, MeshShape, ProcessGroup, RunConfig, holds_run
 from moe_jax.config.presets import PRESETS, preset
 from moe_jax.config.section import Section, long_flag, short_flags
-from moe_jax.data.corpora import check_source, skipped_files
+from moe_jax.data.corpora import check_source
 from moe_jax.system import environment
 from moe_jax.system.terminal import say, working
 from moe_jax.training.start import Start, Values, start_of
@@ -164,7 +164,7 @@ def train_as_asked(arguments: TrainingArguments, start: Start, program: str) -> 
     if group.several and MeshShape.parse(config.execution.mesh).devices == 1:
         raise ConfigError("--num-processes: needs --mesh, whose product is the number of all devices of all processes")
     check_memory(config)
-    say(*skipped_files(config.data), *environment.prepare_environment(config.execution.deterministic))
+    say(*environment.prepare_environment(config.execution.deterministic))
     if config.resume and start.saved is None:
         say(f"--resume: {run} holds no checkpoint; a new run starts there")
     # jax is imported only now, because the arguments are accepted and the environment is set.

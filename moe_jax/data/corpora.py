@@ -8,7 +8,7 @@ at pinned revisions, and the user's own files:
 - A folder with `train.txt` (or `train.jsonl`) has its training text there, and its validation text in `valid.txt` (or
   `valid.jsonl`). Without that file, the training file is split as a single file.
 - Any other folder has all its `.txt`, `.md` and `.jsonl` files, those of inner folders included, in the order of their
-  paths. They are split as if they were one file. `skipped_files` says which files are left out.
+  paths. They are split as if they were one file.
 - Each of these may end in `.gz`.
 
 To add a data set of the hub: an entry in `HUB`, and its name in `config.NAMED_CORPORA`. Any other source is a function
@@ -259,17 +259,6 @@ def _files_of_folder(folder: Path, endings: tuple[str, ...]) -> dict[SplitName, 
 def _visible_files(folder: Path) -> list[Path]:
     inside = (p for p in folder.rglob("*") if not any(part.startswith(".") for part in p.relative_to(folder).parts))
     return sorted(p for p in inside if p.is_file())
-
-
-def skipped_files(data: DataConfig) -> list[str]:
-    """A line about the files of a folder that are not read. Empty if all are, or if `data` names no folder."""
-    folder = Path(data.source)
-    if data.source in NAMED_CORPORA or not folder.is_dir():
-        return []
-    used = {path for paths in source_files(folder, data.format).values() for path in paths}
-    names = [str(path.relative_to(folder)) for path in _visible_files(folder) if path not in used]
-    more = f" and {len(names) - 5:,} more" if len(names) > 5 else ""
-    return [f"--data {folder}: not read: {', '.join(names[:5])}{more}"] if names else []
 
 
 def _documents(spans: Iterable[Span], form: DataFormat, what: str) -> Iterator[Any]:

@@ -15,7 +15,6 @@ whenever a store is opened; a damaged store is made again.
 """
 
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -43,7 +42,6 @@ _READ_TOKENS = 1 << 20  # tokens looked at in a time
 _SEARCHED, _DOCUMENTS = 1 << 16, 50
 """Tokens and documents in which different openings are looked for."""
 _OPENING_CHARACTERS = 48
-_FIRST_WORDS = re.compile(r"\S+(?:[ \t]+\S+){0,3}")
 
 
 class Stream(NamedTuple):
@@ -152,19 +150,13 @@ def stored_documents(tokens: np.ndarray, tokenizer: Tokenizer) -> Iterator[str]:
 
 
 def openings(tokenizer: Tokenizer, tokens: np.ndarray, most: int) -> list[str]:
-    """Up to four words of the first line of each of the first documents in a stream: `most` different ones.
-
-    A sample that begins so looks like the text of the model; a fixed prompt, such as "Once upon a time", suits one
-    corpus only.
-    """
+    """Up to four words of the first line of each of the first documents in a stream: `most` different ones. A sample
+    that begins so looks like the text of the model."""
     head = np.append(tokens[:_SEARCHED], tokenizer.separator_id)  # a document may be longer
-    different = dict.fromkeys(_first_words(text) for text in islice(stored_documents(head, tokenizer), _DOCUMENTS))
+    documents = islice(stored_documents(head, tokenizer), _DOCUMENTS)
+    lines = (text.lstrip().partition("\n")[0].split() for text in documents)
+    different = dict.fromkeys(" ".join(words[:4])[:_OPENING_CHARACTERS] for words in lines)
     return [words for words in different if words][:most]
-
-
-def _first_words(document: str) -> str:
-    words = _FIRST_WORDS.match(document.lstrip().partition("\n")[0])
-    return words[0][:_OPENING_CHARACTERS] if words else ""
 
 
 def first_question(tokenizer: Tokenizer, tokens: np.ndarray) -> str:

@@ -10,7 +10,7 @@ from moe_jax.config import UserError
 from moe_jax.config.section import format_bound
 from moe_jax.data.chats import answer_prompt
 from moe_jax.data.documents import ANSWERING, Message
-from moe_jax.inference.generate import TextGenerator
+from moe_jax.inference.decode import TextGenerator
 from moe_jax.inference.sampling import Sampling
 from moe_jax.system.files import write_output
 

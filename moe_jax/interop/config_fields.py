@@ -1,4 +1,4 @@
-"""Which fields of a config.json give the shape of a model, which must have one value, and which change nothing."""
+"""Which fields of a config.json give the shape of a model, and which must have one value."""
 
 from typing import Any, NamedTuple
 
@@ -83,23 +83,3 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "scoring_func": ("softmax", None),
 }
 """Field -> the values with which the model computes what ours does."""
-
-SHAPE = {
-    *("model_type", "architectures", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "head_dim", "intermediate_size", "moe_intermediate_size", "num_local_experts"),
-    *("num_experts", "num_experts_per_tok", "norm_topk_prob", "rms_norm_eps", "tie_word_embeddings"),
-    *("max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters", "eos_token_id"),
-    *("sliding_window", "use_sliding_window", "layer_types", "max_window_layers"),
-}
-"""Fields that give the shape. A class ignores those that it does not have."""
-
-HARMLESS = {
-    *("bos_token_id", "pad_token_id", "unk_token_id", "sep_token_id", "decoder_start_token_id", "tokenizer_class"),
-    *("dtype", "torch_dtype", "use_cache", "initializer_range", "transformers_version", "pretraining_tp"),
-    *("attention_dropout", "hidden_dropout", "dropout", "router_aux_loss_coef", "router_jitter_noise"),
-    *("output_router_logits", "output_attentions", "output_hidden_states", "return_dict", "id2label", "label2id"),
-    *("is_llama_config", "chunk_size_feed_forward", "problem_type", "task_specific_params", "generation_config"),
-    *("transformers.js_config", "use_return_dict", "num_labels", "attn_implementation", "unsloth_fixed"),
-    *("max_length", "do_sample", "temperature", "top_p"),
-}
-"""Fields that change nothing in a forward pass without dropout."""

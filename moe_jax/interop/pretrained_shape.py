@@ -1,7 +1,7 @@
 """The shape of a model in a Hugging Face folder, from its config.json. Standard library only: no weight is read.
 
-A field of config.json either gives the shape, or must have the one value that our model computes, or changes nothing in
-a forward pass. Any other field is refused by name, because it may change what the model computes.
+A field of config.json gives the shape, or must have the one value that our model computes. Other fields are ignored, as
+the classes of transformers ignore them.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from moe_jax.config import ConfigError, ModelConfig, RoutingConfig, UserError
 from moe_jax.config.rope import KINDS, scaling_text
 from moe_jax.interop.architectures import OLMOE, Architecture
-from moe_jax.interop.config_fields import FIXED, HARMLESS, LAYOUTS, MULTIPLIERS, SHAPE, Layout
+from moe_jax.interop.config_fields import FIXED, LAYOUTS, MULTIPLIERS, Layout
 from moe_jax.interop.model_folder import read_file
 from moe_jax.system.errors import shortened
 from moe_jax.system.files import parse_json
@@ -226,18 +226,10 @@ class _Reader:
         return token
 
     def _check_fields(self, layout: Layout) -> None:
-        own = {layout.shared, "qkv_bias" if layout.gated else "", *(MULTIPLIERS if layout.multipliers else ())}
-        for name, value in self._values.items():
-            if name in SHAPE or name in HARMLESS or name in own or name.startswith("_"):
-                continue
-            if name in FIXED:
-                if value not in FIXED[name]:
-                    raise self._unheld(name, json.dumps(FIXED[name][0]))
-            elif value not in (None, False, "") and value != [] and value != {} and not isinstance(value, str):
-                raise UserError(
-                    f"{_shown(name)} is {_shown(value)}: an unknown field, which may change what the model computes; "
-                    "if it does not, remove it from a copy of the file"
-                )
+        own = {"qkv_bias" if layout.gated else "", *(MULTIPLIERS if layout.multipliers else ())}
+        for name, allowed in FIXED.items():
+            if name not in own and self._values.get(name, allowed[0]) not in allowed:
+                raise self._unheld(name, json.dumps(allowed[0]))
 
     def _size(self, name: str, default: int | None = None) -> int:
         allowed = f"a whole number from 1 to {_LARGEST:,}"

@@ -49,7 +49,7 @@ class TextRequest:
     settings: Sampling
     seed: int
     number: int
-    """One of the texts of the seed, as in `inference.generate.TextGenerator`."""
+    """One of the texts of the seed, as in `inference.decode.TextGenerator`."""
     limit: int
     """Most tokens; 0 for a prompt that is only to be read."""
     stop: list[str] = field(default_factory=list)

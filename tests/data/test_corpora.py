@@ -14,7 +14,7 @@ import xxhash
 
 from moe_jax.config import NAMED_CORPORA, ConfigError, DataConfig, UserError
 from moe_jax.data import documents
-from moe_jax.data.corpora import HUB, Corpus, check_source, open_corpus, scored_documents, skipped_files
+from moe_jax.data.corpora import HUB, Corpus, check_source, open_corpus, scored_documents
 from moe_jax.data.documents import SEPARATOR
 
 
@@ -63,9 +63,6 @@ def test_a_folder_has_its_files_in_the_order_of_their_paths(tmp_path: Path) -> N
     train, valid = both(tmp_path)
     whole = [*(f"one {i}" for i in range(10)), *(f"two {i}" for i in range(10)), *(f"three {i}" for i in range(20))]
     assert (train, valid) == (whole[:38], whole[38:])  # 5 % of 40 documents
-    said = f"--data {tmp_path}: not read: b/old.gz, notes.rst"
-    assert skipped_files(DataConfig(source=str(tmp_path))) == [said]
-    assert skipped_files(DataConfig(source="stories")) == []
 
 
 def test_a_compressed_text_is_the_text(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from moe_jax.data.chats import answer_prompt
 from moe_jax.data.documents import Message
 from moe_jax.data.tokenizers import train_tokenizer
 from moe_jax.inference.chat import HELP, Chat, RoleChat
-from moe_jax.inference.generate import TextGenerator
+from moe_jax.inference.decode import TextGenerator
 from moe_jax.inference.sampling import Sampling
 
 BYTE = train_tokenizer(DataConfig(tokenizer="byte"))

@@ -17,7 +17,7 @@ from moe_jax.data.chats import answer_prompt, encode_chats
 from moe_jax.data.documents import Message
 from moe_jax.data.tokenizers import Tokenizer, imported_tokenizer, load_tokenizer
 from moe_jax.inference.chat import RoleChat
-from moe_jax.inference.generate import TextGenerator
+from moe_jax.inference.decode import TextGenerator
 from moe_jax.inference.sampling import Sampling
 from moe_jax.interop.pretrained import Pretrained
 from moe_jax.interop.tokenizers import tokenizer_files

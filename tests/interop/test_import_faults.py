@@ -51,10 +51,6 @@ INF[31, 31] = -np.inf
 TENSORS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "missing": (lambda t: t.pop(Q), f"has no tensor {Q}, which its config.json asks for; download"),
     "surplus": (lambda t: t.update({"model.extra.weight": NAN}), "has the tensor model.extra.weight"),
-    "a bias": (
-        lambda t: t.update({Q.replace("weight", "bias"): np.zeros(32, np.float32)}),
-        "q_proj.bias, which a model of its config.json has not; take config.json and",
-    ),
     "wrong shape": (
         lambda t: t.update({Q: np.zeros((16, 32), np.float32)}),
         f"{Q} has shape [16, 32], and config.json gives [32, 32]; take both from the same folder",
@@ -114,23 +110,11 @@ def write(folder: Path, header: bytes, data: bytes, length: int | None = None) -
     (folder / "model.safetensors").write_bytes(length.to_bytes(8, "little") + header + data)
 
 
-HEADERS: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "a list": lambda h: [h],
-    "a negative shape": lambda h: {**h, Q: {**h[Q], "shape": [-32, -32]}},
-    "a huge shape": lambda h: {**h, Q: {**h[Q], "shape": [2**61, 8]}},
-    "an unknown dtype": lambda h: {**h, Q: {**h[Q], "dtype": "F9\n\x1b[2J"}},
-    "an overlap": lambda h: {**h, Q: {**h[Q], "data_offsets": [n - 4 for n in h[Q]["data_offsets"]]}},
-    "a place after the file": lambda h: {
-        **h,
-        "late": {"dtype": "F32", "shape": [1], "data_offsets": [10**15, 10**15 + 4]},
-    },
-}
-
-
-@pytest.mark.parametrize("name", HEADERS)
-def test_hostile_headers(name: str, folder: Path) -> None:
+def test_a_hostile_header(folder: Path) -> None:
+    """Two tensors in the same bytes. The library checks headers."""
     header, data = header_of(folder)
-    write(folder, json.dumps(HEADERS[name](header)).encode(), data)
+    header[Q]["data_offsets"] = [n - 4 for n in header[Q]["data_offsets"]]
+    write(folder, json.dumps(header).encode(), data)
     refused(folder, "is no whole safetensors file (Error while deserializing header: ")
 
 
@@ -165,8 +149,7 @@ def test_shards_are_read_as_one_file(folder: Path) -> None:
 @pytest.mark.parametrize(
     "file",
     [
-        *("../model.safetensors", "/etc/passwd", "a/../../b.safetensors", "..", "", "sub/x.safetensors", "\0"),
-        *(".hidden.safetensors", "pytorch_model.bin", "C:\\x.safetensors", "x" * 5000 + ".safetensors"),
+        *("../model.safetensors", "/etc/passwd", "", "sub/x.safetensors", "\0", "pytorch_model.bin"),
     ],
 )
 def test_an_index_names_only_files_of_its_folder(file: str, folder: Path) -> None:

@@ -5,8 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from moe_jax.inference.decode import Decoder
-from moe_jax.inference.generate import TextGenerator
+from moe_jax.inference.decode import Decoder, TextGenerator
 from moe_jax.inference.sampling import Sampling
 from moe_jax.runs.load import LoadedRun
 from moe_jax.serving.engine import Engine

@@ -16,7 +16,7 @@ from moe_jax.cli.main import run_command
 from moe_jax.config import RunConfig, TrainConfig, UserError, load_config
 from moe_jax.data.batches import MaskedBatch
 from moe_jax.inference.chat import RoleChat
-from moe_jax.inference.generate import TextGenerator
+from moe_jax.inference.decode import TextGenerator
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.kernels import cross_entropy
 from moe_jax.model.kernels.cross_entropy import mean_cross_entropy, token_losses
