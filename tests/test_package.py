@@ -70,9 +70,14 @@ def test_a_plan_leaves_no_compiler_behind(tmp_path: Path) -> None:
     """JAX imports each plugin of its environment. Without a card, one for cards prints a traceback."""
     own = {"UV_PROJECT_ENVIRONMENT": str(tmp_path / "own"), "MOE_JAX_CACHE": str(tmp_path / "cache")}
     look = ("uv", "run", "--quiet", "--no-default-groups", "python", "-c", "import jax; jax.devices()")
-    tiny = ("model.layers=1", "model.width=32", "model.seq_len=32", "train.batch_size=1", "data.tokenizer=byte")
-    changes = [f"--set={change}" for change in tiny]
-    plan = ("python", "benchmarks/record_plans.py", "--preset=nano", "--gpu=quadro-t1000-4gb", *changes)
+    tiny = (
+        "--model.layers=1",
+        "--model.width=32",
+        "--model.seq-len=32",
+        "--train.batch-size=1",
+        "--data.tokenizer=byte",
+    )
+    plan = ("python", "benchmarks/record_plans.py", "--preset=nano", "--gpu=quadro-t1000-4gb", *tiny)
     said = run("uv", "run", "--isolated", "--no-default-groups", "--extra", "gpu-plan", *plan, cwd=ROOT, **own)
     assert json.loads(said.splitlines()[-1])["fits"]
     environment = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "VIRTUAL_ENV")} | own

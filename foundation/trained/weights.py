@@ -61,7 +61,7 @@ def config_of(model: dict[str, Any], routing: dict[str, Any]) -> ModelConfig:
             "model; choose a run without it, or name the setting in foundation/trained/weights.py"
         )
     if routing.get("balancing", "loss") != "loss":
-        raise Problem("the run balances by a bias, which is not derived; train with --set routing.balancing=loss")
+        raise Problem("the run balances by a bias, which is not derived; train with --routing.balancing loss")
     if routing.get("eval_capacity_factor", 0.0) > 0:
         raise Problem("the run drops tokens in evaluation, which is not the loss of all tokens; choose another run")
     dense = model.get("dense", "none") != "none"

@@ -29,7 +29,7 @@ REFUSED: tuple[tuple[str, bytes, int], ...] = (
     ("/v1/completions", b'{"prompt": "a", "max_tokens": 5000}', 400),
     ("/v1/completions", b'{"prompt": [1000000]}', 400),
     ("/v1/completions", b'{"prompt": "a", "model": "another"}', 404),
-    ("/v1/completions", b'{"prompt": "a", "tempreature": 1}', 400),
+    ("/v1/completions", b'{"prompt": "a", "top_p": 2}', 400),
     ("/v1/completions", b" " * ((1 << 20) + 1), 413),
     ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": "hi"}]}', 400),
     ("/v1/nothing", b"{}", 404),
