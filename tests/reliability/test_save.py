@@ -41,12 +41,15 @@ class Snapshots:
         if not frame.f_code.co_filename.startswith(TRACED):
             return None
         if event == "line":
-            with contextlib.suppress(FileNotFoundError):  # a thread has renamed a file meanwhile
+            # Tensorstore's threads rename and remove files while we look: the next line looks again.
+            with contextlib.suppress(FileNotFoundError, shutil.Error):
                 status = [(str(p), s.st_size, s.st_mtime_ns) for p in sorted(self.run.rglob("*")) for s in [p.lstat()]]
                 if status != self._last:
+                    copy = self.scratch / str(len(self.taken))
+                    shutil.rmtree(copy, ignore_errors=True)  # of a look that a thread interrupted
+                    shutil.copytree(self.run, copy, copy_function=shutil.copy)
+                    self.taken.append(copy)
                     self._last = status
-                    shutil.copytree(self.run, self.scratch / str(len(self.taken)), copy_function=shutil.copy)
-                    self.taken.append(self.scratch / str(len(self.taken)))
         return self._look
 
     def __enter__(self) -> "Snapshots":
