@@ -116,8 +116,9 @@ def choose_policy(kind: ComputeDtype, device: Any = None, kept: str = "") -> Pol
     device (the first device unless given).
 
     A GPU computes in the narrowest dtype that its matrix units take (`Card`): bfloat16 from compute capability 8.0 on,
-    float16 on older cards with tensor cores, float32 on cards without. A CPU with units for bfloat16 takes it if a race shows that they are faster (`cpu_bfloat16_units`). Other
-    CPUs compute bfloat16 in float32. `benchmarks/performance.md` has the times of a step.
+    float16 on older cards with tensor cores, float32 on cards without. A CPU with units for bfloat16 takes it if a race
+    shows that they are faster (`cpu_bfloat16_units`). Other CPUs compute bfloat16 in float32.
+    `benchmarks/performance.md` has the times of a step.
     """
     if kind != "auto":
         return Policy(kind, "asked for with --precision")

@@ -181,8 +181,8 @@ def test_a_product_of_one_row_writes_no_converted_matrix(bits: int, expert: bool
 
 @pytest.mark.parametrize("bits", BITS)
 def test_which_products_read_the_codes_in_place(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of FEW_ROWS rows at most. Summed by groups are codes of 4 bits, and more outputs than MANY, unless their rows would take
-    each other's place in the cache."""
+    """Of FEW_ROWS rows at most. Summed by groups are codes of 4 bits, and more outputs than MANY, unless their rows
+    would take each other's place in the cache."""
     taken: list[str] = []
 
     def noted(name: str) -> None:
