@@ -10,13 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import described_gpu
-import jax
 import pytest
 import record_plans
-from described_gpu import GPUS, Target, compile_for_gpu
+from described_gpu import GPUS, Target
 
 from moe_jax.cli.main import main
-from moe_jax.config import ConfigError, RunConfig, TrainConfig, UserError
+from moe_jax.config import ConfigError, RunConfig, TrainConfig
 from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.model.costs import count_parameters
 from moe_jax.model.precision import choose_policy
@@ -71,23 +70,6 @@ def test_a_target_is_a_name_or_a_file(tmp_path: Path) -> None:
 def compiled(text: str) -> Any:
     """A lowered program."""
     return SimpleNamespace(compile=lambda compiler_options: SimpleNamespace(as_text=lambda: text))
-
-
-def test_what_was_not_compiled_for_the_gpu_is_an_error() -> None:
-    assert compile_for_gpu(compiled("operation_queue_id"), {})
-    with pytest.raises(AssertionError, match="compiled for the CPU"):
-        compile_for_gpu(compiled("other"), {})
-
-
-def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(compiler_options: Any) -> None:
-        raise jax.errors.JaxRuntimeError("INTERNAL: No PTX compilation provider here")
-
-    with pytest.raises(UserError, match=r"needs ptxas: .*--extra gpu-plan"):
-        compile_for_gpu(SimpleNamespace(compile=refuse), {})
-    monkeypatch.setattr(described_gpu, "has_cuda_plugin", lambda: False)
-    with pytest.raises(UserError, match=r"needs JAX's CUDA plugin: .*--extra gpu-plan"):
-        described_gpu.gpu_devices(Target.load("rtx3050-4gb"))
 
 
 @pytest.mark.parametrize(("mib", "status"), [(100.0, 0), (5000.0, 1)])

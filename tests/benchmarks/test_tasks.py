@@ -103,10 +103,3 @@ def test_bits_per_byte_of_whole_texts(made: tuple[Run, str]) -> None:
     (score,) = tasks.ask(run, ["made_whole"], folder=folder)
     size = sum(len(row["text"].encode()) for row in TEXTS)
     assert score.value == pytest.approx(-(first + second) / size / np.log(2), rel=1e-5)
-
-
-def test_the_script(made: tuple[Run, str], capsys: pytest.CaptureFixture[str]) -> None:
-    run, folder = made
-    assert tasks.run(["made_choice, made_whole", "--task-files", folder, "--run", str(run.config.run_dir)]) == 0
-    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["tasks"]
-    assert [(row["task"], row["metric"]) for row in rows] == [("made_choice", "acc"), ("made_whole", "bits_per_byte")]

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from moe_jax.certify import arithmetic, causality
-from moe_jax.certify import model as all_claims
 from moe_jax.certify.arithmetic import step_arithmetic
 from moe_jax.certify.causality import PerturbationResult, count_changes
 from moe_jax.certify.formulas import step_products
@@ -191,23 +190,3 @@ def test_the_precision_of_the_router(dots: list[Dot], passed: bool) -> None:
 
 
 # Which certificates a model gets
-
-
-def test_a_dense_model_has_no_certificates_of_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("model_causality", "step_arithmetic"):
-        monkeypatch.setattr(all_claims, name, lambda *_, name=name: iter([name]))
-    for name in ("layer_causality", "writing_causality", "layer_arithmetic", "compilations"):
-        monkeypatch.setattr(all_claims, name, lambda *_, name=name: name)
-    params: Any = {"blocks": [{"ffn": None}]}
-    dense = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, dense="active"))
-    assert list(all_claims.certify(dense, params, 2)) == ["model_causality", "writing_causality", "compilations"]
-    assert list(all_claims.certify(CONFIG, params, 2)) == [
-        *(
-            "layer_causality",
-            "model_causality",
-            "writing_causality",
-            "layer_arithmetic",
-            "step_arithmetic",
-            "compilations",
-        ),
-    ]

@@ -1,7 +1,7 @@
 """The catalogue of checks passes, and the check itself can fail."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import jax.numpy as jnp
 import pytest
@@ -151,20 +151,6 @@ def test_a_selection_runs_alone_and_the_whole_says_how_long_it_takes(
     monkeypatch.setattr(table, "all_checks", lambda: [square(1.0, 1.0)])
     assert main([]) == 0
     assert "one to two minutes" in capsys.readouterr().out
-
-
-def test_a_row_is_there_before_all_checks_are_made(capsys: pytest.CaptureFixture[str]) -> None:
-    """To make the inputs of all checks takes seconds."""
-
-    def made() -> Iterator[Check]:
-        for number in range(9):
-            yield square(1.0, 1.0)
-            print("made", number)
-
-    table.rows(made())
-    shown = capsys.readouterr().out
-    assert shown.index(" ok") < shown.index("made 8")
-    assert shown.count(" ok") == 9
 
 
 @pytest.mark.parametrize(

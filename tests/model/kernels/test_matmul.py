@@ -12,9 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moe_jax.model.kernels import embedding_lookup
 from moe_jax.model.kernels import grouped_matmul as grouped
-from moe_jax.model.kernels.causal_attention import causal_attention
 from moe_jax.model.kernels.grouped_matmul import grouped_matmul
 from moe_jax.model.kernels.matmul import _row_matmul, matmul, matmul_wide, vector_matmul
 from moe_jax.system.hlo import read_program
@@ -102,12 +100,6 @@ def test_left_operands_are_summed_along_the_axis_that_is_contiguous(kind: str) -
         assert layouts[operand].split(",")[0] == summed, operand
 
 
-@pytest.mark.parametrize(("copies", "size"), [(1, 1), (2, 2), (16, 4), (32, 4), (2048, 16), (8192, 32)])
-def test_the_blocks_of_a_lookups_gradient(copies: int, size: int) -> None:
-    """The power of two nearest to the cube root of twice the number: 3.2 for 16, 25.4 for 8,192."""
-    assert embedding_lookup._block_size(copies) == size
-
-
 # Groups of rows, each times its expert's matrix: the forms by copies and in turn, and the plain one
 
 
@@ -161,15 +153,6 @@ def test_the_product_is_the_plain_one(count: int, experts: int, further_expert: 
         assert tiny.relative_error(one, other) < 1e-14
 
 
-@pytest.mark.parametrize("count", [COPIES, IN_TURN])
-def test_the_product_has_the_dtype_of_the_rows(count: int) -> None:
-    """bfloat16 rows, float32 weights: a bfloat16 product, and a float32 gradient for the weights."""
-    rows, weights = jnp.ones((4, count, 5), jnp.bfloat16), jnp.ones((3, 5, 2), jnp.float32)
-    y, pull = jax.vjp(lambda r, w: grouped_matmul(r, w, jnp.array([1])), rows, weights)
-    d_rows, d_weights = pull(y)
-    assert (y.dtype, d_rows.dtype, d_weights.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
-
-
 @pytest.mark.parametrize("experts", [1, 2])
 def test_a_product_is_found_by_its_name_in_the_compiled_program(experts: int) -> None:
     """Also that of a single expert, which the compiler would turn into another product without a name."""
@@ -193,9 +176,3 @@ def test_no_group_is_multiplied_in_tf32() -> None:
 
     text = str(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(rows, weights))
     assert text.count("dot_general[") == text.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") > 5
-
-
-def test_blocks_of_queries_never_hold_all_scores() -> None:
-    queries = jax.ShapeDtypeStruct((1, 1, 256, 4), jnp.float32)
-    traced = [str(jax.make_jaxpr(f)(*[queries] * 3)) for f in (causal_attention, plain_kernels.causal_attention)]
-    assert ["256,256]" in text for text in traced] == [False, True]

@@ -123,18 +123,6 @@ def test_all_forms_are_one_function_without_drops(float64: None) -> None:
         assert tiny.relative_error(forward(of_layer(config, mode), params), expected[0]) < 1e-13
 
 
-def test_decoding_reads_chosen_experts_one_after_another(float64: None) -> None:
-    """Of a batch whose pairs are no more than the experts; `test_all_forms...` has more, and takes blocks."""
-    config = layer_config(factor=float(E))
-    params = ffn_params(config)
-    token = values()[0][:, 3:4]
-    layer = create(config, jax.random.key(0)).blocks[0].ffn
-    assert layer.dispatch_for(Mode.GENERATE, *token.shape[:2]) == d.PerToken()
-    alone = jax.jit(of_layer(config, Mode.GENERATE))(token, params)
-    whole = plain(config, params)[0](values()[0], params)[:, 3:4]
-    assert tiny.relative_error(alone, whole) < 1e-13
-
-
 @pytest.mark.parametrize("skip", [False, True])
 def test_an_invalid_token_of_a_small_batch_gives_nan_and_changes_no_other(skip: bool, float64: None) -> None:
     """Three tokens, whose pairs are summed by hand. The middle one is invalid, so one token of three is dropped."""
