@@ -55,15 +55,6 @@ def test_differences_are_paired_by_seed() -> None:
     )
 
 
-def test_for_the_same_time_the_mixture_is_the_one_that_was_chosen_for_it() -> None:
-    """It is at 1.0, the one for the same tokens at 2.0, and the baseline at 1.1. Untuned there is one mixture."""
-    arms = [Arm("none", "tokens", 4), Arm("none", "wall", 6), Arm("active", "tokens", 4), Arm("active", "wall", 8)]
-    results = [arm_result(arm, [bits, bits]) for arm, bits in zip(arms, (2.0, 1.0, 2.3, 1.1), strict=True)]
-    assert [d.paired.mean for d in differences(grouped(results))] == pytest.approx([0.3, 0.1])
-    untuned = grouped([results[0], *results[2:]])
-    assert [d.paired.mean for d in differences(untuned)] == pytest.approx([0.3, -0.9])
-
-
 def test_steps_by_hand() -> None:
     """A matmul parameter costs 6 operations a token; here attention has 4*16*16, router 16*4, two experts 3*16*8
     each, and the tied head 257*16. A step has 2*4*16 tokens. Of 2.9 steps' worth two are taken. Dense baselines that

@@ -4,7 +4,6 @@
 """
 
 import contextlib
-import io
 import json
 import sys
 from pathlib import Path
@@ -19,7 +18,7 @@ from moe_jax.config import UserError
 from moe_jax.config.presets import PRESETS, preset, with_vocabulary
 from moe_jax.model import precision
 from moe_jax.model.costs import count_parameters, totals
-from moe_jax.system.machine import Measured, Times
+from moe_jax.system.machine import Times
 from tests.benchmarks.test_suites import config
 
 
@@ -115,18 +114,6 @@ def test_peers_are_compared_by_their_faster_experts(monkeypatch: pytest.MonkeyPa
     other.about["parameters"] += 1
     with pytest.raises(AssertionError, match="the peer has"):
         peers.compare(config(), 2, 1)
-
-
-def test_a_peer_that_ends_says_with_which_status() -> None:
-    process: Any = SimpleNamespace(stdout=io.StringIO(""), wait=lambda: 7)
-    with pytest.raises(UserError, match="the peer, Mixtral in PyTorch, ended with status 7; its error is above"):
-        peers.Peer(process)
-    answers = io.StringIO('{"candidates": []}\n1.5\n')
-    asked = io.StringIO()
-    talking = peers.Peer(SimpleNamespace(stdout=answers, stdin=asked))  # pyright: ignore[reportArgumentType]
-    assert talking.about == {"candidates": []}
-    assert talking.run("train eager") == Measured(1.5)
-    assert asked.getvalue() == "train eager\n"
 
 
 def test_a_peer_is_killed_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,9 +17,7 @@ from flax import nnx
 from foundation import (
     activations,
     attention,
-    embedding,
     experts,
-    flash_attention,
     grouped_heads,
     initializers,
     losses,
@@ -27,7 +25,6 @@ from foundation import (
     norms,
     positions,
     preferences,
-    rounding,
     softmax,
 )
 
@@ -41,17 +38,6 @@ def normal(seed: int, *shape: int) -> jax.Array:
 def compiled(function: Callable, *operands: Any) -> Any:
     """The results of a function as one program. One at a time, each of its operations would be compiled."""
     return jax.jit(lambda *operands: function(*operands))(*operands)
-
-
-@pytest.mark.parametrize("tile", [3, 12])
-def test_attention_in_tiles_equals_attention_at_once(tile: int) -> None:
-    q, k, v = (normal(60 + i, 2, 7, 3) for i in range(3))
-    keep = jax.random.bernoulli(jax.random.key(63), 0.75, (2, 7, 7))
-    for causal, mask in ((True, attention.causal_mask(7)), (False, None)):
-        whole = compiled(lambda q, k, v, mask=mask: attention.attention_forward(q, k, v, mask, keep, 0.25)[0], q, k, v)
-        tiled, cache = flash_attention.flash_attention_forward(q, k, v, keep, 0.25, causal, tile)
-        np.testing.assert_allclose(tiled, whole, **TIGHT)
-        assert max(x.size for x in cache[:3] + cache[7:]) <= q.size  # of what is kept, only the given mask is [T, T]
 
 
 def test_activations_equal_jax_nn() -> None:
@@ -93,12 +79,6 @@ def test_norms_equal_flax() -> None:
     rms = nnx.RMSNorm(8, epsilon=1e-6, rngs=nnx.Rngs(0), dtype=jnp.float64, param_dtype=jnp.float64)
     rms.scale[...] = scale  # type: ignore[index]
     np.testing.assert_allclose(norms.rmsnorm_forward(x, scale)[0], rms(x), **TIGHT)
-
-
-def test_embedding_reads_rows() -> None:
-    table = normal(7, 5, 3)
-    tokens = jnp.array([[4, 0], [0, 2]])
-    np.testing.assert_array_equal(embedding.embedding_forward(table, tokens)[0], np.asarray(table)[tokens])
 
 
 def test_rope_scores_see_only_the_distance() -> None:
@@ -253,13 +233,6 @@ def test_initializers_have_the_variance_that_they_predict(name: str) -> None:
     # The variance of 120,000 draws is off by less than 2 % with five standard deviations to spare.
     np.testing.assert_allclose(jnp.var(kernel), predicted, rtol=0.02, atol=0.0)
     assert abs(jnp.mean(kernel)) <= 5.0 * (predicted / kernel.size) ** 0.5
-
-
-def test_only_a_power_of_two_cancels() -> None:
-    gradient = jnp.linspace(1.1e-3, 1.9e-3, 50)
-    powers = [rounding.through_scale(gradient, jnp.array(2.0**k)) for k in (0, 7, 20)]
-    assert all(np.array_equal(powers[0], other) for other in powers[1:])
-    assert not np.array_equal(powers[0], rounding.through_scale(gradient, jnp.array(1000.0)))
 
 
 def test_dpo_is_at_rest_where_rewards_tilt_the_reference() -> None:

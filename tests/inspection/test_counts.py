@@ -113,12 +113,6 @@ def traced(tokens: int, **changes: Any) -> RoutingTrace:
     return RoutingTrace(config, ids, pieces, probs, index, probs[..., :1], index, keep, loss, likeliest, chances, [])
 
 
-def test_drops_and_loads_of_a_trace() -> None:
-    found = traced(8)
-    assert found.drop_fraction.tolist() == [1 / 8, 0]
-    assert found.load().tolist() == [[8, 0], [7, 1]]
-
-
 def test_a_long_text_is_refused_and_the_longest_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trace, "LONGEST", 4)
     seen: list[list[int]] = []

@@ -13,7 +13,7 @@ from moe_jax.config import ConfigError, UserError
 from moe_jax.data.tokenizers import token_pieces
 from moe_jax.inspection import corpus_routing, report
 from moe_jax.inspection.corpus_routing import corpus_data, count_routing
-from moe_jax.inspection.report import render, report_run, write_report
+from moe_jax.inspection.report import report_run, write_report
 from moe_jax.inspection.specialisation import log_likelihood_ratio
 from moe_jax.inspection.trace import routing_trace
 from moe_jax.pages import digest
@@ -127,35 +127,6 @@ def test_g2_by_hand() -> None:
     assert found[2] == pytest.approx(2 * (2 * 10 * math.log(10 / 9.9) + 980 * math.log(980 / 980.1)))
 
 
-def planted(experts: int = 4, windows: int = 40, width: int = 32) -> corpus_routing.CorpusRouting:
-    """Random choices of two experts, but kind 5 always chooses expert 2 first; expert 3 is chosen by nothing."""
-    rng = np.random.default_rng(0)
-    stream = rng.integers(0, 10, (windows, width))
-    first = rng.integers(0, 3, (1, windows, width))
-    first[0][stream == 5] = 2
-    second = (first + rng.integers(1, 3, first.shape)) % 3
-    expert = np.stack([first, second], axis=-1)
-    probs = np.full((1, windows, width, experts), 1 / experts, np.float32)
-    config = tiny.config(vocab_size=10, seq_len=width, layers=1, experts=experts, top_k=2, capacity_factor=1.0)
-    return count_routing(config, stream, probs, expert, np.ones(expert.shape, bool))
-
-
-def test_counts_of_the_planted_corpus() -> None:
-    corpus = planted()
-    data = corpus_data(corpus)
-    assert data["dead"] == [{"layer": 0, "expert": 3, "load": 0.0, "dead": True}]
-    assert sum(data["load"][0]) == pytest.approx(1, abs=1e-3)
-    assert data["entropy"] == [1.0]
-    together = np.array(data["together"][0])
-    np.testing.assert_array_equal(together, together.T)
-    assert np.triu(together, 1).sum() == corpus.tokens  # two choices make one pair a token
-    assert np.diag(together).sum() == 2 * corpus.tokens
-    by_factor = dict(zip(*data["drops_by_factor"].values(), strict=True))
-    # 64 pairs a window for three experts of 16 slots each: at least a quarter is dropped.
-    assert 0.25 <= by_factor[1.0][0] < 0.5
-    assert by_factor[4.0] == [0.0]
-
-
 def test_the_flow_follows_each_token() -> None:
     """Three tokens, first choices 0 0 1 in a layer and 2 1 1 in the next."""
     expert = np.array([[[[0], [0], [1]]], [[[2], [1], [1]]]])
@@ -221,17 +192,6 @@ def test_a_dense_baseline_gets_pictures_and_a_reason(tmp_path: Path) -> None:
     lines = report_run(baseline)
     assert lines[0].startswith("pictures: ")
     assert "dense baseline" in lines[1]
-
-
-def test_a_page_is_made_of_its_data_alone(written: tuple[str, dict]) -> None:
-    page, data = written
-    assert render(data) == page
-    other = data | {"run": data["run"] | {"name": "<b>{{data}}"}}
-    assert "&lt;b&gt;{{data}}" in render(other)
-    assert data_in(render(other)) == other
-    # A token that is markup, as a tokenizer of whole words might have one.
-    hostile = render(data | {"text": data["text"] | {"pieces": [HOSTILE]}})
-    assert hostile.count("<script") == hostile.count("</script") == 2
 
 
 @pytest.mark.usefixtures("without_ablation")

@@ -60,7 +60,6 @@ def claim(name: str) -> Callable[[], None]:
     return check
 
 
-QUEUES = "moe_jax.model.moe.router:queue_positions"
 BEFORE = "before = jnp.cumsum(hits, axis=1) - hits"
 FEED = "y, stats = block.ffn(block.ffn_norm(x), mode, trace)"
 LAYER, STEP = "arithmetic: one layer, with gradients", "arithmetic: {} within the step"
