@@ -57,7 +57,7 @@ def test_which_settings_may_change_at_a_resume(name: str) -> None:
     with pytest.raises(ConfigError) as caught:
         resumed_run(SAVED).check(config)
     assert str(caught.value) == (
-        f"{flag_of(config.section(section), field)} {value}: the run in runs/held has {there}; "
+        f"{flag_of(config.section(section), field)} {value}: must stay {there} with the run in runs/held; "
         "leave the flag out to resume it, or start a new run with another --out"
     )
 
