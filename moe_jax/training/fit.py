@@ -226,7 +226,9 @@ def fit(
     record = here | {"asked": values_of(asked, MAY_CHANGE)}
     if device.budget < math.inf:
         record |= {"total_mib": round(best.total, 1), "budget_mib": round(device.budget, 1)}
-    return Fitted(with_values(asked, best.setting).override({FIT: execution.fit}), record, _reason(plans, device, failed))
+    return Fitted(
+        with_values(asked, best.setting).override({FIT: execution.fit}), record, _reason(plans, device, failed)
+    )
 
 
 def _reason(plans: list[Plan], device: Device, failed: RunConfig | None) -> str:

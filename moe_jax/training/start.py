@@ -54,7 +54,9 @@ class Start:
         model, routing = config.model, config.model.routing
         for (section, name), old in self.kept.items():
             if getattr(config.section(section), name) != old:
-                raise config.section(section).wrong(name, f"must stay {old} with {self.where}; leave the flag out{self.hint}")
+                raise config.section(section).wrong(
+                    name, f"must stay {old} with {self.where}; leave the flag out{self.hint}"
+                )
         if 0 < self.positions < model.seq_len:
             raise model.wrong("seq_len", f"{self.where} reads {self.positions} positions at most; give that or less")
         if config.upcycle and self.saved is None and not 1 < routing.top_k < model.experts:

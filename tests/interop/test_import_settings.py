@@ -153,7 +153,7 @@ def test_a_resume_needs_no_folder_and_takes_no_other(imported: Path, tmp_path: P
         assert (session.resumed_from, session.origin is None) == (0, False)
         resumed = ("--out", str(run), "--resume")
         said = refusal(train_settings, *resumed, "--init-from", "other")
-        assert said.startswith(f"--init-from other: must stay ")
+        assert said.startswith("--init-from other: must stay ")
         assert "leave the flag out" in said
         assert "--upcycle other" in refusal(train_settings, *resumed, "--upcycle", "other")
     finally:

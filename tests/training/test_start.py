@@ -10,7 +10,6 @@ import pytest
 
 from moe_jax.config import ConfigError, DataConfig, ModelConfig, RoutingConfig, RunConfig, TrainConfig
 from moe_jax.config.presets import preset
-from moe_jax.training import start
 from moe_jax.training.start import new_start, resumed_run, start_of
 
 MODEL = ModelConfig(
@@ -108,7 +107,9 @@ def test_what_flags_may_change_of_a_tuning(there: str, name: str) -> None:
     if allowed:
         found.check(config)
         return
-    with pytest.raises(ConfigError, match=f": must stay .* with the run in {there}; leave the flag out: a tuned run keeps"):
+    with pytest.raises(
+        ConfigError, match=f": must stay .* with the run in {there}; leave the flag out: a tuned run keeps"
+    ):
         found.check(config)
 
 
