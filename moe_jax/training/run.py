@@ -20,7 +20,6 @@ from moe_jax.runs.folder import locked_for_training
 from moe_jax.runs.load import restore_weights
 from moe_jax.system.signals import Signals
 from moe_jax.system.terminal import say
-from moe_jax.training.evaluate import Evaluation
 from moe_jax.training.header import print_next_step, print_result, print_run_header
 from moe_jax.training.logging import StepLogger, shown_sample, summary
 from moe_jax.training.session import Session
@@ -167,32 +166,17 @@ def evaluate_and_save_if_due(session: Session, step: int, logger: StepLogger, si
 
 def _evaluate_and_sample(session: Session, step: int, logger: StepLogger) -> float:
     """Evaluate, write a sample, a routing snapshot, a record and summary.json, and return the validation loss."""
-    scored = session.score(session.data.subset())
-    params = session.params  # with several processes, by all together
+    scored, params = session.score(session.data.subset()), session.params  # with several processes, by all together
     sample, trace = session.sample(step, params), session.tracer(params) if session.tracer else None
-    if is_process_zero():
-        _write_evaluation(session, step, scored, sample, trace, logger)
-    return scored.loss
-
-
-def _write_evaluation(
-    session: Session, step: int, scored: Evaluation, sample: str, trace: dict[str, Any] | None, logger: StepLogger
-) -> None:
+    if not is_process_zero():
+        return scored.loss
     session.folder.add_sample(step, sample)
     if trace is not None:
         session.folder.add_trace(step, trace)
-    record = {"step": step, "split": "val", "loss": scored.loss, "bits_per_byte": scored.bits_per_byte}
-    record |= {"drop_fraction": scored.drop_fraction, "tokens": scored.tokens}
-    record |= {"stream": session.data.stream_of(scored)}
-    logger.write(record | {"wall_seconds": session.elapsed})
-    floor = session.data.baselines and session.data.baselines.entropy_floor
-    best = "" if floor is None else f" (floor {floor:.3f})"
-    logger.say(
-        f"step {step} | validation loss {scored.loss:.4f} | {scored.bits_per_byte:.4f} bits/byte{best}, on "
-        f"{scored.tokens:,} of {session.data.store.valid.targets:,} validation tokens"
-    )
+    logger.evaluated(step, scored)
     logger.say(shown_sample(sample))
-    session.folder.write_summary(summary(session, scored, step, scored.loss, whole_stream=False))
+    session.folder.write_summary(summary(session, scored, step, whole_stream=False))
+    return scored.loss
 
 
 def finish(session: Session) -> dict[str, Any]:
@@ -205,6 +189,6 @@ def finish(session: Session) -> dict[str, Any]:
         programs = session.programs
         params = restore_weights(best, session.config, programs.param_shapes, programs.layout)
     scored = session.score(session.data.store.valid.stream, params)
-    result = summary(session, scored, best.step, best.val_loss, whole_stream=True)
+    result = summary(session, scored, best.step, whole_stream=True)
     session.folder.write_summary(result)
     return result

@@ -281,25 +281,6 @@ def test_an_upcycled_run_starts_from_the_dense_settings(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (
-            ["--model.expert-hidden", "128"],
-            "--model.expert-hidden 128: must stay ",
-        ),
-        (["--routing.no-renormalise-gates"], "--routing.renormalise-gates False: .* the gates must sum to 1"),
-        (["--model.norm-eps", "1e-5"], "--model.norm-eps 1e-05: must stay 0.0 with the dense run in held"),
-        (["--preset", "story"], "--preset story: must stay nano with the dense run in held"),
-    ],
-)
-def test_what_a_dense_run_cannot_be_upcycled_to(tmp_path: Path, arguments: list[str], said: str) -> None:
-    make_held(tmp_path, dense="active")
-    with pytest.raises(ConfigError, match=said):
-        train_settings("--upcycle", "held", *arguments)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["held"]
-
-
-@pytest.mark.parametrize(
     ("path", "problem"),
     [
         ("taken", "is a file; name a folder"),

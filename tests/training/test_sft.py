@@ -166,7 +166,7 @@ def test_a_tuned_run_starts_at_its_base_and_says_what_it_scores(tuned: Any, base
     start = open_run(base)
     first = session.score(session.data.store.valid.stream, start.params)
     assert result["val_loss"] < first.loss
-    assert (result["val_scored"], result["val_stream"], result["val_tokens"]) == ("answers", "whole", first.tokens)
+    assert (result["val_stream"], result["val_tokens"]) == ("whole", first.tokens)
     assert first.tokens == session.data.store.valid.targets
     assert result["trigram_bits_per_byte"] is None
     assert session.config.model == start.config.model
