@@ -1,7 +1,7 @@
 """What `train.py` prints: the run on one page before training (--dry-run stops there), and its result afterwards."""
 
-import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -136,7 +136,7 @@ def plan_line(t: TrainConfig, tokens_per_step: int, corpus: int | None = None) -
     )
 
 
-def print_result(session: Session, result: dict[str, Any]) -> None:
+def print_result(folder: Path, result: dict[str, Any]) -> None:
     """Print the result of a run: its score, what it cost, and its folder."""
     floor, trigram, bits = (result[f"{name}_bits_per_byte"] for name in ("entropy_floor", "trigram", "val"))
     if trigram is None:
@@ -150,13 +150,7 @@ def print_result(session: Session, result: dict[str, Any]) -> None:
     say(
         f"best checkpoint: step {result['best_step']}, validation loss {result['val_loss']:.4f} nats/token, "
         f"{bits:.4f} bits/byte{compared}, on the whole validation stream, {result['val_tokens']:,} tokens",
-        f"{result['tokens_seen']:,} tokens in {result['wall_seconds']:.0f} s{dropped}; everything is in "
-        f"{session.folder.path}",
+        f"{result['tokens_seen']:,} tokens in {result['wall_seconds']:.0f} s{dropped}; everything is in {folder}",
     )
     if trigram is not None and bits > trigram:
         say("this is worse than a trigram model: train longer, with --resume and more --steps")
-
-
-def print_next_step(session: Session) -> None:
-    """Print the command that opens a conversation with the model."""
-    print(f"next: uv run python -m moe_jax chat --run {shlex.quote(str(session.folder.path))}")
