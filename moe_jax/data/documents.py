@@ -212,7 +212,7 @@ def _row(span: Span, offset: int, line: bytes, form: DataFormat) -> Any:
 
 
 def _message(values: dict[str, Any]) -> Message:
-    """A turn, from a row. Keys whose value is null do not count. Raises ValueError and other errors for what is none."""
+    """A turn. Keys whose value is null do not count. Raises ValueError, or what Python raises, for anything else."""
     known = {key: value for key, value in values.items() if value is not None}
     message = Message(known["role"], known["content"].strip())
     if message.role not in ROLES or not message.content.encode() or len(known) != len(message):

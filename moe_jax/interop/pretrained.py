@@ -26,7 +26,6 @@ import numpy as np
 import xxhash
 
 from moe_jax.config import UserError
-from moe_jax.data.chat_templates import template_in
 from moe_jax.data.tokenizers import Tokenizer, imported_tokenizer
 from moe_jax.interop.huggingface import EMBEDDING, HEAD, Piece, Table, expected, is_fused, table
 from moe_jax.interop.model_folder import read_file
@@ -187,7 +186,7 @@ def _tokenizer(folder: Path, shape: PretrainedShape) -> Tokenizer:
         raise UserError(f"{folder / TOKENIZER}: {why}; open the tokenizer in transformers and save it again") from None
     settings, template = (_optional(folder, name) for name in (TOKENIZER_CONFIG, CHAT_TEMPLATE))
     try:
-        tokenizer = imported_tokenizer(file, settings or "", shape.separator, template_in(settings or "", template))
+        tokenizer = imported_tokenizer(file, settings or "", shape.separator, template)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     if tokenizer.vocab_size > shape.model.vocab_size:
