@@ -21,7 +21,7 @@ from moe_jax.data.hf_tokenizers import library_of, one_line
 _PROBLEM = "the model's chat template cannot write this conversation"
 
 
-def template_in(settings: dict[str, Any], file: str | None) -> str | None:
+def template_in(settings: dict[str, Any], file: str) -> str | None:
     """The template of a folder: the content of chat_template.jinja, or the field of tokenizer_config.json, of which
     one may be a list of named templates."""
     field = file or settings.get("chat_template")

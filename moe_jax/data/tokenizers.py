@@ -191,7 +191,7 @@ def token_pieces(tokenizer: Tokenizer, tokens: np.ndarray) -> list[str]:
     return [piece(int(t)) for t in tokens]
 
 
-def imported_tokenizer(file: str, settings: str, separator_id: int | None, template: str | None = None) -> Tokenizer:
+def imported_tokenizer(file: str, settings: str, separator_id: int | None, template: str = "") -> Tokenizer:
     """The tokenizer of a Hugging Face folder, from the texts of its tokenizer.json, tokenizer_config.json (perhaps
     empty) and chat_template.jinja.
 

@@ -62,7 +62,7 @@ def tokenizer_files(tokenizer: Tokenizer, context: int, chat: bool = False) -> d
         if chat and not template:
             settings = json_text(values | {"chat_template": jinja(separator_text(tokenizer))}, indent=2) + "\n"
         files = {"tokenizer.json": definition["file"], "tokenizer_config.json": settings}
-        if template and template_in(values, None) != template:
+        if template and template_in(values, "") != template:
             files["chat_template.jinja"] = template
         return {name: content for name, content in files.items() if content}
     made = {"tokenizer.json": tokenizer_json(tokenizer), "tokenizer_config.json": tokenizer_config(context, chat)}
