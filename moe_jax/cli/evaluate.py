@@ -73,13 +73,14 @@ def evaluate(run: RunName = "", step: StepNumber = None, data: str = "", active:
 
 
 def _form_of(run: str, data: str) -> "DataFormat":
-    """How a file is read: a tuned run reads JSON lines of conversations as such. Everything else is text. Raises
-    ConfigError if there is no such text."""
+    """How a file is read: a tuned run reads JSON lines as conversations. Everything else is text. Raises ConfigError if
+    there is no such text."""
     from moe_jax.data.corpora import check_source
-    from moe_jax.data.documents import holds_chats
+    from moe_jax.data.documents import JSON_LINES, ending
 
     config = load_config(Path(run))
     tuned = config is not None and config.data.format == "chat"
-    form: DataFormat = "chat" if tuned and holds_chats(Path(data)) else "text"
+    in_rows = ending(Path(data)) in JSON_LINES or any(Path(data).glob("*.jsonl*"))
+    form: DataFormat = "chat" if tuned and in_rows else "text"
     check_source(DataConfig(source=data, format=form))
     return form
