@@ -143,7 +143,7 @@ def compare_baselines(asked: argparse.Namespace, request: dict[str, Any], base: 
 
 def publish(report: "Report", out: Path) -> None:
     """Print the result, and write its record, its table and its pictures."""
-    from moe_jax.plots.figures import save_figures
+    from moe_jax.plots import save_figures
 
     print(f"\n{report.to_markdown()}")
     write_atomically(out / f"{report.name}.json", json_text(report.record, indent=1) + "\n")

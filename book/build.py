@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 from book import museum, one_token
 from book.conf import REPOSITORY
 from foundation.chapters import PATH, part
-from moe_jax.pages.assembly import filled
+from moe_jax.pages import filled
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "book" / "build"

@@ -28,7 +28,8 @@ from moe_jax.data.token_store import token_stream
 from moe_jax.inference.decode import Decoder, TextGenerator
 from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.traced_pass import TracedStep
-from moe_jax.inspection.ablation import Ablation, ablation, switched_off, with_more_off
+from moe_jax.inspection.ablation import Ablation, ablation
+from moe_jax.inspection.switches import switched_off, with_more_off
 from moe_jax.inspection.trace import RoutingTrace, make_trace_step, routing_trace
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import Params, Transformer, merge

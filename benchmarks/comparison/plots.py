@@ -8,7 +8,7 @@ import numpy as np
 from comparison.report import t_interval
 from moe_jax.config import Dense
 from moe_jax.config.presets import DENSE_BASELINES
-from moe_jax.plots.figures import COLOURS, check_installed
+from moe_jax.plots import COLOURS, check_installed
 from moe_jax.runs.records import read_metrics
 
 if TYPE_CHECKING:

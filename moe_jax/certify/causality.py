@@ -36,16 +36,12 @@ SEQUENCES = 4
 FEW = 24
 """Evenly spaced positions that are tried outside training."""
 MOST_FLOPS = 2e12
-"""If changing every position takes more operations, some positions are left out. At 200 GFLOP/s these are ten seconds.
-"""
+"""If changing every position takes more operations, some positions are left out: ten seconds at 200 GFLOP/s."""
 
 
 class PerturbationResult(NamedTuple):
     """What changed when single tokens were changed, summed over all changes."""
 
-    changes: int
-    """Tokens that were changed, one at a time in a sequence."""
-    sequences: int
     positions: int
     """Positions that were changed in turn."""
     tokens: int
@@ -62,9 +58,8 @@ class PerturbationResult(NamedTuple):
     def __str__(self) -> str:
         where = "each" if self.positions == self.tokens else f"{self.positions:,}"
         return (
-            f"{self.changes:,} changes of one token, at {where} of {self.tokens:,} positions, in {self.sequences} "
-            f"sequences: {self.earlier:,} earlier outputs changed, and {self.other_row:,} of the sequence that was "
-            f"left alone; {self.dropped:.0%} of the choices dropped"
+            f"one token changed at {where} of {self.tokens:,} positions: {self.earlier:,} earlier outputs changed, and "
+            f"{self.other_row:,} of the sequence that was left alone; {self.dropped:.0%} of the choices dropped"
         )
 
     @property
@@ -76,15 +71,6 @@ class PerturbationResult(NamedTuple):
 def spaced(first: int, last: int, count: int) -> np.ndarray:
     """Evenly spaced positions, at most `count` of them and at least both ends."""
     return np.unique(np.linspace(first, last, max(count, 2)).round().astype(int))
-
-
-def crowded_positions(queued: Any, slots: int) -> np.ndarray:
-    """Positions of the tokens that take the last slot of a queue or are the first to find it full, in any layer, and
-    the positions before and after them. `queued` [*L, B, T, K] has the place of each pair in its queue, from 0."""
-    place = np.asarray(queued)
-    near = np.argwhere((place == slots - 1) | (place == slots))[:, -2]
-    around = np.unique(np.concatenate([near - 1, near, near + 1]))
-    return around[(around >= 0) & (around < place.shape[-2])]
 
 
 def count_changes(
@@ -99,22 +85,18 @@ def count_changes(
     positions = np.arange(tokens) if positions is None else positions
     rng = np.random.default_rng(1)
     unchanged, dropped = (np.asarray(a) for a in run(before))
-    changes = 0
     counts = np.zeros(3, int)
     for t in positions.tolist():
         alone = int(rng.integers(rows))
         after = before.copy()
         after[:, t] = _replaced(before, other, t, rng.random(rows) < 0.5)
         after[alone] = before[alone]
-        changes += int((after != before).reshape(rows, -1).any(-1).sum())
         differs = (_bits(np.asarray(run(after)[0])) != _bits(unchanged)).reshape(rows, tokens, -1).any(-1)
         counts[1] += differs[alone].sum()
         differs[alone] = False
         counts += differs[:, :t].sum(), 0, differs[:, t:].sum()
     earlier, other_row, later = (int(n) for n in counts)
-    return PerturbationResult(
-        changes, rows, len(positions), tokens, earlier, other_row, later, float(dropped.max(initial=0))
-    )
+    return PerturbationResult(len(positions), tokens, earlier, other_row, later, float(dropped.max(initial=0)))
 
 
 def _replaced(before: np.ndarray, other: np.ndarray, t: int, copied: np.ndarray) -> np.ndarray:
@@ -141,10 +123,10 @@ def layer_causality(config: ModelConfig, ffn: dict[str, Any], moe: type[MoE] = M
     before, other = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     graphdef, state = nnx.split(layer)
 
-    @partial(jax.jit, static_argnames="trace")
-    def run(x: Any, trace: bool = False) -> tuple[Any, Any]:
-        y, stats = nnx.merge(graphdef, state)(x, Mode.TRAIN, trace)
-        return (y if stats.trace is None else stats.trace.slot), stats.drop_fraction
+    @jax.jit
+    def run(x: Any) -> tuple[Any, Any]:
+        y, stats = nnx.merge(graphdef, state)(x, Mode.TRAIN)
+        return y, stats.drop_fraction
 
     return perturbed("causality: token priority, by capacity", run, before, other, flops, model.capacity)
 
@@ -158,19 +140,16 @@ def perturbed(
     slots: int | None,
     positions: np.ndarray | None = None,
 ) -> Certificate:
-    """Test `run(before [B, T, ...])`, which returns outputs [B, T, D] and the share of pairs dropped, and with
-    trace=True the places of the pairs in their queues [*L, B, T, K] in place of the outputs. The queues have `slots`
-    slots; None: nothing is dropped. A sequence takes `flops` operations.
+    """Test `run(before [B, T, ...])`, which returns outputs [B, T, D] and the share of pairs dropped. The queues have
+    `slots` slots; None: nothing is dropped. A sequence takes `flops` operations.
 
-    Unless given, the positions are all. If they take more than MOST_FLOPS operations, they are evenly spaced ones, and
-    those where a queue becomes full. With slots, a test in which nothing was dropped proves nothing, and fails.
+    Unless given, the positions are all, or evenly spaced ones if all take more than MOST_FLOPS operations. With slots,
+    a test in which nothing was dropped proves nothing, and fails.
     """
     sequences, tokens = before.shape[:2]
     allowed = int(MOST_FLOPS / (flops * sequences))
     if positions is None and allowed < tokens:
         positions = spaced(0, tokens - 1, allowed)
-        if slots is not None:
-            positions = np.union1d(positions, crowded_positions(run(before, trace=True)[0], slots))
     found = count_changes(run, before, other, positions)
     claim = "none changes; nothing is dropped" if slots is None else "none changes, while choices are dropped"
     return Certificate(
@@ -192,12 +171,10 @@ def _whole_model(model: ModelConfig, params: Params) -> Callable[..., tuple[Any,
     """The function of tokens that `perturbed` tests, of a mode."""
     graphdef = abstract_model(model)[0]
 
-    @partial(jax.jit, static_argnames=("mode", "trace"))
-    def run(tokens: Any, mode: Mode = Mode.TRAIN, trace: bool = False) -> tuple[Any, Any]:
-        hidden, stats, _ = merge(graphdef, params)(tokens, mode, trace=trace)
-        if stats is None:
-            return hidden, jnp.zeros(())
-        return (hidden if stats.trace is None else stats.trace.slot), stats.drop_fraction
+    @partial(jax.jit, static_argnames="mode")
+    def run(tokens: Any, mode: Mode = Mode.TRAIN) -> tuple[Any, Any]:
+        hidden, stats, _ = merge(graphdef, params)(tokens, mode)
+        return hidden, jnp.zeros(()) if stats is None else stats.drop_fraction
 
     return run
 

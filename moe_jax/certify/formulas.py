@@ -5,7 +5,7 @@ from fractions import Fraction
 
 from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.model.costs import attention_shapes, muon_flops
-from moe_jax.model.kernels.query_blocks import LONGEST_KEPT, computed_scores
+from moe_jax.model.kernels import LONGEST_KEPT, computed_scores
 from moe_jax.model.moe.layer import block_rows
 
 

@@ -23,7 +23,7 @@ def plot(run: tyro.conf.UseAppendAction[list[str]], out: str = "") -> int:
         check_out_folder("--out", out)
     environment.prepare_environment()
     with working("sampling the pictures"):
-        from moe_jax.plots.figures import run_figures, save_figures
+        from moe_jax.plots import run_figures, save_figures
 
         figures = run_figures(runs)
         paths = save_figures(figures, Path(out) if out else runs[0] / "report")

@@ -8,7 +8,7 @@ One expert of one layer is off at a time. All of them are rows of a few batches,
 experts: one for the losses and one for the stories.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,18 +18,17 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from moe_jax.config import ModelConfig, RunConfig, UserError
+from moe_jax.config import ModelConfig, UserError
 from moe_jax.data.tokenizers import StreamDecoder, Tokenizer
 from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.slots import PromptState, advance, draw, prefill
 from moe_jax.inference.traced_pass import check_routed, tokens_at_once
-from moe_jax.inspection.switches import SWITCHES, SwitchableMoE, with_switches
+from moe_jax.inspection.switches import switchable_graphdef, switchable_writer, switches_of, with_switches
 from moe_jax.inspection.trace import windows
 from moe_jax.model.costs import count_parameters, totals
 from moe_jax.model.kernels.cross_entropy import blocked_token_losses
 from moe_jax.model.moe.layer import Mode
-from moe_jax.model.precision import writing_policy
-from moe_jax.model.transformer import Forms, Params, abstract_model, merge
+from moe_jax.model.transformer import Params, merge
 from moe_jax.runs.load import LoadedRun
 from moe_jax.system.random_keys import Purpose, purpose_key
 from moe_jax.system.terminal import progress_bar
@@ -123,11 +122,6 @@ def one_off_at_a_time(count: int, experts: int, layers: list[int]) -> np.ndarray
     return off
 
 
-def switchable_graphdef(config: RunConfig, compute: str) -> nnx.GraphDef:
-    """The static definition of a run's model whose experts can be switched off. `compute` is its compute precision."""
-    return abstract_model(config.model, Forms(compute, config.execution.remat, SwitchableMoE))[0]
-
-
 def make_switched_losses(graphdef: nnx.GraphDef) -> Callable[[Params, np.ndarray, np.ndarray], Array]:
     """The jitted (params, off bool [L, B, E], tokens int [B, T+1]) -> cross-entropy of tokens 1 to T in nats [B, T].
 
@@ -203,18 +197,13 @@ def switched_stories(run: LoadedRun, prompt: str, off: np.ndarray) -> list[str]:
     limit = min(STORY_TOKENS, run.config.model.seq_len - len(start))
     padded = np.zeros((1, len(start) + limit), np.int32)
     padded[0, : len(start)] = start
-    write = make_switched_writer(_switchable_writer(run), tokenizer.vocab_size, limit)
+    write = make_switched_writer(switchable_writer(run), tokenizer.vocab_size, limit)
     key = purpose_key(SEED, Purpose.SAMPLE, 0)
     stories: list[str] = []
     for group, count in _groups(off, min(STORY_ROWS, off.shape[1])):
         rows = np.asarray(write(run.params, group, padded, np.int32(len(start)), SETTINGS, key))[:count]
         stories += [_decoded(tokenizer, row.tolist()) for row in rows]
     return stories
-
-
-def _switchable_writer(run: LoadedRun) -> nnx.GraphDef:
-    """The definition for texts that are written token by token."""
-    return switchable_graphdef(run.config, writing_policy(run.config.execution.compute_dtype).compute)
 
 
 def _groups(off: np.ndarray, size: int) -> Iterator[tuple[np.ndarray, int]]:
@@ -259,40 +248,3 @@ def ablation_data(result: Ablation) -> dict[str, Any]:
         "temperature": SETTINGS.temperature,
         "seed": SEED,
     }
-
-
-def switched_off(run: LoadedRun, off: np.ndarray) -> dict[str, Any]:
-    """The fields of a run that change where experts are switched off, by bool [L, E].
-
-    Raises UserError for a model without routers, and where a layer would have no expert left.
-    """
-    check_routed(run.config.model)
-    for layer in np.flatnonzero(off.all(1)):
-        raise UserError(f"layer {layer}: all its experts are switched off; leave one")
-    return {
-        "graphdef": switchable_graphdef(run.config, run.policy.compute),
-        "writer": _switchable_writer(run),
-        "params": with_switches(run.params, jnp.asarray(off)[:, None]),
-    }
-
-
-def switches_of(run: LoadedRun) -> np.ndarray:
-    """bool [L, E]: the experts of a run that are off."""
-    config = run.config.model
-    layers = [run.params["blocks"][n]["ffn"].get(SWITCHES) for n in range(config.layers)]
-    return np.array([np.zeros(config.experts, bool) if off is None else np.asarray(off)[0] for off in layers])
-
-
-def with_more_off(run: LoadedRun, layer: int, experts: Sequence[int]) -> np.ndarray:
-    """bool [L, E]: the switches of a run, with these experts of a layer off too.
-
-    Raises UserError for a layer or an expert that the model does not have.
-    """
-    config = run.config.model
-    check_routed(config)
-    for name, value, count in (("layer", layer, config.layers), *(("expert", e, config.experts) for e in experts)):
-        if not 0 <= value < count:
-            raise UserError(f"{name} {value}: must be between 0 and {count - 1}")
-    off = switches_of(run)
-    off[layer, list(experts)] = True
-    return off

@@ -22,7 +22,6 @@ network address. The page holds all the numbers that it shows as one JSON object
 """
 
 import html
-import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,8 @@ from moe_jax.inspection.corpus_routing import CORPUS_TOKENS, CorpusRouting, corp
 from moe_jax.inspection.specialisation import group_preferences, specialisation
 from moe_jax.inspection.trace import RoutingTrace, attention_data, routing_trace, trace_tokens
 from moe_jax.model.costs import count_parameters, totals
-from moe_jax.pages.assembly import filled, page_file, page_script, page_style, security_policy
-from moe_jax.plots.figures import run_figures, save_figures
+from moe_jax.pages import filled, page_file, page_script, page_style, security_policy
+from moe_jax.plots import run_figures, save_figures
 from moe_jax.runs.catalog import title
 from moe_jax.runs.load import LoadedRun, open_run
 from moe_jax.runs.records import load_entropy, read_metrics, read_snapshots, read_summary
@@ -108,15 +107,7 @@ def _shown_text(run: LoadedRun, text: str, valid: np.ndarray | None, missing: st
             raise UserError(f"--text: must be given: {missing}")
         source = "Validation text" + (", changed since the run was trained" if missing else "")
         return trace_tokens(run, np.asarray(valid[:DEFAULT_TOKENS], np.int32)), source
-    trace = routing_trace(run, text)
-    loss, guess = trace.loss[:-1].mean(), math.log(trace.config.vocab_size)
-    if loss > guess:
-        print(
-            f"warning: the model predicts this text worse than guessing: {loss:.2f} nats a token, {guess:.2f} if "
-            f"all {trace.config.vocab_size:,} tokens are equally likely; try a text like those it was trained on",
-            file=sys.stderr,
-        )
-    return trace, "The text that was given"
+    return routing_trace(run, text), "The text that was given"
 
 
 def _validation_tokens(run: LoadedRun) -> tuple[np.ndarray | None, str]:

@@ -140,9 +140,9 @@ def group_preferences(corpus: CorpusRouting, tokenizer: Tokenizer) -> list[list[
 
     An entry holds `name`; `here`, the group's share of the expert's choices; `all`, the group's share of the text;
     `reach`, the share of the group's occurrences that choose the expert; `times`, `here` / `all`; `g2`, which counts
-    occurrences, so it only orders the groups and tests none; `examples`, the group's tokens that choose the expert most
-    often, of those that choose it more often than an average token does; and `tokens`, the same with their counts:
-    `text`; `here`, how often it chose this expert; `all`, how often it occurs.
+    occurrences, so it only orders the groups and tests none; `tokens`, the group's tokens that choose the expert most
+    often, of those that choose it more often than an average token does: `text`; `here`, how often it chose this
+    expert; `all`, how often it occurs.
     """
     ids = np.flatnonzero(corpus.token_counts)
     groups = token_groups(tokenizer, ids)
@@ -157,13 +157,11 @@ def group_preferences(corpus: CorpusRouting, tokenizer: Tokenizer) -> list[list[
         shares["times"] = shares["here"] / shares["all"]
         often = [t for t in tokens.tolist() if by_token[t] * corpus.tokens > size * counts[t]]
         best = np.array(sorted(often, key=lambda t: -by_token[t])[:EXAMPLES], np.int32)
-        examples = token_pieces(tokenizer, best)
-        listed = zip(examples, by_token[best].tolist(), counts[best].tolist(), strict=True)
+        listed = zip(token_pieces(tokenizer, best), by_token[best].tolist(), counts[best].tolist(), strict=True)
         return {
             "name": name,
             **{key: round(value, 4) for key, value in shares.items()},
             "g2": round(g2, 1),
-            "examples": examples,
             "tokens": [{"text": text, "here": n, "all": total} for text, n, total in listed],
         }
 

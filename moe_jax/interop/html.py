@@ -22,7 +22,7 @@ import numpy as np
 
 from moe_jax.config import ConfigError, UserError
 from moe_jax.model.quantized import quantize
-from moe_jax.pages.assembly import ascii_script, page_file
+from moe_jax.pages import ascii_script, page_file
 from moe_jax.pages.live import live_page, model_entry
 from moe_jax.runs.arrays import named_leaves
 from moe_jax.runs.load import LoadedRun, find_checkpoint, open_run, saved_weights

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.config.presets import with_vocabulary
 from moe_jax.config.train import NEWTON_SCHULZ_STEPS, STATE_BYTES
-from moe_jax.model.kernels.query_blocks import LONGEST_KEPT, kept_scores
+from moe_jax.model.kernels import LONGEST_KEPT, kept_scores
 
 
 class Count(NamedTuple):

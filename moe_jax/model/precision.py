@@ -76,12 +76,6 @@ def cpu_bfloat16_units() -> str:
     return units if units and machine.gain("bfloat16", jax.devices("cpu")[0], units) >= LEAST_GAIN else ""
 
 
-def float16_is_slow(device: Any) -> bool:
-    """Whether a race on a card of this machine shows that its tensor cores do not help. False for a described card,
-    which cannot race."""
-    return isinstance(device, jax.Device) and machine.gain("float16", device) < LEAST_GAIN
-
-
 _COMPUTED = ("float32", "bfloat16", "float16")
 
 
@@ -122,9 +116,9 @@ def choose_policy(kind: ComputeDtype, device: Any = None, kept: str = "") -> Pol
     device (the first device unless given).
 
     A GPU computes in the narrowest dtype that its matrix units take (`Card`): bfloat16 from compute capability 8.0 on,
-    float16 on older cards with tensor cores, float32 on cards without. On a card of this machine a race may overrule
-    float16. A CPU with units for bfloat16 takes it if a race shows that they are faster (`cpu_bfloat16_units`). Other
-    CPUs compute bfloat16 in float32. `benchmarks/performance.md` has the times of a step.
+    float16 on older cards with tensor cores, float32 on cards without. A CPU with units for bfloat16 takes it if a race
+    shows that they are faster (`cpu_bfloat16_units`). Other CPUs compute bfloat16 in float32.
+    `benchmarks/performance.md` has the times of a step.
     """
     if kind != "auto":
         return Policy(kind, "asked for with --precision")
@@ -140,11 +134,10 @@ def choose_policy(kind: ComputeDtype, device: Any = None, kept: str = "") -> Pol
         return Policy("bfloat16", f"{card.name}: an accelerator other than CUDA")
     if card.bfloat16_units:
         return Policy("bfloat16", f"{card.name}: compute capability {card.capability} has bfloat16 units")
-    if card.tensor_cores and not float16_is_slow(device):
+    if card.tensor_cores:
         why = f"compute capability {card.capability} has no bfloat16 units; dynamic loss scaling is on"
         return Policy("float16", f"{card.name}: {why}")
-    raced, without = "multiplied float16 no faster in a race", "has no tensor cores, so float16 would be slower"
-    return Policy("float32", f"{card.name}: {raced if card.tensor_cores else without}")
+    return Policy("float32", f"{card.name}: has no tensor cores, so float16 would be slower")
 
 
 def writing_policy(kind: ComputeDtype, device: Any = None) -> Policy:

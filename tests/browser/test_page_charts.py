@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from moe_jax.pages.assembly import page_file
+from moe_jax.pages import page_file
 from tests.browser.opened import LAYERS, E, K, Opened, page_data
 
 
@@ -58,7 +58,6 @@ def test_a_sentence_at_the_top_says_what_the_experts_specialise_in(browser: Any,
             "reach": 0.625,
             "times": 5.0,
             "g2": g2,
-            "examples": [f" {name}"],
             "tokens": [{"text": f" {name}", "here": 5, "all": 8}],
         }
         data["specialisation"][layer][e]["groups"] = [group]

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from moe_jax.pages.assembly import digest
+from moe_jax.pages import digest
 from tests.browser.contrast import CONTRAST
 from tests.browser.opened import Watched
 from tests.browser.served import Served

@@ -5,12 +5,9 @@ from functools import partial
 from typing import get_args
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 from described_gpu import Target, back_ends, lower_for
 
-from moe_jax.certify import causality
 from moe_jax.certify.arithmetic import router_precision, step_arithmetic
 from moe_jax.certify.causality import layer_causality, model_causality
 from moe_jax.certify.formulas import router_flops
@@ -52,17 +49,9 @@ def test_all_certificates_of_a_small_model(changes: dict) -> None:
     assert [c.name for c in found if not c.passed] == []
     assert len(found) == 1 + 3 + 1 + 5 + 1
     trained = [found[0], found[1]]
-    assert all(" at each of 32 positions, in 4 sequences" in c.found for c in trained)
+    assert all(" at each of 32 positions" in c.found for c in trained)
     assert not any("; 0% of the choices" in c.found for c in trained)  # tried under drops
     assert len({c.title for c in found}) == len(found)
-
-
-def in_pairs(expert, valid, experts):
-    """The later token of each two has the place first: a leak over one position."""
-    order = np.arange(expert.shape[1]) // 2 * 2 + 1 - np.arange(expert.shape[1]) % 2
-    hits = (jax.nn.one_hot(expert, experts, dtype=jnp.int32).sum(-2) * valid[..., None])[:, order]
-    before = (jnp.cumsum(hits, axis=1) - hits)[:, order]
-    return jnp.take_along_axis(before, expert, axis=-1)
 
 
 @pytest.mark.planted
@@ -77,21 +66,6 @@ def test_a_known_leak_is_found(rule: str) -> None:
     assert not certificate.passed
     assert ": 0 earlier outputs" not in certificate.found
     assert " and 0 of the sequence that was left alone" in certificate.found
-
-
-@pytest.mark.planted
-def test_pairs_are_found_if_positions_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model so large that only a few positions are changed: those near the places where queues become full. A leak in
-    the order of the queues is found in every layer that has them, too."""
-    model = small(seq_len=64)
-    _, params = split(create(model, jax.random.key(0)))
-    monkeypatch.setattr(causality, "MOST_FLOPS", 1)
-    for sound in model_causality(run_config(model), params):
-        assert sound.passed
-        assert " at each of " not in sound.found
-    monkeypatch.setattr("moe_jax.model.moe.dispatch.queue_positions", in_pairs)
-    assert [c.passed for c in model_causality(run_config(model), params)] == [False, True]
-    assert not layer_causality(model, {}).passed
 
 
 @pytest.mark.parametrize(

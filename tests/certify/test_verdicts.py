@@ -29,13 +29,13 @@ MODEL = tiny.config()
     [(0, 0, 5, True), (1, 0, 5, False), (0, 1, 5, False), (0, 0, 0, False)],
 )
 def test_what_is_causal(earlier: int, other_row: int, later: int, causal: bool) -> None:
-    found = PerturbationResult(24, 4, 8, 8, earlier, other_row, later, 0.5)
+    found = PerturbationResult(8, 8, earlier, other_row, later, 0.5)
     assert found.causal == causal
     assert str(found) == (
-        f"24 changes of one token, at each of 8 positions, in 4 sequences: {earlier} earlier outputs changed, and "
+        f"one token changed at each of 8 positions: {earlier} earlier outputs changed, and "
         f"{other_row} of the sequence that was left alone; 50% of the choices dropped"
     )
-    assert ", at 6 of 8 positions," in str(found._replace(positions=6))
+    assert " at 6 of 8 positions:" in str(found._replace(positions=6))
 
 
 BEFORE, OTHER = np.arange(24).reshape(3, 8), 100 + np.arange(24).reshape(3, 8)
@@ -56,7 +56,7 @@ def test_changes_are_counted_by_where_they_are(outputs: Any, earlier: int, other
     def run(x: Any) -> Any:
         return outputs(x)[..., None], np.array([0.25, 0.75, 0.5])
 
-    assert count_changes(run, BEFORE, OTHER) == (16, 3, 8, 8, earlier, other_row, later, 0.75)
+    assert count_changes(run, BEFORE, OTHER) == (8, 8, earlier, other_row, later, 0.75)
 
 
 def test_every_position_is_changed_in_all_rows_but_one() -> None:
@@ -69,14 +69,13 @@ def test_every_position_is_changed_in_all_rows_but_one() -> None:
         calls.append(x.copy())
         return x, np.zeros(1)
 
-    found = count_changes(run, before, other)
+    count_changes(run, before, other)
     changed = np.stack([call != before for call in calls[1:]])  # [call, row, position]
     assert (calls[0] == before).all()
     assert len(calls) == 1 + 64
     for t, call in enumerate(changed):
         assert not np.delete(call, t, axis=1).any()
         assert call[:, t].sum() == 3
-    assert found.changes == changed.sum() == 3 * 64
     assert (changed.any(2).sum(0) > 32).all()
     assert (changed.any(2).sum(0) < 64).all()
     new = np.array([[calls[1 + t][row, t] for t in range(64)] for row in range(4)])
@@ -92,26 +91,15 @@ def test_every_bit_of_an_output_counts() -> None:
     assert (causality._bits(a) != causality._bits(b)).ravel().tolist() == [True, False, False, True]
 
 
-def test_positions_where_a_queue_becomes_full() -> None:
-    """Two slots. The queue has the places 0 1 2 3 at the tokens 0 3 4 7: token 3 takes the last slot, token 4 finds
-    none, and their neighbours are 2 and 5."""
-    place = np.array([0, 0, 0, 1, 2, 0, 0, 3]).reshape(1, 1, 8, 1)
-    assert causality.crowded_positions(place, 2).tolist() == [2, 3, 4, 5]
-    at_the_ends = np.array([1, 0, 0, 0, 0, 0, 0, 2]).reshape(1, 8, 1)
-    assert causality.crowded_positions(at_the_ends, 2).tolist() == [0, 1, 6, 7]
-
-
 def test_how_many_positions_are_tried() -> None:
-    """Every position while that takes at most MOST_FLOPS operations; then evenly spaced ones and the crowded ones."""
+    """Every position while that takes at most MOST_FLOPS operations; then evenly spaced ones."""
     before, other = np.zeros((2, 2, 100), int)
-    place = np.zeros((1, 2, 100, 1), int)
-    place[..., 4, :] = 5  # the last of 6 slots
 
-    def run(x: Any, trace: bool = False) -> Any:
-        return (place if trace else x[..., None]), np.zeros(1)
+    def run(x: Any) -> Any:
+        return x[..., None], np.zeros(1)
 
     tried = [causality.perturbed("", run, before, other, flops, 6).found for flops in (1e10, 1e11)]
-    assert [" at each of 100 positions" in tried[0], " at 13 of 100 positions" in tried[1]] == [True, True]
+    assert [" at each of 100 positions" in tried[0], " at 10 of 100 positions" in tried[1]] == [True, True]
     assert causality.spaced(0, 99, 10).tolist() == [0, 11, 22, 33, 44, 55, 66, 77, 88, 99]
 
 
@@ -119,7 +107,7 @@ def test_how_many_positions_are_tried() -> None:
 def test_a_capacity_must_be_tested_under_drops(
     slots: int | None, dropped: float, passed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(causality, "count_changes", lambda *_: PerturbationResult(24, 4, 8, 8, 0, 0, 5, dropped))
+    monkeypatch.setattr(causality, "count_changes", lambda *_: PerturbationResult(8, 8, 0, 0, 5, dropped))
     certificate = causality.perturbed("causality: a layer", max, BEFORE, OTHER, 1, slots)
     assert certificate.passed == passed
     assert ("while choices are dropped" in certificate.asked) == (slots is not None)

@@ -17,10 +17,9 @@ from moe_jax.inspection.ablation import (
     affordable,
     one_off_at_a_time,
     prompt_of,
-    switchable_graphdef,
     switched_losses,
-    switched_off,
 )
+from moe_jax.inspection.switches import switchable_graphdef, switched_off
 from moe_jax.model.transformer import merge
 from moe_jax.runs.load import LoadedRun
 from moe_jax.system.random_keys import Purpose, purpose_key

@@ -16,7 +16,7 @@ from moe_jax.inspection.corpus_routing import corpus_data, count_routing
 from moe_jax.inspection.report import render, report_run, write_report
 from moe_jax.inspection.specialisation import log_likelihood_ratio, specialisation
 from moe_jax.inspection.trace import routing_trace
-from moe_jax.pages.assembly import digest
+from moe_jax.pages import digest
 from moe_jax.runs.load import open_run
 from tests.support import saved_run, short_form, tiny
 
@@ -255,25 +255,6 @@ def test_a_text_of_the_users_does_not_replace_the_runs_own_page(folder: Path, tm
     assert run_command(["inspect", "--run", str(run), "--text", "a cat"]) == 0
     assert own.read_text() == "the run's own"
     assert data_in((run / "report" / "routing-of-a-text.html").read_text(encoding="utf-8"))["text"]["pieces"]
-
-
-@pytest.mark.usefixtures("without_ablation")
-@pytest.mark.parametrize(
-    ("text", "lost"),
-    [
-        ("Der kleine Drache verlor gestern seinen Hut im dunklen Wald.", True),
-        ("Once upon a misty afternoon, an honest boy named Ben pulled on his woolly shoes.", False),
-    ],
-)
-def test_a_text_that_is_predicted_worse_than_by_guessing_is_warned_of(
-    text: str, lost: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """By the shipped `nano`, which knows the sentences of its grammar and no German."""
-    monkeypatch.setattr(report, "_validation_tokens", lambda _: (None, ""))
-    assert run_command(["inspect", "--run", "nano", "--text", text, "--out", str(tmp_path / "page.html")]) == 0
-    said = capsys.readouterr().err
-    assert ("warning: the model predicts this text worse than guessing: " in said) == lost
-    assert ("6.93 if all 1,024 tokens" in said) == lost
 
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:

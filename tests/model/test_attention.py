@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.model import kernels as blocking
 from moe_jax.model.kernels import causal_attention as kernel
-from moe_jax.model.kernels import processor, query_blocks
+from moe_jax.model.kernels import processor
 from moe_jax.model.kernels.causal_attention import causal_attention
 
 BLOCK = 4
@@ -16,7 +17,7 @@ BLOCK = 4
 
 @pytest.fixture(autouse=True)
 def short_blocks(monkeypatch: pytest.MonkeyPatch, float64: None) -> None:
-    monkeypatch.setattr(query_blocks, "QUERY_BLOCK", BLOCK)
+    monkeypatch.setattr(blocking, "QUERY_BLOCK", BLOCK)
 
 
 def operands(length: int, heads: int = 2, key_heads: int = 2) -> list[jax.Array]:
@@ -69,7 +70,7 @@ def test_attention_gradient(
     query, key, value, cotangent = operands(length, heads)
     mask = np.random.default_rng(3).random((2, heads, length, length)) < 0.7 if dropped else None
     keys = None if mask is None else jax.random.split(jax.random.key(0), 2)
-    monkeypatch.setattr(query_blocks, "SPANS", 2)
+    monkeypatch.setattr(blocking, "SPANS", 2)
 
     def given(query: Any, rate: float, keys: Any, first: Any, end: int) -> jax.Array:
         """The mask's rows of a block; a whole block where the first row is traced."""

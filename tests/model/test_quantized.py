@@ -107,16 +107,6 @@ def test_activations_in_bfloat16_are_summed_in_float32(bits: int) -> None:
 
 
 @pytest.mark.parametrize("bits", BITS)
-def test_a_wide_matrix_by_columns(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 4 columns of 10, of 6 inputs: the last block begins at column 6 and overlaps the one before."""
-    monkeypatch.setattr(kernels, "BLOCK", 4)
-    matrix, values = random_matrix(bits, 6, 10)
-    x = rows(kernels.FEW_ROWS + 1, 6)
-    y = jax.jit(lambda x, matrix: quantized_matmul(x, matrix))(x, matrix)
-    assert tiny.relative_error(y, x @ values) < 1e-6
-
-
-@pytest.mark.parametrize("bits", BITS)
 def test_products_with_the_matrices_of_experts(bits: int) -> None:
     """All experts, each with its own rows; one row with the expert of an index; and several such rows."""
     matrix, values = random_matrix(bits, 3, 64, 5)
@@ -151,11 +141,8 @@ def test_columns_are_rows_of_an_embedding(bits: int) -> None:
 
 def test_codes_in_tiles_stand_for_the_same_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five tiles of four outputs, and eight groups, two in each stream: the matrix, its columns, and every form of its
-    product. Blocks of eight columns of 20: the last one overlaps the one before. Matrices that do not fall into tiles
-    stay as they are."""
+    product. Matrices that do not fall into tiles stay as they are."""
     monkeypatch.setattr(module, "TILE", 4)
-    monkeypatch.setattr(kernels, "TILE", 4)
-    monkeypatch.setattr(kernels, "BLOCK", 8)
     plain, values = random_matrix(4, 3, 256, 20)
     others = {"eight": random_matrix(8, 64, 20)[0], "odd": random_matrix(4, 64, 5)[0], "vector": jnp.ones(20)}
     kept = {name: jax.tree.map(np.asarray, other) for name, other in others.items()}
@@ -194,17 +181,16 @@ def test_a_product_of_one_row_writes_no_converted_matrix(bits: int, expert: bool
 
 @pytest.mark.parametrize("bits", BITS)
 def test_which_products_read_the_codes_in_place(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of FEW_ROWS rows at most. A wider matrix than BLOCK is converted by columns. Summed by groups are codes of 4
-    bits, and more outputs than MANY, unless their rows would take each other's place in the cache."""
+    """Of FEW_ROWS rows at most. Summed by groups are codes of 4 bits, and more outputs than MANY, unless their rows
+    would take each other's place in the cache."""
     taken: list[str] = []
 
     def noted(name: str) -> None:
         form = getattr(kernels, name)
         monkeypatch.setattr(kernels, name, lambda *given: taken.append(name) or form(*given))
 
-    for name in ("_few_rows", "_by_columns", "_sum_of_groups"):
+    for name in ("_few_rows", "_sum_of_groups"):
         noted(name)
-    monkeypatch.setattr(kernels, "BLOCK", 4096)
     monkeypatch.setattr(kernels, "MANY", 2047)
 
     def forms(count: int, outputs: int, experts: int = 0) -> list[str]:
@@ -224,7 +210,6 @@ def test_which_products_read_the_codes_in_place(bits: int, monkeypatch: pytest.M
     assert forms(1, 2048) == forms(2, 2048) == forms(2, 3072) == ["_few_rows", *of_4_bits]
     assert forms(1, 2049, experts=2) == of_4_bits
     assert forms(kernels.FEW_ROWS + 1, 4096) == []
-    assert forms(kernels.FEW_ROWS + 1, 4097) == ["_by_columns"]
 
 
 @pytest.mark.parametrize("bits", BITS)

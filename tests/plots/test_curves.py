@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from moe_jax.config import UserError
-from moe_jax.plots.figures import COLOURS, _Metrics, load_figure, run_figures
+from moe_jax.plots import COLOURS, _Metrics, load_figure, run_figures
 
 
 def run(folder: Path, name: str, *, summary: dict[str, Any] | None = None, **values: Any) -> Path:

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("matplotlib")
 
 from moe_jax.cli.main import run_command
-from moe_jax.plots.figures import run_figures, save_figures
+from moe_jax.plots import run_figures, save_figures
 from tests.support import saved_run
 
 

@@ -3,7 +3,7 @@
 import re
 from importlib import resources
 
-from moe_jax.pages.assembly import ascii_script, digest
+from moe_jax.pages import ascii_script, digest
 from moe_jax.pages.live import SCRIPTS
 from moe_jax.serving.page import document
 

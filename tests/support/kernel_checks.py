@@ -11,10 +11,10 @@ import pytest
 from flax import nnx
 
 from moe_jax.certify.arithmetic import layer_function, with_gradients
+from moe_jax.model import kernels as cut
 from moe_jax.model.kernels import causal_attention as attention_kernel
 from moe_jax.model.kernels import cross_entropy, embedding_lookup
 from moe_jax.model.kernels import grouped_matmul as grouped
-from moe_jax.model.kernels import query_blocks as cut
 from moe_jax.model.kernels.causal_attention import causal_attention
 from moe_jax.model.kernels.grouped_matmul import grouped_matmul
 from moe_jax.model.moe.dispatch import Blocks

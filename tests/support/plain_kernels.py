@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
 from moe_jax.model.kernels import causal_attention as by_hand
+from moe_jax.model.kernels import query_blocks
 from moe_jax.model.kernels.cross_entropy import token_losses
-from moe_jax.model.kernels.query_blocks import query_blocks
 from moe_jax.model.precision import at_least_float32, dot_precision
 
 

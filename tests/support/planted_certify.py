@@ -8,8 +8,14 @@ from moe_jax.certify.arithmetic import layer_arithmetic, step_arithmetic
 from moe_jax.certify.causality import layer_causality, model_causality, writing_causality
 from moe_jax.certify.model import compilations, initial_params
 from moe_jax.config import DataConfig, ExecutionConfig, ModelConfig, RoutingConfig, RunConfig, TrainConfig
+from moe_jax.inference import decode
 from moe_jax.inference.decode import Decoder
+from moe_jax.model import attention, transformer
+from moe_jax.model.kernels import cached_attention, causal_attention
+from moe_jax.model.moe import layer, router
 from moe_jax.model.transformer import abstract_model
+from moe_jax.system import hlo
+from moe_jax.training import loss
 from tests.support.planting import Bug
 
 
@@ -59,142 +65,72 @@ BEFORE = "before = jnp.cumsum(hits, axis=1) - hits"
 FEED = "y, stats = block.ffn(block.ffn_norm(x), mode, trace)"
 LAYER, STEP = "arithmetic: one layer, with gradients", "arithmetic: {} within the step"
 BUGS = [
-    Bug(
-        "certify: no causal mask",
-        "moe_jax.model.kernels.causal_attention:masked_softmax",
-        " + jnp.where(visible, 0, -jnp.inf).astype(scores.dtype)",
-        "",
-        claim("causality: the whole model"),
+    Bug("certify: no causal mask", causal_attention.masked_softmax, claim("causality: the whole model")).edit(
+        " + jnp.where(visible, 0, -jnp.inf).astype(scores.dtype)", ""
     ),
-    Bug(
-        "certify: the batch is one group",
-        QUEUES,
-        BEFORE,
-        """flat = hits.reshape(-1, experts)
-    before = (jnp.cumsum(flat, axis=0) - flat).reshape(hits.shape)""",
-        claim("causality: the whole model"),
-    ),
-    Bug(
-        "certify: later tokens first",
-        QUEUES,
-        BEFORE,
-        "before = jnp.cumsum(hits[:, ::-1], axis=1)[:, ::-1] - hits",
-        claim("causality: token priority, by capacity"),
-    ),
-    Bug(
-        "certify: neighbours are exchanged",
-        QUEUES,
-        BEFORE,
-        """order = jnp.arange(hits.shape[1]) ^ 1
-    before = (jnp.cumsum(hits[:, order], axis=1) - hits[:, order])[:, order]""",
-        claim("causality: token priority, by capacity"),
+    Bug("certify: later tokens first", router.queue_positions, claim("causality: token priority, by capacity")).edit(
+        BEFORE, "before = jnp.cumsum(hits[:, ::-1], axis=1)[:, ::-1] - hits"
     ),
     Bug(
         "certify: evaluation sees the next token",
-        "moe_jax.model.transformer:Block.__call__",
-        FEED,
-        FEED + "; y = y if mode is Mode.TRAIN else y + 1e-3 * jnp.roll(x, -1, axis=1)",
+        transformer.Block.__call__,
         claim("causality: the whole model in evaluation"),
-    ),
+    ).edit(FEED, FEED + "; y = y if mode is Mode.TRAIN else y + 1e-3 * jnp.roll(x, -1, axis=1)"),
     Bug(
-        "certify: prefill sees the next token",
-        "moe_jax.model.transformer:Block.__call__",
-        FEED,
-        FEED + "; y = y + 1e-3 * jnp.roll(x, -1, axis=1) if mode is Mode.GENERATE else y",
-        claim("causality: prefill and decoding"),
-    ),
+        "certify: prefill sees the next token", transformer.Block.__call__, claim("causality: prefill and decoding")
+    ).edit(FEED, FEED + "; y = y + 1e-3 * jnp.roll(x, -1, axis=1) if mode is Mode.GENERATE else y"),
     Bug(
         "certify: a decoded token sees the place behind it",
-        "moe_jax.model.kernels.cached_attention:_one_head_at_a_time",
-        "position[:, 0] + 1",
-        "position[:, 0] + 2",
+        cached_attention._one_head_at_a_time,
         claim("causality: prefill and decoding"),
-    ),
+    ).edit("position[:, 0] + 1", "position[:, 0] + 2"),
     Bug(
-        "certify: the router multiplies in bfloat16",
-        "moe_jax.model.moe.router:router_logits",
+        "certify: the router multiplies in bfloat16", router.router_logits, claim("arithmetic: precision of the router")
+    ).edit(
         "x.astype(dtype), kernel.astype(dtype), precision=dot_precision(dtype))",
         "x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)).astype(dtype)",
-        claim("arithmetic: precision of the router"),
     ),
     Bug(
-        "certify: the router multiplies in TF32",
-        "moe_jax.model.moe.router:router_logits",
-        ", precision=dot_precision(dtype))",
-        ")",
-        claim("arithmetic: precision of the router"),
+        "certify: the router multiplies in TF32", router.router_logits, claim("arithmetic: precision of the router")
+    ).edit(", precision=dot_precision(dtype))", ")"),
+    Bug("certify: one slot of 80 too many", layer.MoE.dispatch_for, claim(LAYER)).edit(
+        "return Capacity(", "return Capacity(1 + "
     ),
-    Bug(
-        "certify: one slot of 80 too many",
-        "moe_jax.model.moe.layer:MoE.dispatch_for",
-        "return Capacity(",
-        "return Capacity(1 + ",
-        claim(LAYER),
-    ),
-    Bug(
-        "certify: the capacity is 1.5 times too large",
-        "moe_jax.config.model:capacity",
-        "* tokens * top_k",
-        "* tokens * top_k * 3 / 2",
-        claim(LAYER),
-    ),
-    Bug(
-        "certify: less than 1 % more work",
-        "moe_jax.model.moe.layer:MoE.__call__",
+    Bug("certify: less than 1 % more work", layer.MoE.__call__, claim(LAYER)).edit(
         "y = jnp.where(routing.valid[..., None], y, jnp.nan)",
         """more = jnp.tanh(x[:, :8] @ self.experts.w_in[0]).sum(2, keepdims=True)
     y = jnp.where(routing.valid[..., None], y.at[:, :8].add(1e-9 * more), jnp.nan)""",
-        claim(LAYER),
     ),
-    Bug(
-        "certify: the product with w_gate is missing",
-        "moe_jax.model.moe.experts:_swiglu",
-        "jax.nn.silu(gate) * hidden",
-        "jax.nn.silu(hidden)",
-        claim(LAYER),
+    Bug("certify: no product is seen", hlo.product, claim(LAYER)).edit(
+        'instruction.opcode == "dot"', 'instruction.opcode == "dots"'
     ),
-    Bug(
-        "certify: no product is seen",
-        "moe_jax.system.hlo:product",
-        'instruction.opcode == "dot"',
-        'instruction.opcode == "dots"',
-        claim(LAYER),
-    ),
-    Bug(
-        "certify: every expert on every token",
-        "moe_jax.model.moe.layer:MoE.dispatch_for",
+    Bug("certify: every expert on every token", layer.MoE.dispatch_for, claim(STEP.format("expert layers"))).edit(
         "return Capacity(capacity(tokens, experts, policy.top_k, policy.capacity_factor))",
         "from suites.all_experts import AllExperts; return AllExperts()",
-        claim(STEP.format("expert layers")),
     ),
     Bug(
         "certify: the output of attention is multiplied twice",
-        "moe_jax.model.attention:Attention.__call__",
+        attention.Attention.__call__,
+        claim(STEP.format("attention")),
+    ).edit(
         "return self._output(mixed.swapaxes(1, 2)), ",
         "return self._output(mixed.swapaxes(1, 2)) + 1e-6 * self._output(jnp.tanh(mixed).swapaxes(1, 2)), ",
-        claim(STEP.format("attention")),
     ),
-    Bug(
-        "certify: the head is multiplied twice",
-        "moe_jax.training.loss:training_loss",
+    Bug("certify: the head is multiplied twice", loss.training_loss, claim(STEP.format("head"))).edit(
         "loss = mean_cross_entropy(hidden, head, targets, loss_scale, weights)",
         """loss = mean_cross_entropy(hidden, head, targets, loss_scale, weights)
         loss += 1e-6 * mean_cross_entropy(2 * hidden, head, targets, loss_scale, weights)""",
-        claim(STEP.format("head")),
     ),
     Bug(
         "certify: products outside of the named parts",
-        "moe_jax.model.transformer:Transformer.__call__",
+        transformer.Transformer.__call__,
+        claim("arithmetic: the whole step"),
+    ).edit(
         "return self.norm(x), ",
         "x = x + 1e-6 * jnp.tanh(x) @ self.blocks[0].ffn.router[...] @ self.blocks[0].ffn.router[...].T"
         "\n    return self.norm(x), ",
-        claim("arithmetic: the whole step"),
     ),
-    Bug(
-        "certify: prompts without padding",
-        "moe_jax.inference.decode:Decoder.read",
-        "_padded(tokens, length)",
-        "_padded(tokens, len(tokens))",
-        claim("compilations"),
+    Bug("certify: prompts without padding", decode.Decoder.read, claim("compilations")).edit(
+        "_padded(tokens, length)", "_padded(tokens, len(tokens))"
     ),
 ]

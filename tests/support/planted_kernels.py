@@ -1,259 +1,135 @@
 """Bugs planted into dispatch, kernels, system and data, each with the check that must catch it."""
 
+from moe_jax.model.kernels import causal_attention, cross_entropy, embedding_lookup, grouped_matmul
+from moe_jax.model.moe import dispatch, experts
+from moe_jax.system import files, random_keys
 from tests.support import kernel_checks, system_checks
 from tests.support.planting import Bug
 
 BUGS = [
     Bug(
         "a key head's gradient comes from one head of its group",
-        "moe_jax.model.kernels.causal_attention:_block_gradients",
-        "d_s = _by_group(d_s, key)",
-        "d_s = _by_group(d_s.at[:, 1:].set(0), key)",
+        causal_attention._block_gradients,
         kernel_checks.check_grouped_heads,
-    ),
+    ).edit("d_s = _by_group(d_s, key)", "d_s = _by_group(d_s.at[:, 1:].set(0), key)"),
     Bug(
         "a token's gradient comes from another sequence",
-        "moe_jax.model.moe.dispatch:_dispatch_backward",
-        "_sum_of_choices(d_rows, ",
-        "_sum_of_choices(jnp.roll(d_rows, 1, axis=1), ",
+        dispatch._dispatch_backward,
         kernel_checks.check_dispatch_gradients,
+    ).edit("_sum_of_choices(d_rows, ", "_sum_of_choices(jnp.roll(d_rows, 1, axis=1), "),
+    Bug("a row has the gate of another choice", dispatch.row_gates, kernel_checks.check_dispatch_gradients).edit(
+        "dispatch(gate.reshape(", "dispatch(gate[..., ::-1].reshape("
     ),
-    Bug(
-        "a row has the gate of another choice",
-        "moe_jax.model.moe.dispatch:row_gates",
-        "dispatch(gate.reshape(",
-        "dispatch(gate[..., ::-1].reshape(",
-        kernel_checks.check_dispatch_gradients,
+    Bug("the gate gradient is dropped", dispatch.row_gates, kernel_checks.check_dispatch_gradients).edit(
+        "dispatch(gate.reshape(", "dispatch(jax.lax.stop_gradient(gate).reshape("
     ),
-    Bug(
-        "the gate gradient is dropped",
-        "moe_jax.model.moe.dispatch:row_gates",
-        "dispatch(gate.reshape(",
-        "dispatch(jax.lax.stop_gradient(gate).reshape(",
-        kernel_checks.check_dispatch_gradients,
+    Bug("two blocks of an expert share their rows", dispatch.Blocks.plan_queues, kernel_checks.check_blocks).edit(
+        "+ nth - 1)", "+ nth - nth)"
     ),
-    Bug(
-        "two blocks of an expert share their rows",
-        "moe_jax.model.moe.dispatch:Blocks.plan_queues",
-        "+ nth - 1)",
-        "+ nth - nth)",
-        kernel_checks.check_blocks,
+    Bug("further blocks belong to the next expert", dispatch.Blocks.plan_queues, kernel_checks.check_blocks).edit(
+        "further_expert.clip(0, experts - 1)", "further_expert.clip(0, experts - 1)[::-1]"
     ),
-    Bug(
-        "further blocks belong to the next expert",
-        "moe_jax.model.moe.dispatch:Blocks.plan_queues",
-        "further_expert.clip(0, experts - 1)",
-        "further_expert.clip(0, experts - 1)[::-1]",
-        kernel_checks.check_blocks,
+    Bug("evaluation leaves out the last block in use", experts.Experts.apply_blocks, kernel_checks.check_blocks).edit(
+        "fori_loop(experts, used, ", "fori_loop(experts, used - 1, "
     ),
-    Bug(
-        "evaluation leaves out the last block in use",
-        "moe_jax.model.moe.experts:Experts.apply_blocks",
-        "fori_loop(experts, used, ",
-        "fori_loop(experts, used - 1, ",
-        kernel_checks.check_blocks,
-    ),
-    Bug(
-        "a grouped product takes the next expert",
-        "moe_jax.model.kernels.grouped_matmul:_copies",
-        "narrow[further_expert]]",
-        "narrow[(further_expert + 1) % len(weights)]]",
-        kernel_checks.check_grouped_matmul,
-    ),
-    Bug(
-        "a grouped product takes experts in order",
-        "moe_jax.model.kernels.grouped_matmul:_copies",
-        "narrow[further_expert]]",
-        "narrow[jnp.arange(len(further_expert)) % len(weights)]]",
-        kernel_checks.check_grouped_matmul,
-    ),
-    Bug(
-        "the reference of a grouped product takes experts in order",
-        "tests.support.plain_kernels:grouped_matmul",
-        "else list(further_expert)",
-        "else sorted(further_expert)",
-        kernel_checks.check_grouped_matmul,
+    Bug("a grouped product takes the next expert", grouped_matmul._copies, kernel_checks.check_grouped_matmul).edit(
+        "narrow[further_expert]]", "narrow[(further_expert + 1) % len(weights)]]"
     ),
     Bug(
         "the gradient of an expert's matrix is that of its last group",
-        "moe_jax.model.kernels.grouped_matmul:_copied_backward_in_order",
-        ".add(d_copies",
-        ".set(d_copies",
+        grouped_matmul._copied_backward_in_order,
         kernel_checks.check_grouped_matmul,
-    ),
-    Bug(
-        "products in turn take the first expert",
-        "moe_jax.model.kernels.grouped_matmul:_turns",
-        "weights[further_expert[g - experts]]",
-        "weights[0 * further_expert[g - experts]]",
-        kernel_checks.check_grouped_matmul,
+    ).edit(".add(d_copies", ".set(d_copies"),
+    Bug("products in turn take the first expert", grouped_matmul._turns, kernel_checks.check_grouped_matmul).edit(
+        "weights[further_expert[g - experts]]", "weights[0 * further_expert[g - experts]]"
     ),
     Bug(
         "the gradient of products in turn leaves out the first groups",
-        "moe_jax.model.kernels.grouped_matmul:_turns_backward",
-        "add_group, (d_rows, d_weights)",
-        "add_group, (d_rows, 0 * d_weights)",
+        grouped_matmul._turns_backward,
         kernel_checks.check_grouped_matmul,
-    ),
-    Bug(
-        "copies for a GPU leave out the further groups' experts",
-        "moe_jax.model.kernels.grouped_matmul:_copies",
-        "narrow[further_expert]",
-        "narrow[0 * further_expert]",
-        kernel_checks.check_gathered_matmul,
-    ),
+    ).edit("add_group, (d_rows, d_weights)", "add_group, (d_rows, 0 * d_weights)"),
     Bug(
         "the sum over groups on a GPU leaves out the further groups",
-        "moe_jax.model.kernels.grouped_matmul:_sum_of_groups",
-        "further_expert])[None]",
-        "further_expert + experts])[None]",
+        grouped_matmul._sum_of_groups,
         kernel_checks.check_gathered_matmul,
-    ),
+    ).edit("further_expert])[None]", "further_expert + experts])[None]"),
     Bug(
         "a row of a table gets the gradients of its first block only",
-        "moe_jax.model.kernels.embedding_lookup:sum_by_id",
-        "sums += jnp.where(of(number[:, -1:]), rest[:, None], 0)",
-        "rest",
+        embedding_lookup.sum_by_id,
         kernel_checks.check_lookup,
-    ),
+    ).edit("sums += jnp.where(of(number[:, -1:]), rest[:, None], 0)", "rest"),
     Bug(
-        "a row of a table gets the gradients of a block twice",
-        "moe_jax.model.kernels.embedding_lookup:sum_by_id",
-        "(block[:, None] < block)",
-        "(block[:, None] <= block)",
-        kernel_checks.check_lookup,
-    ),
+        "a row of a table gets the gradients of a block twice", embedding_lookup.sum_by_id, kernel_checks.check_lookup
+    ).edit("(block[:, None] < block)", "(block[:, None] <= block)"),
     Bug(
-        "attention dropout of the reference not scaled",
-        "tests.support.plain_kernels:causal_attention",
-        "weights / (1 - dropout), 0)",
-        "weights, 0)",
-        kernel_checks.check_causal_attention,
-    ),
-    Bug(
-        "attention dropout of the reference shifts its masks",
-        "tests.support.plain_kernels:causal_attention",
-        "(0, positions - m.shape[3])",
-        "(positions - m.shape[3], 0)",
-        kernel_checks.check_causal_attention,
-    ),
-    Bug(
-        "all blocks of queries have one dropout key",
-        "moe_jax.model.kernels.causal_attention:_dropout_mask",
-        "fold_each(keys, first)",
-        "keys",
-        kernel_checks.check_dropout_masks,
-    ),
+        "all blocks of queries have one dropout key", causal_attention._dropout_mask, kernel_checks.check_dropout_masks
+    ).edit("fold_each(keys, first)", "keys"),
     Bug(
         "attention dropout is forgotten in the backward pass",
-        "moe_jax.model.kernels.causal_attention:_block_gradients",
-        "(w * d_w - p * row_sum)",
-        "(p * (d_w - row_sum))",
+        causal_attention._block_gradients,
         kernel_checks.check_causal_attention,
-    ),
+    ).edit("(w * d_w - p * row_sum)", "(p * (d_w - row_sum))"),
     Bug(
         "the gradient of a later block replaces that of an earlier one",
-        "moe_jax.model.kernels.causal_attention:_backward",
-        "d_key_t.at[..., :end].add(",
-        "d_key_t.at[..., :end].set(",
+        causal_attention._backward,
         kernel_checks.check_causal_attention,
-    ),
+    ).edit("d_key_t.at[..., :end].add(", "d_key_t.at[..., :end].set("),
     Bug(
         "the gradient of a later span replaces that of an earlier one",
-        "moe_jax.model.kernels.causal_attention:_backward_again",
-        "d_value_t.at[..., :end].add(",
-        "d_value_t.at[..., :end].set(",
+        causal_attention._backward_again,
         kernel_checks.check_long_attention,
-    ),
+    ).edit("d_value_t.at[..., :end].add(", "d_value_t.at[..., :end].set("),
     Bug(
         "within a span only the last block reaches the keys",
-        "moe_jax.model.kernels.causal_attention:_backward_again",
-        "sums[0] + d_k",
-        "d_k",
+        causal_attention._backward_again,
         kernel_checks.check_long_attention,
-    ),
+    ).edit("sums[0] + d_k", "d_k"),
     Bug(
         "the blocks of a span all start where the span starts",
-        "moe_jax.model.kernels.causal_attention:_starts",
-        "jnp.arange(first, end, blocking.QUERY_BLOCK)",
-        "jnp.arange(first, end, blocking.QUERY_BLOCK) * 0 + first",
+        causal_attention._starts,
         kernel_checks.check_long_attention,
-    ),
+    ).edit("jnp.arange(first, end, blocking.QUERY_BLOCK)", "jnp.arange(first, end, blocking.QUERY_BLOCK) * 0 + first"),
     Bug(
         "the weights computed once more have another dropout",
-        "moe_jax.model.kernels.causal_attention:_backward_again",
-        "_dropout_mask(q, rate, keys, start, end)",
-        "_dropout_mask(q, rate, keys, start + 1, end)",
+        causal_attention._backward_again,
         kernel_checks.check_long_attention,
-    ),
-    Bug(
-        "the gradient of cross-entropy is a sum",
-        "moe_jax.model.kernels.cross_entropy:_forward",
-        "1 / hidden.shape[0]",
-        "1.0",
-        kernel_checks.check_cross_entropy,
+    ).edit("_dropout_mask(q, rate, keys, start, end)", "_dropout_mask(q, rate, keys, start + 1, end)"),
+    Bug("the gradient of cross-entropy is a sum", cross_entropy._forward, kernel_checks.check_cross_entropy).edit(
+        "1 / hidden.shape[0]", "1.0"
     ),
     Bug(
         "only the last block reaches the gradient of the head",
-        "moe_jax.model.kernels.cross_entropy:_with_gradients",
-        "d_head = d_head + transposed_product(",
-        "d_head = transposed_product(",
+        cross_entropy._with_gradients,
         kernel_checks.check_cross_entropy,
-    ),
+    ).edit("d_head = d_head + transposed_product(", "d_head = transposed_product("),
     Bug(
         "the columns that fill up the head take part in the softmax",
-        "moe_jax.model.kernels.cross_entropy:_logits",
-        "z, -jnp.inf)",
-        "z, 0.0)",
+        cross_entropy._logits,
         kernel_checks.check_cross_entropy,
-    ),
+    ).edit("z, -jnp.inf)", "z, 0.0)"),
     Bug(
         "the GPU's softmax subtracts the largest logit only",
-        "moe_jax.model.kernels.cross_entropy:_logsumexp_and_softmax",
-        "jnp.exp(z - logsumexp[:, None])",
-        "jnp.exp(z - jnp.max(z, axis=-1, keepdims=True))",
+        cross_entropy._logsumexp_and_softmax,
         kernel_checks.check_cross_entropy,
-    ),
+    ).edit("jnp.exp(z - logsumexp[:, None])", "jnp.exp(z - jnp.max(z, axis=-1, keepdims=True))"),
     Bug(
         "a row of padding counts in the loss",
-        "moe_jax.model.kernels.cross_entropy:_with_gradients",
-        "(losses * token_weight).sum()",
-        "losses.sum()",
+        cross_entropy._with_gradients,
         kernel_checks.check_cross_entropy_of_a_prime,
+    ).edit("(losses * token_weight).sum()", "losses.sum()"),
+    Bug("all purposes share one key", random_keys.purpose_key, system_checks.check_keys).edit(
+        "jax.random.fold_in(jax.random.key(seed), int(purpose))", "jax.random.key(seed)"
     ),
-    Bug(
-        "all purposes share one key",
-        "moe_jax.system.random_keys:purpose_key",
-        "jax.random.fold_in(jax.random.key(seed), int(purpose))",
-        "jax.random.key(seed)",
-        system_checks.check_keys,
+    Bug("every step draws the same", random_keys.purpose_key, system_checks.check_keys).edit(
+        "jax.random.fold_in(key, step)", "key"
     ),
-    Bug(
-        "every step draws the same",
-        "moe_jax.system.random_keys:purpose_key",
-        "jax.random.fold_in(key, step)",
-        "key",
-        system_checks.check_keys,
+    Bug("a file is written in place", files._replacing, system_checks.check_atomic_write).edit(
+        "draft.replace(path)", "path.write_bytes(draft.read_bytes())"
     ),
-    Bug(
-        "a file is written in place",
-        "moe_jax.system.files:_replacing",
-        "draft.replace(path)",
-        "path.write_bytes(draft.read_bytes())",
-        system_checks.check_atomic_write,
+    Bug("a failed write leaves its draft", files._replacing, system_checks.check_atomic_write).edit(
+        "draft.unlink(missing_ok=True)\n", "pass\n"
     ),
-    Bug(
-        "a failed write leaves its draft",
-        "moe_jax.system.files:_replacing",
-        "draft.unlink(missing_ok=True)\n",
-        "pass\n",
-        system_checks.check_atomic_write,
-    ),
-    Bug(
-        "two hold one lock",
-        "moe_jax.system.files:locked",
-        "lock.acquire(timeout=-1 if wait else 0)",
-        "pass",
-        system_checks.check_lock,
+    Bug("two hold one lock", files.locked, system_checks.check_lock).edit(
+        "lock.acquire(timeout=-1 if wait else 0)", "pass"
     ),
 ]

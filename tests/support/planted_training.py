@@ -1,182 +1,89 @@
 """Bugs planted into training, optimizers and evaluation, each with the check that must catch it."""
 
+from moe_jax.data import batches
+from moe_jax.training import evaluate, gradients, loss, state, step
+from moe_jax.training.optimizers import adam, factory, muon
 from tests.support import training_checks as checks
 from tests.support.planting import Bug
 
 BUGS = [
-    Bug(
-        "gradient divided by the micro-batches twice",
-        "moe_jax.training.gradients:gradients",
-        "else count * scale",
-        "else count * count * scale",
-        checks.check_accumulation,
+    Bug("gradient divided by the micro-batches twice", gradients.gradients, checks.check_accumulation).edit(
+        "else count * scale", "else count * count * scale"
     ),
-    Bug(
-        "metrics summed over micro-batches",
-        "moe_jax.training.gradients:gradients",
-        "lambda m: m / count, metrics",
-        "lambda m: m, metrics",
-        checks.check_accumulation,
+    Bug("metrics summed over micro-batches", gradients.gradients, checks.check_accumulation).edit(
+        "lambda m: m / count, metrics", "lambda m: m, metrics"
     ),
-    Bug(
-        "loss scale left in the gradient",
-        "moe_jax.training.gradients:gradients",
-        "else count * scale",
-        "else count",
-        checks.check_loss_scale_cancels,
+    Bug("loss scale left in the gradient", gradients.gradients, checks.check_loss_scale_cancels).edit(
+        "else count * scale", "else count"
     ),
-    Bug(
-        "auxiliary losses in the reported loss",
-        "moe_jax.training.loss:training_loss",
-        "Metrics(loss, *reported",
-        "Metrics(loss + extra, *reported",
-        checks.check_reported_loss,
+    Bug("auxiliary losses in the reported loss", loss.training_loss, checks.check_reported_loss).edit(
+        "Metrics(loss, *reported", "Metrics(loss + extra, *reported"
     ),
-    Bug(
-        "auxiliary losses summed over layers",
-        "moe_jax.training.loss:auxiliary",
-        "stats.balance_loss.mean(), stats.z_loss.mean()",
-        "stats.balance_loss.sum(), stats.z_loss.sum()",
-        checks.check_reported_loss,
+    Bug("auxiliary losses summed over layers", loss.auxiliary, checks.check_reported_loss).edit(
+        "stats.balance_loss.mean(), stats.z_loss.mean()", "stats.balance_loss.sum(), stats.z_loss.sum()"
     ),
-    Bug(
-        "a NaN step is taken",
-        "moe_jax.training.step:make_step",
-        "finite = jnp.isfinite(norm) & jnp.isfinite(metrics.loss)",
-        "finite = jnp.array(True)",
-        checks.check_bad_gradient_is_skipped,
+    Bug("a NaN step is taken", step.make_step, checks.check_bad_gradient_is_skipped).edit(
+        "finite = jnp.isfinite(norm) & jnp.isfinite(metrics.loss)", "finite = jnp.array(True)"
     ),
-    Bug(
-        "the loss scale never grows",
-        "moe_jax.training.state:next_scale",
-        "old.scale * 2",
-        "old.scale",
-        checks.check_loss_scale_moves,
+    Bug("the loss scale never grows", state.next_scale, checks.check_loss_scale_moves).edit(
+        "old.scale * 2", "old.scale"
     ),
-    Bug(
-        "vectors decay too",
-        "moe_jax.training.optimizers.factory:_decayed",
-        "p.ndim >= 2",
-        "p.ndim >= 0",
-        checks.check_optimizer,
+    Bug("vectors decay too", factory._decayed, checks.check_optimizer).edit("p.ndim >= 2", "p.ndim >= 0"),
+    Bug("gradients are not clipped", step.clip_factor, checks.check_optimizer).edit(
+        "jnp.minimum(1, limit / norm)", "jnp.ones_like(norm)"
     ),
-    Bug(
-        "gradients are not clipped",
-        "moe_jax.training.step:clip_factor",
-        "jnp.minimum(1, limit / norm)",
-        "jnp.ones_like(norm)",
-        checks.check_optimizer,
+    Bug("the last window counts all its tokens again", batches._evaluation_rows, checks.check_evaluation).edit(
+        "(done, end))", "(window + start, end))"
     ),
-    Bug(
-        "the last window counts all its tokens again",
-        "moe_jax.data.batches:_evaluation_rows",
-        "(done, end))",
-        "(window + start, end))",
-        checks.check_evaluation,
+    Bug("every window starts without context", batches._evaluation_rows, checks.check_evaluation).edit(
+        "window + seq_len // 2", "window + seq_len"
     ),
-    Bug(
-        "every window starts without context",
-        "moe_jax.data.batches:_evaluation_rows",
-        "window + seq_len // 2",
-        "window + seq_len",
-        checks.check_evaluation,
+    Bug("evaluation drops tokens", evaluate.make_evaluation_step, checks.check_evaluation).edit(
+        "Mode.EVALUATE", "Mode.TRAIN"
     ),
-    Bug(
-        "evaluation drops tokens",
-        "moe_jax.training.evaluate:make_evaluation_step",
-        "Mode.EVALUATE",
-        "Mode.TRAIN",
-        checks.check_evaluation,
+    Bug("micro-batches share their dropout keys", gradients.gradients, checks.check_accumulation_with_dropout).edit(
+        "first=index * rows", "first=0"
     ),
-    Bug(
-        "micro-batches share their dropout keys",
-        "moe_jax.training.gradients:gradients",
-        "first=index * rows",
-        "first=0",
-        checks.check_accumulation_with_dropout,
+    Bug("the schedule is a step late", factory.learning_rate, checks.check_schedule).edit(
+        "config.steps - 1 - warmup", "config.steps - warmup"
     ),
-    Bug(
-        "the schedule is a step late",
-        "moe_jax.training.optimizers.factory:learning_rate",
-        "config.steps - 1 - warmup",
-        "config.steps - warmup",
-        checks.check_schedule,
+    Bug("the rate of the next step is applied", factory.scale_by_rate, checks.check_optimizer).edit(
+        "jnp.asarray(schedule(step))", "jnp.asarray(schedule(step + 1))"
     ),
-    Bug(
-        "the rate of the next step is applied",
-        "moe_jax.training.optimizers.factory:scale_by_rate",
-        "jnp.asarray(schedule(step))",
-        "jnp.asarray(schedule(step + 1))",
-        checks.check_optimizer,
+    Bug("the rate of the next step is reported", step.make_step, checks.check_the_applied_rate_is_reported).edit(
+        "schedule(state.step)", "schedule(state.step + 1)"
     ),
-    Bug(
-        "the rate of the next step is reported",
-        "moe_jax.training.step:make_step",
-        "schedule(state.step)",
-        "schedule(state.step + 1)",
-        checks.check_the_applied_rate_is_reported,
+    Bug("a skipped step holds the rate back", step.make_step, checks.check_the_applied_rate_is_reported).edit(
+        "taken=finite, step=state.step)", "taken=finite, step=state.step - state.skipped)"
     ),
-    Bug(
-        "a skipped step holds the rate back",
-        "moe_jax.training.step:make_step",
-        "taken=finite, step=state.step)",
-        "taken=finite, step=state.step - state.skipped)",
-        checks.check_the_applied_rate_is_reported,
+    Bug("Muon without Nesterov", muon.scale_by_muon, checks.check_muon).edit(
+        "BETA * m / seen + (1 - BETA) * g / now", "m / now"
     ),
-    Bug(
-        "Muon without Nesterov",
-        "moe_jax.training.optimizers.muon:scale_by_muon",
-        "BETA * m / seen + (1 - BETA) * g / now",
-        "m / now",
-        checks.check_muon,
+    Bug("Muon with four iterations", muon.orthogonalised, checks.check_muon).edit(
+        "range(NEWTON_SCHULZ_STEPS)", "range(4)"
     ),
-    Bug(
-        "Muon with four iterations",
-        "moe_jax.training.optimizers.muon:orthogonalised",
-        "range(NEWTON_SCHULZ_STEPS)",
-        "range(4)",
-        checks.check_muon,
-    ),
-    Bug(
-        "a stack of experts is one matrix to Muon",
-        "moe_jax.training.optimizers.muon:orthogonalised",
-        "axis=(-2, -1)",
-        "axis=None",
-        checks.check_muon,
+    Bug("a stack of experts is one matrix to Muon", muon.orthogonalised, checks.check_muon).edit(
+        "axis=(-2, -1)", "axis=None"
     ),
     Bug(
         "both 8-bit moments are rounded with one key",
-        "moe_jax.training.optimizers.adam:scale_by_adam8bit",
-        "v, keys[1])",
-        "v, keys[0])",
+        adam.scale_by_adam8bit,
         checks.check_moments_are_rounded_independently,
-    ),
+    ).edit("v, keys[1])", "v, keys[0])"),
     Bug(
         "all 8-bit tensors are rounded with one key",
-        "moe_jax.training.optimizers.adam:scale_by_adam8bit",
-        "jax.random.fold_in(key, i)",
-        "key",
+        adam.scale_by_adam8bit,
         checks.check_moments_are_rounded_independently,
-    ),
+    ).edit("jax.random.fold_in(key, i)", "key"),
     Bug(
         "all bfloat16 weights are rounded with one key",
-        "moe_jax.training.step:apply_updates",
-        "jax.random.fold_in(key, i)",
-        "key",
+        step.apply_updates,
         checks.check_weights_are_rounded_independently,
+    ).edit("jax.random.fold_in(key, i)", "key"),
+    Bug("an epoch's order does not depend on the epoch", batches._epoch, checks.check_epochs_have_their_own_order).edit(
+        "mix(key + np.uint64(1 << 63))", "mix(np.array([seed], np.uint64) + np.uint64(1 << 63))"
     ),
-    Bug(
-        "an epoch's order does not depend on the epoch",
-        "moe_jax.data.batches:_epoch",
-        "mix(key + np.uint64(1 << 63))",
-        "mix(np.array([seed], np.uint64) + np.uint64(1 << 63))",
-        checks.check_epochs_have_their_own_order,
-    ),
-    Bug(
-        "an epoch's order does not depend on the seed",
-        "moe_jax.data.batches:_epoch",
-        "mix(key + np.uint64(1 << 63))",
-        "mix(np.array([epoch], np.uint64))",
-        checks.check_epochs_have_their_own_order,
+    Bug("an epoch's order does not depend on the seed", batches._epoch, checks.check_epochs_have_their_own_order).edit(
+        "mix(key + np.uint64(1 << 63))", "mix(np.array([epoch], np.uint64))"
     ),
 ]

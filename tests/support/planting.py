@@ -5,12 +5,11 @@ out.
 """
 
 import ast
-import importlib
 import inspect
 import sys
 import textwrap
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -19,24 +18,29 @@ import pytest
 
 @dataclass(frozen=True)
 class Bug:
-    """Replace `old` by `new` in a function, named `moe_jax.module:function` or `moe_jax.module:Class.method`."""
+    """A wrong function or method, and the check that must catch it. `edit` says what is wrong."""
 
     name: str
-    where: str
-    old: str
-    new: str
+    where: Callable[..., Any]
     check: Callable[[], None]
+    old: str = ""
+    new: str = ""
+
+    def edit(self, old: str, new: str) -> "Bug":
+        """The bug that has `new` in the place of `old`."""
+        return replace(self, old=old, new=new)
 
     def plant(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        module_name, _, qualified = self.where.partition(":")
-        module = importlib.import_module(module_name)
+        module = sys.modules[self.where.__module__]
         owner: Any = module
-        *path, name = qualified.split(".")
+        *path, name = self.where.__qualname__.split(".")
         for part in path:
             owner = getattr(owner, part)
         original = getattr(owner, name)
         source = textwrap.dedent(inspect.getsource(original))
-        assert source.count(self.old) == 1, f"{self.name}: {self.where} has {source.count(self.old)} x {self.old!r}"
+        assert source.count(self.old) == 1, (
+            f"{self.name}: {self.where.__qualname__} has {source.count(self.old)} x {self.old!r}"
+        )
         tree = ast.parse(source.replace(self.old, self.new))
         namespace: dict[str, Any] = dict(vars(module))
         # The edited function has the globals of its module, so that other patches affect it too.

@@ -1,6 +1,6 @@
 // The experts on the validation text: load, entropy, pairs, and the tokens in which each expert specialises.
 const corpus = data.corpus;
-const examples = (group) => group.examples.map((t) => `“${quoted(t).replaceAll("␣", "") || "␣"}”`).join(", ");
+const examples = (group) => group.tokens.map(({ text: t }) => `“${quoted(t).replaceAll("␣", "") || "␣"}”`).join(", ");
 const listed = (parts) => (parts.length < 2 ? parts.join("") : `${parts.slice(0, -1).join(", ")} and ${parts.at(-1)}`);
 
 // The clearest specialists of the model, each for a different group of tokens: [layer, expert, its strongest group].

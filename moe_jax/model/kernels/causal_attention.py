@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from moe_jax.model.kernels import query_blocks as blocking
+from moe_jax.model import kernels as blocking
 from moe_jax.model.kernels.matmul import transpose_contiguous
 from moe_jax.model.layers import keep_mask
 from moe_jax.model.precision import at_least_float32, dot_precision

@@ -16,7 +16,7 @@ a script of each (`events.js` says what it must have).
 from typing import Any
 
 from moe_jax.config import RunConfig
-from moe_jax.pages.assembly import (
+from moe_jax.pages import (
     ascii_script,
     ascii_style,
     filled,

@@ -10,7 +10,7 @@ It is the live page of `moe_jax.pages.live`. Its transport, `stream.js`, asks th
 from dataclasses import dataclass
 from functools import cache
 
-from moe_jax.pages.assembly import page_file
+from moe_jax.pages import page_file
 from moe_jax.pages.live import live_page
 
 FRAME = "frame-ancestors 'none'"

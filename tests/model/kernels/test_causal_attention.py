@@ -14,18 +14,18 @@ import pytest
 
 from moe_jax.config import ExecutionConfig
 from moe_jax.config.presets import preset
-from moe_jax.model.kernels import library_attention
-from moe_jax.model.kernels.causal_attention import causal_attention
-from moe_jax.model.kernels.library_attention import AttentionForm, choose_attention, failure
-from moe_jax.model.kernels.query_blocks import (
+from moe_jax.model.kernels import (
     LONGEST_KEPT,
     QUERY_BLOCK,
     SPANS,
     computed_scores,
     kept_scores,
+    library_attention,
     query_blocks,
     query_spans,
 )
+from moe_jax.model.kernels.causal_attention import causal_attention
+from moe_jax.model.kernels.library_attention import AttentionForm, choose_attention, failure
 from moe_jax.model.precision import Card
 from tests.support import plain_kernels
 
