@@ -54,7 +54,7 @@ def finished(run: Path) -> tuple[RunConfig, dict[str, Any]]:
 
 def compiled_flops(config: RunConfig, steps: int) -> int:
     """Operations of the matrix products of `steps` compiled training steps."""
-    from moe_jax.system.hlo import read_program
+    from moe_jax.certify.hlo import read_program
     from moe_jax.training.programs import Programs
 
     step = Programs.of(config).compiled_step(config.train.batch_size * config.train.grad_accum)

@@ -15,7 +15,7 @@ from moe_jax.config.presets import DENSE_BASELINES, dense_baseline
 from moe_jax.model.costs import Count, count_parameters, totals
 from moe_jax.system import machine
 from moe_jax.system.environment import runs_on_cpu
-from moe_jax.system.hlo import read_program
+from moe_jax.certify.hlo import read_program
 from moe_jax.system.machine import Times, alternate
 from moe_jax.training.programs import Programs
 

@@ -4,8 +4,7 @@
     causality.py    no token changes an earlier output
     arithmetic.py   the arithmetic of the compiled programs
     formulas.py     what that arithmetic must be
-
-The compiled programs are read by `system.hlo`.
+    hlo.py          the matrix products of a compiled program, read from its text
 """
 
 from typing import NamedTuple

@@ -23,7 +23,7 @@ from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.model.kernels import cross_entropy
 from moe_jax.model.moe.layer import Mode, MoE
 from moe_jax.model.transformer import build_layer
-from moe_jax.system.hlo import Program, read_program, scopes
+from moe_jax.certify.hlo import Program, read_program, scopes
 from moe_jax.training.programs import Programs
 
 PARTS = {"attention": "attention", "ffn": "the expert layers", "head": "the head"}

@@ -25,7 +25,7 @@ from moe_jax.model import precision
 from moe_jax.model.costs import Count
 from moe_jax.model.moe.layer import MoE
 from moe_jax.system import environment, machine
-from moe_jax.system.hlo import read_program
+from moe_jax.certify.hlo import read_program
 from moe_jax.system.machine import Times, alternate
 from tests.support import short_form, tiny
 

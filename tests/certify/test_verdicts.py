@@ -14,7 +14,7 @@ from moe_jax.certify.causality import PerturbationResult, count_changes
 from moe_jax.certify.formulas import step_products
 from moe_jax.config import RunConfig, TrainConfig
 from moe_jax.model.kernels import cross_entropy
-from moe_jax.system.hlo import Dot, Program
+from moe_jax.certify.hlo import Dot, Program
 from moe_jax.training.programs import Programs
 from tests.support import tiny
 

@@ -16,7 +16,7 @@ from moe_jax.model.costs import Count, count_parameters, muon_flops, totals, tra
 from moe_jax.model.moe.layer import MoE
 from moe_jax.model.transformer import create, split
 from moe_jax.runs.checkpoint import named_leaves
-from moe_jax.system.hlo import read_program
+from moe_jax.certify.hlo import read_program
 from moe_jax.training.optimizers.factory import muon_labels
 from tests.support import tiny
 from tests.support.one_hot import OneHotMoE

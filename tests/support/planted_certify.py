@@ -155,7 +155,7 @@ BUGS = [
     ),
     Bug(
         "certify: no product is seen",
-        "moe_jax.system.hlo:product",
+        "moe_jax.certify.hlo:product",
         'instruction.opcode == "dot"',
         'instruction.opcode == "dots"',
         claim(LAYER),
