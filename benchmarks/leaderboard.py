@@ -18,8 +18,9 @@ from typing import Any
 from flags import flags
 
 from moe_jax.cli.main import main
-from moe_jax.config import ConfigError, RunConfig, UserError, load_config
+from moe_jax.config import ConfigError, RunConfig, UserError
 from moe_jax.config.presets import preset
+from moe_jax.runs.catalog import load_config
 from moe_jax.system import environment
 
 HEADER = (

@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_jax.config import ConfigError, DataConfig, ExecutionConfig, RunConfig, TrainConfig, load_config
+from moe_jax.config import ConfigError, DataConfig, ExecutionConfig, RunConfig, TrainConfig
 from moe_jax.config.presets import preset
 from moe_jax.config.section import flag_of
 from moe_jax.model import precision
+from moe_jax.runs.catalog import load_config
 from moe_jax.training.run import finish, take_steps
 from moe_jax.training.session import Session
 from moe_jax.training.start import resumed_run
