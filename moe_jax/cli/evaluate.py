@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_jax.cli.options import MOST_ACTIVE, Active, Json, RunName, StepNumber, check_range, checked_run, print_json
-from moe_jax.config import DataConfig, load_config
-from moe_jax.runs.catalog import title
+from moe_jax.config import DataConfig
+from moe_jax.runs.catalog import load_config, title
 from moe_jax.system import environment
 from moe_jax.system.terminal import say, working
 

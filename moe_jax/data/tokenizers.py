@@ -204,8 +204,9 @@ def imported_tokenizer(file: str, settings: str, separator_id: int | None, templ
     if separator_id is None:
         separator_id = hf_tokenizers.end_of_text(library, values)
     definition = {"kind": "hf", "file": file, "settings": settings, "separator": separator_id}
-    template = template_in(values, template)
-    tokenizer = _of_library(library, definition | ({"template": template} if template else {}))
+    if found := template_in(values, template):
+        definition["template"] = found
+    tokenizer = _of_library(library, definition)
     hf_tokenizers.check_lossless(tokenizer.encode, hf_tokenizers.entries(library))
     return tokenizer
 

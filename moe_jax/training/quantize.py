@@ -49,7 +49,7 @@ def quantize_run(run: Path, weights: Weights, out: Path, step: int | None = None
     params = quantize(loaded.params, weights)
     before, after, not_scored = None, None, ""
     try:
-        stream = loaded.validation_text().store.valid.stream
+        stream = loaded.validation_text()[0].valid.stream
         before = evaluate_run(loaded, stream, "scoring before")
         after = evaluate_run(loaded, stream, "scoring after", params)
     except UserError as error:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config import RunConfig, UserError, holds_run
+from moe_jax.config import RunConfig, UserError
 from moe_jax.config.section import flag_of
 from moe_jax.data.baselines import corpus_baselines
 from moe_jax.data.token_store import Stream, TokenStore, prepare_token_store
@@ -24,9 +24,10 @@ from moe_jax.model.transformer import Params
 from moe_jax.parallel.layout import mesh_of
 from moe_jax.parallel.processes import agree_on, place
 from moe_jax.runs.arrays import named_leaves
+from moe_jax.runs.catalog import holds_run
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointCorrupted, CheckpointStore, doctor_of
 from moe_jax.runs.folder import RunFolder, read_entry
-from moe_jax.runs.load import check_full_weights, check_same_model, kept_precision, load_run_tokenizer, saved_config
+from moe_jax.runs.load import check_full_weights, check_same_model, load_run_tokenizer, saved_config
 from moe_jax.system.machine import versions
 from moe_jax.system.random_keys import Purpose, purpose_key
 from moe_jax.training.data import SessionData
@@ -94,7 +95,7 @@ class Session:
         tokenizer, precision = weights.tokenizer if weights else None, ""
         if saved is not None:
             newest = next(reversed(checkpoints.list()), None)
-            precision = kept_precision(newest) if newest else ""
+            precision = newest.context.get("compute_dtype", "") if newest else ""
             tokenizer = load_run_tokenizer(folder.path, newest, saved.model)
         store = prepare_token_store(config.data, tokenizer=tokenizer, seq_len=config.model.seq_len)
         vocab_size = config.model.vocab_size or store.tokenizer.vocab_size

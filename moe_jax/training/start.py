@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_jax.config import ConfigError, ModelConfig, RunConfig, UserError, holds_run, load_config
+from moe_jax.config import ConfigError, ModelConfig, RunConfig, UserError
 from moe_jax.config.presets import largest_vocabulary, preset
-from moe_jax.config.run import missing_run
 from moe_jax.config.section import Origin
-from moe_jax.runs.catalog import run_folder
+from moe_jax.runs.catalog import holds_run, load_config, missing_run, run_folder
 
 if TYPE_CHECKING:
     from moe_jax.training.initial_weights import InitialWeights

@@ -21,10 +21,10 @@ from moe_jax.config import (
     UserError,
     capacity,
     device_rows,
-    load_config,
 )
 from moe_jax.config.presets import PRESETS, preset
 from moe_jax.config.section import flag_of, long_flag
+from moe_jax.runs.catalog import load_config
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ import pytest
 import verify_resume
 
 import moe_jax
-from moe_jax.config import RunConfig, load_config
+from moe_jax.config import RunConfig
 from moe_jax.interop.export import export
 from moe_jax.interop.source import open_source
+from moe_jax.runs.catalog import load_config
 from moe_jax.training.session import Session
 from moe_jax.training.start import IMPORTED_LR
 from tests.cli.test_cli import ROOT, run_without_jax

@@ -14,7 +14,7 @@ from moe_jax.model import attention, transformer
 from moe_jax.model.kernels import cached_attention, causal_attention
 from moe_jax.model.moe import layer, router
 from moe_jax.model.transformer import abstract_model
-from moe_jax.system import hlo
+from moe_jax.certify import hlo
 from moe_jax.training import loss
 from tests.support.planting import Bug
 

@@ -13,11 +13,12 @@ import moe_jax
 from foundation.trained import Problem
 from foundation.trained.weights import read_safetensors
 from moe_jax.cli.main import run_command
-from moe_jax.config import ConfigError, RunConfig, UserError, load_config
+from moe_jax.config import ConfigError, RunConfig, UserError
 from moe_jax.interop.source import open_source
 from moe_jax.model.costs import training_flops
 from moe_jax.model.quantized import QuantizedMatrix
-from moe_jax.runs.doctor import examine
+from moe_jax.runs.catalog import load_config
+from moe_jax.runs.checkpoint import CheckpointStore
 from moe_jax.runs.load import open_run
 from moe_jax.runs.records import read_summary
 from moe_jax.training import initial_weights
@@ -64,7 +65,7 @@ def test_the_result_says_what_the_rounding_changed(
 def test_a_quantised_run_opens_like_any_other(run: Path, made: Path) -> None:
     there, here = moe_jax.load_run(run), moe_jax.load_run(made)
     assert isinstance(here.params["blocks"][0]["attention"]["qkv"], QuantizedMatrix)
-    assert {f.state for f in examine(made)} == {"good"}
+    assert {damage for _, damage in CheckpointStore(made).examine()} == {None}
     assert here.generate("Once", max_tokens=5, temperature=0).startswith("Once")
     assert here.trace("the cat").probs.shape == there.trace("the cat").probs.shape
     assert load_config(made) is not None
@@ -127,7 +128,7 @@ def test_a_tuned_run_is_scored_on_the_answers_only(run: Path, tmp_path: Path) ->
     config["data"] |= {"source": str(chats), "format": "chat"}
     (copy / "config.json").write_text(json.dumps(config))
     assert run_command(["quantize", "--run", str(copy), "--to", "int8"]) == 0
-    chat_count = open_run(copy).validation_text().store.valid.documents
+    chat_count = open_run(copy).validation_text()[0].valid.documents
     summary = read_summary(tmp_path / "copy-int8")
     assert summary["val_tokens"] == chat_count * len("A cat.\0")  # bytes, and the separator that ends the answer
     assert summary["val_loss"] == moe_jax.load_run(tmp_path / "copy-int8").evaluate().loss

@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_jax.config import DataConfig, ExecutionConfig, RunConfig, TrainConfig, load_config
+from moe_jax.config import DataConfig, ExecutionConfig, RunConfig, TrainConfig
 from moe_jax.model import precision
+from moe_jax.runs.catalog import load_config
 from moe_jax.training.run import finish, take_steps
 from moe_jax.training.session import Session
 from moe_jax.training.start import resumed_run
