@@ -18,8 +18,9 @@ from typing import Any
 from flags import flags
 
 from moe_jax.cli.main import main
-from moe_jax.config import ConfigError, RunConfig, UserError, load_config
+from moe_jax.config import ConfigError, RunConfig, UserError
 from moe_jax.config.presets import preset
+from moe_jax.runs.catalog import load_config
 from moe_jax.system import environment
 
 HEADER = (
@@ -54,7 +55,7 @@ def finished(run: Path) -> tuple[RunConfig, dict[str, Any]]:
 
 def compiled_flops(config: RunConfig, steps: int) -> int:
     """Operations of the matrix products of `steps` compiled training steps."""
-    from moe_jax.system.hlo import read_program
+    from moe_jax.certify.hlo import read_program
     from moe_jax.training.programs import Programs
 
     step = Programs.of(config).compiled_step(config.train.batch_size * config.train.grad_accum)

@@ -38,7 +38,7 @@ from moe_jax.system.environment import MIB
 from moe_jax.system.files import json_text
 from moe_jax.system.terminal import say
 from moe_jax.training.fit import Device, plans_until_one_fits, program_mib
-from moe_jax.training.plan import Plan, chosen, named
+from moe_jax.training.plan import Plan, chosen, values_of
 from moe_jax.training.programs import Programs
 
 CARDS_PER_HOST = 8
@@ -88,17 +88,18 @@ def plan(asked: argparse.Namespace) -> int:
     say(f"{config.preset} on {target.device_kind}: a run may use {budget:,.0f} MiB")
     if mesh:
         total = mesh_mib(config, target)
-        result = {"preset": config.preset, "gpu": target.name, "mesh": mesh, "total_mib": round(total, 1)}
-        result |= {"budget_mib": round(budget, 1), "fits": total <= budget, "micro_batch": config.train.batch_size}
+        fits, setting = total <= budget, values_of(config) | {"execution.mesh": mesh}
     else:
         plans = []
         for tried in walk(config, target, budget):
             plans.append(tried)
             programs = ", ".join(f"{name} {mib:,.0f} MiB" for name, mib in tried.programs.items())
-            say(f"{named(tried.config)}: {programs or f'at least {tried.least:,.0f} MiB'}")
-        result = chosen(plans, budget).summary(target.name, budget)
-    print(json_text(result))
-    return 0 if result["fits"] else 1
+            say(f"{tried.name}: {programs or f'at least {tried.least:,.0f} MiB'}")
+        best = chosen(plans, budget)
+        fits, total, setting = best.fits(budget), best.total, best.setting
+    result = {"preset": config.preset, "gpu": target.name, "fits": fits, "total_mib": round(total, 1)}
+    print(json_text(result | {"budget_mib": round(budget, 1)} | setting))
+    return 0 if fits else 1
 
 
 def record(pairs: Sequence[str]) -> int:
@@ -109,12 +110,18 @@ def record(pairs: Sequence[str]) -> int:
     for pair in pairs or [f"{name}:{gpu}" for name in PRESETS for gpu in cards]:
         name, _, gpu = pair.partition(":")
         config, target = with_vocabulary(preset(name)), Target.load(gpu)
-        plans = [plan.to_json() for plan in walk(config, target, target.facts().budget)]
+        plans = [rounded(plan) for plan in walk(config, target, target.facts().budget)]
         found = json.loads(RECORDED.read_text())["plans"]
         found[f"{name} {gpu}"] = {"jaxlib": importlib.metadata.version("jaxlib"), "plans": plans}
         write({"cards": cards, "plans": found})
         print(pair, plans[-1]["setting"], plans[-1]["programs"], flush=True)
     return 0
+
+
+def rounded(plan: Plan) -> dict[str, Any]:
+    """A plan for JSON, with tenths of a MiB."""
+    programs = {name: round(mib, 1) for name, mib in plan.programs.items()}
+    return plan._asdict() | {"least": round(plan.least, 1), "programs": programs}
 
 
 def write(document: dict[str, dict[str, Any]]) -> None:

@@ -62,7 +62,7 @@ def test_loss_and_story_are_those_of_the_real_model(
     folder = saved_run.save_run(tmp_path, **SHAPES[shape])
     monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path / "cache"))
     run = open_run(folder, None)
-    valid = run.validation_text(progress=False).store.valid.tokens
+    valid = run.validation_text(progress=False)[0].valid.tokens
     step, seq_len = make_evaluation_step(run.graphdef), run.config.model.seq_len
     real = evaluate(step, run.params, valid, seq_len=seq_len, token_bytes=run.tokenizer.token_bytes())
     summary = json.loads((folder / "summary.json").read_text())

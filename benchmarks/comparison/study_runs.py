@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 import jax
 
-from moe_jax.config import RunConfig, load_config
+from moe_jax.config import RunConfig
 from moe_jax.data.token_store import prepare_token_store
+from moe_jax.runs.catalog import load_config
 from moe_jax.runs.folder import locked_for_training
 from moe_jax.runs.records import read_summary
 from moe_jax.training.run import finish, take_steps

@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from moe_jax.certify.formulas import expert_flops, router_flops, step_products
+from moe_jax.certify.hlo import read_program
 from moe_jax.config import Dense, RunConfig
 from moe_jax.config.presets import DENSE_BASELINES, dense_baseline
 from moe_jax.model.costs import Count, count_parameters, totals
 from moe_jax.system import machine
 from moe_jax.system.environment import runs_on_cpu
-from moe_jax.system.hlo import read_program
 from moe_jax.system.machine import Times, alternate
 from moe_jax.training.programs import Programs
 

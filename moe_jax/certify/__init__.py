@@ -1,11 +1,10 @@
 """Claims about a model that are tested by running and compiling it: `python -m moe_jax certify`.
 
-    model.py        every certificate of a model; each program is compiled once
-    causality.py    no token changes an earlier output
-    arithmetic.py   the arithmetic of the compiled programs
-    formulas.py     what that arithmetic must be
-
-The compiled programs are read by `system.hlo`.
+model.py        every certificate of a model; each program is compiled once
+causality.py    no token changes an earlier output
+arithmetic.py   the arithmetic of the compiled programs
+formulas.py     what that arithmetic must be
+hlo.py          the matrix products of a compiled program, read from its text
 """
 
 from typing import NamedTuple

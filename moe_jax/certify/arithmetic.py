@@ -19,11 +19,11 @@ from flax import nnx
 
 from moe_jax.certify import Certificate
 from moe_jax.certify.formulas import layer_flops, multiplied_rows, router_flops, step_products
+from moe_jax.certify.hlo import Program, read_program, scopes
 from moe_jax.config import ModelConfig, RunConfig
 from moe_jax.model.kernels import cross_entropy
 from moe_jax.model.moe.layer import Mode, MoE
 from moe_jax.model.transformer import build_layer
-from moe_jax.system.hlo import Program, read_program, scopes
 from moe_jax.training.programs import Programs
 
 PARTS = {"attention": "attention", "ffn": "the expert layers", "head": "the head"}

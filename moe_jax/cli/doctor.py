@@ -33,15 +33,12 @@ def doctor(run: str = "", gpu: bool = False, preset: PresetName = "seed-158m") -
         raise ConfigError(f"--run {run}: is not the folder of a run; it has no folder `checkpoints`")
     environment.prepare_environment()
     with working(f"reading every checkpoint of {folder}"):
-        from moe_jax.runs.doctor import examine
+        from moe_jax.runs.checkpoint import CheckpointStore
 
-        findings = examine(folder)
-    width = max(len(f.what) for f in findings)
-    for finding in findings:
-        say(f"{finding.what:<{width}}  {finding.state:<8}  {finding.detail}".rstrip())
-    damaged = sum(finding.state == "damaged" for finding in findings)
-    if damaged:
-        say(f"{damaged} damaged")
+        found = list(CheckpointStore(folder).examine())
+    say(*(f"{path.name}  {damage or 'good'}" for path, damage in found))
+    damaged = sum(damage is not None for _, damage in found)
+    say(f"{len(found)} checkpoints, {damaged} damaged")
     return 1 if damaged else 0
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_jax.cli.options import MOST_ACTIVE, Active, Json, RunName, StepNumber, check_range, checked_run, print_json
-from moe_jax.config import DataConfig, load_config
-from moe_jax.runs.catalog import title
+from moe_jax.config import DataConfig
+from moe_jax.runs.catalog import load_config, title
 from moe_jax.system import environment
 from moe_jax.system.terminal import say, working
 
@@ -73,13 +73,14 @@ def evaluate(run: RunName = "", step: StepNumber = None, data: str = "", active:
 
 
 def _form_of(run: str, data: str) -> "DataFormat":
-    """How a file is read: a tuned run reads JSON lines of conversations as such. Everything else is text. Raises
-    ConfigError if there is no such text."""
+    """How a file is read: a tuned run reads JSON lines as conversations. Everything else is text. Raises ConfigError if
+    there is no such text."""
     from moe_jax.data.corpora import check_source
-    from moe_jax.data.documents import holds_chats
+    from moe_jax.data.documents import JSON_LINES, ending
 
     config = load_config(Path(run))
     tuned = config is not None and config.data.format == "chat"
-    form: DataFormat = "chat" if tuned and holds_chats(Path(data)) else "text"
+    in_rows = ending(Path(data)) in JSON_LINES or any(Path(data).glob("*.jsonl*"))
+    form: DataFormat = "chat" if tuned and in_rows else "text"
     check_source(DataConfig(source=data, format=form))
     return form

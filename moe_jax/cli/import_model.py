@@ -36,8 +36,8 @@ def import_model(
     environment.prepare_environment()
     with working(f"opening {source}"):
         from moe_jax.interop.imported_run import import_run
-        from moe_jax.interop.model_folder import model_folder
         from moe_jax.interop.pretrained import Pretrained
+        from moe_jax.interop.pretrained_shape import model_folder
 
     folder = model_folder(source)
     with working(f"opening {folder}"):

@@ -81,7 +81,7 @@ def _trace(folder: str, step: int | None, named: list[tuple[str, str]], path: Pa
 
         run = open_run(folder, step)
         texts = [(kind, [run.tokenizer.separator_id, *run.tokenizer.encode(text)]) for kind, text in named]
-        texts = texts or [("validation", run.validation_text(progress=False).store.valid.tokens.tolist())]
+        texts = texts or [("validation", run.validation_text(progress=False)[0].valid.tokens.tolist())]
     counts = write_decisions(run, texts, path)
     say(f"{path}: {counts.tokens:,} tokens", *counts.describe())
     if json:

@@ -7,11 +7,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from moe_jax.config import ConfigError, RunConfig, holds_run
-from moe_jax.config.run import missing_run
+from moe_jax.config import ConfigError, RunConfig
 from moe_jax.config.section import format_bound
 from moe_jax.model.costs import least_step_bytes
-from moe_jax.runs.catalog import run_or_default
+from moe_jax.runs.catalog import holds_run, missing_run, run_or_default
 from moe_jax.system.environment import GIB, machine_memory, runs_on_cpu
 from moe_jax.system.files import json_text, steps_in
 

@@ -48,17 +48,18 @@ def plan(preset: PresetName = "seed-158m", gpu: str = DEFAULT_GPU, json: Json = 
         say("this fits, by XLA's buffer plan; on the card, train with", command)
     else:
         say(f"no setting fits: take a smaller preset or another --gpu, or plan other settings with {RECORD}")
-    print_json(best.summary(card.name, card.budget) | {"command": command}, json)
+    result = {"preset": preset, "gpu": card.name, "fits": fits, "total_mib": best.total, "budget_mib": card.budget}
+    print_json(result | best.setting | {"precision": best.precision, "command": command}, json)
     return 0 if fits else 1
 
 
 def _print_row(row: Plan, budget: float) -> None:
     """One line for a setting."""
-    train, step = row.config.train, row.programs.get("step")
+    batch, accum, optimizer, weights, remat = row.setting.values()
+    step = row.programs.get("step")
     memory = f"{step:,.0f}" if step is not None else f">= {row.least:,.0f}"
-    remat, fits = "yes" if row.config.execution.remat else "no", "yes" if row.fits(budget) else "no"
-    numbers = train.param_dtype, train.batch_size, train.grad_accum
-    print(_COLUMNS.format(train.optimizer, *numbers, remat, row.precision, memory, fits))
+    answers = ["yes" if answer else "no" for answer in (remat, row.fits(budget))]
+    print(_COLUMNS.format(optimizer, weights, batch, accum, answers[0], row.precision, memory, answers[1]))
     if step is not None and step <= budget < row.total:
         name = max(row.programs, key=row.programs.__getitem__)
         say(f"its step fits, but between steps {name} takes {row.programs[name]:,.0f} MiB")

@@ -17,10 +17,11 @@ import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
 from moe_jax.cli.options import check_memory, check_out_folder
-from moe_jax.config import ConfigError, MeshShape, ProcessGroup, RunConfig, holds_run
+from moe_jax.config import ConfigError, MeshShape, ProcessGroup, RunConfig
 from moe_jax.config.presets import PRESETS, preset
 from moe_jax.config.section import Section, long_flag, short_flags
 from moe_jax.data.corpora import check_source
+from moe_jax.runs.catalog import holds_run
 from moe_jax.system import environment
 from moe_jax.system.terminal import say, working
 from moe_jax.training.start import Start, Values, start_of

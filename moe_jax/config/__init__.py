@@ -36,8 +36,6 @@ from moe_jax.config.run import (
     SECTIONS,
     PresetName,
     RunConfig,
-    holds_run,
-    load_config,
 )
 from moe_jax.config.train import (
     NAMED_CORPORA,

@@ -11,7 +11,6 @@ from moe_jax.config.model import ModelConfig, RoutingConfig
 from moe_jax.config.section import Origin, Section, setting
 from moe_jax.config.train import NAMED_CORPORA, DataConfig, TrainConfig
 from moe_jax.system.errors import ConfigError, UserError
-from moe_jax.system.files import read_json, steps_in
 
 PresetName = Literal["nano", "story", "story-cpu", "story-4gb", "seed-158m", "max-4gb"]
 SECTIONS = ("model", "routing", "data", "train", "execution")
@@ -140,28 +139,3 @@ class RunConfig(Section):
             return cls(**own, **sections)
         except TypeError as error:  # an unknown field, or a value of another type
             raise UserError(f"config.json: not settings of this version of moe-jax ({error})") from None
-
-
-# The configuration in the folder of a run
-
-
-def holds_run(run: Path) -> bool:
-    """Whether a folder holds a complete checkpoint. A checkpoint gets its name only when it is complete."""
-    return any(path.is_dir() for path in steps_in(run / "checkpoints").values())
-
-
-def load_config(run: Path) -> RunConfig | None:
-    """The saved configuration of a folder that holds a run, else None. Raises UserError where it cannot be read."""
-    if not holds_run(run):
-        return None
-    try:
-        return RunConfig.from_dict(read_json(run / "config.json"))
-    except ConfigError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UserError(f"{run / 'config.json'}: cannot be read ({error})") from None
-
-
-def missing_run(flag: str, run: Path | str, remedy: str = "make one with `uv run train.py`") -> str:
-    """The message for a flag whose folder holds no run."""
-    return f"{flag} {run}: no run with a complete checkpoint there; {remedy}"

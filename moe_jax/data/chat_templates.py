@@ -10,29 +10,23 @@ Python object. It may take any time and memory. Whatever goes wrong is one line.
 
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 
 from moe_jax.config import UserError
-from moe_jax.data import hf_tokenizers
 from moe_jax.data.documents import ANSWERING, Message
-from moe_jax.system.errors import shortened
+from moe_jax.data.hf_tokenizers import library_of, one_line
+
+_PROBLEM = "the model's chat template cannot write this conversation"
 
 
-def template_in(settings: str, file: str | None) -> str | None:
+def template_in(settings: dict[str, Any], file: str) -> str | None:
     """The template of a folder: the content of chat_template.jinja, or the field of tokenizer_config.json, of which
     one may be a list of named templates."""
-    if file is not None:
-        return file
-    try:
-        field = json.loads(settings).get("chat_template")
-    except (ValueError, AttributeError, RecursionError):
-        return None
+    field = file or settings.get("chat_template")
     if isinstance(field, list):
-        named = {one.get("name"): one.get("template") for one in field if isinstance(one, dict)}
-        field = named.get("default")
+        field = next((one["template"] for one in field if one["name"] == "default"), None)
     return field if isinstance(field, str) else None
 
 
@@ -69,13 +63,13 @@ class ChatTemplate:
         UserError."""
         program, variables = self._program
         messages = [{"role": message.role, "content": self._harmless(message.content)} for message in chat]
-        with _one_line():
+        with one_line(_PROBLEM):
             return program.render(messages=messages, add_generation_prompt=prompts, **variables)
 
     @cached_property
     def _program(self) -> tuple[Any, dict[str, Any]]:
         """The compiled template, and what it may read beside the messages."""
-        with _one_line():
+        with one_line(_PROBLEM):
             settings = json.loads(self._settings or "{}")
             tokens = {name: value for name, value in settings.items() if name.endswith("_token")}
             texts = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
@@ -85,7 +79,7 @@ class ChatTemplate:
     @cached_property
     def _library(self) -> Any:
         """A tokenizer of its own, which reads special tokens: that of documents takes them for text."""
-        library = hf_tokenizers.library_of(self._file)
+        library = library_of(self._file)
         library.encode_special_tokens = False
         return library
 
@@ -100,7 +94,7 @@ class ChatTemplate:
         return content
 
     def _ids(self, text: str) -> list[int]:
-        with hf_tokenizers.one_line():
+        with one_line():
             return self._library.encode(text, add_special_tokens=False).ids
 
 
@@ -135,15 +129,3 @@ def _environment() -> Any:
     sandbox.filters["tojson"] = to_json
     sandbox.globals |= {"raise_exception": refuse, "strftime_now": time.strftime}
     return sandbox
-
-
-@contextmanager
-def _one_line() -> Iterator[None]:
-    """Turn whatever a template raises into UserError."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        why = shortened(" ".join(str(error).split()) or type(error).__name__, 160)
-        raise UserError(f"the model's chat template cannot write this conversation ({why})") from None

@@ -1,6 +1,6 @@
 """Corpora: every source of text as two splits of documents, `train` and `valid`.
 
-The sources are the embedded stories (`synthetic/`), three public data sets of the Hugging Face hub, which are streamed
+The sources are the embedded stories (`synthetic/`), two public data sets of the Hugging Face hub, which are streamed
 at pinned revisions, and the user's own files:
 
 - Of a single file, the last 5 % of the documents, and at least one, are the validation split. A text file with a single
@@ -17,7 +17,6 @@ that makes a `Corpus`, a branch in `open_corpus`, and a name.
 Importing this module imports neither jax nor numpy, so that `check_source` can answer before jax is loaded.
 """
 
-import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -38,9 +37,6 @@ from moe_jax.data.documents import (
     last_part_start,
 )
 
-LOOKED_AT = 8 << 20
-"""Bytes of a text in which mistakes are looked for before jax is loaded."""
-
 type Spans = tuple[Span, ...]
 
 
@@ -54,8 +50,6 @@ class Corpus:
     """The documents of a split, stripped and not empty. Raises UserError if there is no document."""
     fingerprint: Callable[[], str]
     """Hex digest of everything that determines the text. Equal fingerprints mean equal documents."""
-    size: Callable[[SplitName], int | None] = lambda split: None
-    """Bytes of the split's source. None if unknown."""
 
 
 def open_corpus(data: DataConfig) -> Corpus:
@@ -77,22 +71,12 @@ def open_corpus(data: DataConfig) -> Corpus:
 
 
 def check_source(data: DataConfig) -> None:
-    """Raise ConfigError unless `data.source` is the name of a corpus, or the path of a text that looks right.
+    """Raise ConfigError unless `data.source` is the name of a corpus, or a path with files of the right kind.
 
-    A name wins over a path. The first 8 MiB of a text are read: it may not be empty, not UTF-8, or have a row that
-    cannot be read. What is wrong further on is noticed when the text is prepared.
+    A name wins over a path. What is wrong inside a text is noticed when the text is prepared.
     """
-    if data.source in NAMED_CORPORA and data.format == "text":
-        return
-    try:
-        for paths in filter(None, source_files(Path(data.source), data.format).values()):
-            seen, name = 0, data.source if len(paths) > 1 else str(paths[0])
-            for document in _documents(map(Span.of, paths), data.format, name):
-                seen += len(document) if isinstance(document, str) else sum(len(m.content) for m in document)
-                if seen >= LOOKED_AT:
-                    break
-    except UserError as error:
-        raise ConfigError(f"--data {error}") from None
+    if data.source not in NAMED_CORPORA or data.format == "chat":
+        source_files(Path(data.source), data.format)
 
 
 def scored_documents(source: str, form: DataFormat = "text") -> Iterator[Any]:
@@ -131,7 +115,6 @@ class HubSource(NamedTuple):
 
 HUB = {
     "tinystories": HubSource("roneneldan/TinyStories", None, "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"),
-    "wikitext": HubSource("Salesforce/wikitext", "wikitext-103-raw-v1", "b08601e04326c79dfdd32d625aee71d232d685c3"),
     # deepmind/pg19 is a loading script, which datasets no longer runs. This is the same text as Parquet.
     "pg19": HubSource("emozilla/pg19", None, "c021754c8e01c5b1cc83a1f549c1f97fbbb756b8"),
 }
@@ -141,8 +124,7 @@ HUB = {
 def _of_the_hub(name: str) -> Corpus:
     def documents(split: SplitName) -> Iterator[str]:
         rows = _rows(name, "train" if split == "train" else "validation")
-        texts = articles(rows) if name == "wikitext" else rows
-        return (document for text in texts for document in divided(text))
+        return (document for text in rows for document in divided(text))
 
     def fingerprint() -> str:
         import xxhash
@@ -167,26 +149,6 @@ def _rows(name: str, split: str) -> Iterator[str]:
             f"{name}: no network, or the hub cannot be reached ({cause}); "
             "use --data stories, or a folder with train.txt and valid.txt"
         ) from None
-
-
-_HEADING = re.compile(r" = [^=].* = \n?")
-
-
-def articles(lines: Iterable[str]) -> Iterator[str]:
-    """WikiText's lines, joined into articles.
-
-    An article begins at a heading ` = Title = ` after a blank line. The headings of its sections have two or more
-    equals signs on each side (` = = Section = = `).
-    """
-    article: list[str] = []
-    blank = True
-    for line in lines:
-        if blank and article and _HEADING.fullmatch(line):
-            yield "".join(article)
-            article = []
-        article.append(line)
-        blank = not line.strip()
-    yield "".join(article)
 
 
 # Files
@@ -215,7 +177,7 @@ def _of_files(name: str, spans: dict[SplitName, Spans], form: DataFormat) -> Cor
                     digest.update(chunk)
         return digest.hexdigest()
 
-    return Corpus(name, documents, fingerprint, lambda split: sum(s.stop - s.start for s in spans[split]))
+    return Corpus(name, documents, fingerprint)
 
 
 def source_files(path: Path, form: DataFormat = "text") -> dict[SplitName, list[Path]]:
@@ -247,18 +209,12 @@ def _files_of_folder(folder: Path, endings: tuple[str, ...]) -> dict[SplitName, 
     }
     if named["train"]:
         return named
-    if named["valid"]:
-        names = " or ".join(f"train{end}" for end in endings[:-1])
-        raise ConfigError(f"--data {folder}: {named['valid'][0].name} is there, but no {names}; add that file")
-    files = [p for p in _visible_files(folder) if ending(p) in endings]
-    if not files:
-        raise ConfigError(f"--data {folder}: must hold {' or '.join(endings[:-1])} files; there is none in it")
-    return {"train": files, "valid": []}
-
-
-def _visible_files(folder: Path) -> list[Path]:
     inside = (p for p in folder.rglob("*") if not any(part.startswith(".") for part in p.relative_to(folder).parts))
-    return sorted(p for p in inside if p.is_file())
+    files = [] if named["valid"] else sorted(p for p in inside if p.is_file() and ending(p) in endings)
+    if not files:
+        names = " or ".join(f"train{end}" for end in endings)
+        raise ConfigError(f"--data {folder}: must hold {names}, or else {' or '.join(endings)} files and no valid file")
+    return {"train": files, "valid": []}
 
 
 def _documents(spans: Iterable[Span], form: DataFormat, what: str) -> Iterator[Any]:

@@ -13,16 +13,14 @@ Importing this module imports only the standard library, so that a wrong text is
 
 import gzip
 import json
-import shlex
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, get_args
 
 from moe_jax.config import DataFormat, Role, UserError
-from moe_jax.system.errors import shortened
 
 SEPARATOR = "<|endoftext|>"
 TEXTS, JSON_LINES = (".txt", ".md"), (".jsonl", ".ndjson")
@@ -34,6 +32,11 @@ _SEPARATOR = SEPARATOR.encode()
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _CHUNK = 1 << 20  # bytes read at a time
 _LONGEST = 1 << 20  # a document of more bytes is divided
+_WANTED: dict[DataFormat, str] = {
+    "text": "must be an object whose key `text` holds a text; `sft` learns from conversations (`messages`)",
+    "chat": "must have `messages`, each with a `role` (system, user or assistant), a `content` that is not empty, and "
+    "no other key, and at least one of the assistant",
+}
 
 
 @dataclass(frozen=True)
@@ -98,16 +101,17 @@ def documents_of(span: Span, form: DataFormat) -> Iterator[Any]:
     """The documents of a span: texts, stripped and not empty, or conversations. Raises UserError for bytes that are not
     UTF-8, and for a row that is neither."""
     if form == "chat":
-        yield from (_row(span, offset, line, _conversation) for offset, line in lines(span))
+        yield from (_row(span, offset, line, form) for offset, line in lines(span))
     elif span.is_json:
-        texts = (_row(span, offset, line, _text) for offset, line in lines(span))
+        texts = (_row(span, offset, line, form) for offset, line in lines(span))
         yield from (document for text in texts for document in divided(text))
     else:
         for offset, piece in _pieces(span):
             try:
                 document = piece.decode().strip()
             except UnicodeDecodeError as error:
-                raise UserError(_not_utf8(span.path, offset + error.start, error.reason)) from None
+                at = f"{span.path}: not UTF-8 at byte {offset + error.start}"
+                raise UserError(f"{at}; decompress it, or save it again as plain text in UTF-8") from None
             if document:
                 yield document
 
@@ -147,13 +151,6 @@ def lines(span: Span) -> Iterator[tuple[int, bytes]]:
             if line.strip():
                 yield offset, line
             offset += len(line)
-
-
-def holds_chats(path: Path) -> bool:
-    """Whether a file, or the first of a folder's files, is JSON lines with `messages`."""
-    files = sorted(p for p in path.rglob("*") if ending(p) in JSON_LINES) if path.is_dir() else [path]
-    first = files[0] if files and ending(files[0]) in JSON_LINES and files[0].is_file() else None
-    return first is not None and b'"messages"' in next((line for _, line in lines(Span.of(first))), b"")
 
 
 def _pieces(span: Span) -> Iterator[tuple[int, bytes]]:
@@ -198,63 +195,26 @@ def _last_boundary(text: bytes, low: int, high: int) -> int:
     return high
 
 
-def _not_utf8(path: Path, offset: int, reason: str) -> str:
-    name, new = shlex.quote(path.name), shlex.quote(f"{path.stem}-utf8{path.suffix}")
-    return (
-        f"{path}: not UTF-8 at byte {offset} ({reason}); decompress an archive, save a document of another program as "
-        f"plain text, and convert text of older Windows programs by `iconv -f WINDOWS-1252 -t UTF-8 {name} > {new}`"
-    )
-
-
-def _row(span: Span, offset: int, line: bytes, read: Callable[[dict[str, Any]], Any]) -> Any:
-    """What `read` makes of the object in a line. Raises UserError with the number of the line."""
+def _row(span: Span, offset: int, line: bytes, form: DataFormat) -> Any:
+    """The text or the conversation in a line. Raises UserError with the number of the line."""
     try:
         row = json.loads(line)
-        if not isinstance(row, dict):
-            raise ValueError(f"it is {_short(row)}, must be an object")
-        return read(row)
-    except (ValueError, RecursionError) as problem:  # no JSON, or half a surrogate pair, or what `read` says
+        if form == "chat":
+            conversation = tuple(map(_message, row["messages"]))
+            if not any(message.role == ANSWERING for message in conversation):
+                raise ValueError
+            return conversation
+        row["text"].encode()
+        return row["text"]
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         number = 1 + sum(chunk.count(b"\n") for chunk in Span(span.path, 0, offset).chunks())
-        raise UserError(f"{span.path}: line {number}: {problem}") from None
+        raise UserError(f"{span.path}: line {number}: {_WANTED[form]}") from None
 
 
-def _text(row: dict[str, Any]) -> str:
-    """The text of a row. Raises ValueError with what is wrong."""
-    text = row.get("text")
-    if isinstance(text, str):
-        text.encode()
-        return text
-    if "messages" in row:  # a model of plain text would learn the names of the roles
-        raise ValueError(
-            "it has `messages`, a conversation; `uv run python -m moe_jax sft` learns from those, training needs rows "
-            "with `text`"
-        )
-    names = ", ".join(list(row)[:5]) or "none"
-    raise ValueError(f"it has no key `text` that holds a text (its keys: {names}); rename the key of the text")
-
-
-def _conversation(row: dict[str, Any]) -> Conversation:
-    """The conversation of a row. Raises ValueError with what is wrong."""
-    messages = row.get("messages")
-    if not isinstance(messages, list):
-        raise ValueError(f"it has no list `messages` ({_short(row)})")
-    conversation = tuple(_message(number, message) for number, message in enumerate(messages, 1))
-    if not any(message.role == ANSWERING for message in conversation):
-        raise ValueError("it has no message of the assistant, so there is nothing to learn; remove the row")
-    return conversation
-
-
-def _message(number: int, message: Any) -> Message:
-    values = {key: value for key, value in message.items() if value is not None} if isinstance(message, dict) else {}
-    role, content = values.pop("role", None), values.pop("content", None)
-    if values or role not in ROLES or not isinstance(content, str) or not content.strip():
-        raise ValueError(
-            f"message {number} is {_short(message)}; it must have a `role` ({', '.join(ROLES)}), a `content` that is a "
-            "text and not empty, and no other key"
-        )
-    content.encode()
-    return Message(role, content.strip())
-
-
-def _short(value: Any) -> str:
-    return shortened(repr(value), 40)
+def _message(values: dict[str, Any]) -> Message:
+    """A turn. Keys whose value is null do not count. Raises ValueError, or what Python raises, for anything else."""
+    known = {key: value for key, value in values.items() if value is not None}
+    message = Message(known["role"], known["content"].strip())
+    if message.role not in ROLES or not message.content.encode() or len(known) != len(message):
+        raise ValueError
+    return message

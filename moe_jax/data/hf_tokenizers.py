@@ -10,14 +10,14 @@ not lossless: a byte-level tokenizer may bring a text into Unicode's form NFC fi
 before a document, and reads "▁" as a space. Any other loss is refused: see `check_lossless`.
 """
 
-import json
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moe_jax.config import UserError
+from moe_jax.system.errors import shortened
 
 if TYPE_CHECKING:
     import tokenizers
@@ -81,40 +81,36 @@ def encoder(library: "tokenizers.Tokenizer", separator: int) -> Callable[[list[s
     return encode_batch
 
 
-def check_lossless(library: "tokenizers.Tokenizer", encode: Callable[[str], list[int]], entries: list[bytes]) -> None:
-    """Raise UserError unless the ids of a text of many characters give it back, but for what the kinds may change. The
-    text has spaces beside each token that would remove them."""
-    stripping = [t.content for t in library.get_added_tokens_decoder().values() if t.lstrip or t.rstrip]
-    text, byte_level = _PROBE + "".join(f"a  {content}  " for content in stripping), _is_byte_level(library)
-    back = b"".join([entries[i] for i in encode(text)]).decode(errors="replace")
-    if not byte_level:
-        text = text.replace(_SPACE, " ")
-    if back in (text, unicodedata.normalize("NFC", text) if byte_level else " " + text):
-        return
-    at = next((i for i, (a, b) in enumerate(zip(text, back, strict=False)) if a != b), len(back))
-    raise UserError(
-        f"tokenizer.json: makes {back[at:][:20]!r} of the text {text[at:][:20]!r}; it must be a byte-level BPE, or one "
-        "with byte_fallback and spaces as U+2581, that keeps every character"
-    )
+def check_lossless(encode: Callable[[str], list[int]], entries: list[bytes]) -> None:
+    """Raise UserError unless the ids of a text of many characters give it back, but for what the kinds may change."""
+    back = b"".join([entries[i] for i in encode(_PROBE)]).decode(errors="replace")
+    if _comparable(back) != _comparable(_PROBE):
+        raise UserError(
+            "tokenizer.json: does not give every character of a text back; it must be a byte-level BPE, or one with "
+            "byte_fallback and spaces as U+2581"
+        )
+
+
+def _comparable(text: str) -> str:
+    return unicodedata.normalize("NFC", text).replace(_SPACE, " ").removeprefix(" ")
 
 
 @contextmanager
-def one_line() -> Iterator[None]:
-    """Turn an error of the library, which raises `Exception`, into UserError."""
+def one_line(problem: str = "tokenizer.json: cannot be read") -> Iterator[None]:
+    """Turn what a library raises into UserError."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:
-        raise UserError(f"tokenizer.json: cannot be read ({' '.join(str(error).split())[:120]})") from None
+        why = shortened(" ".join(str(error).split()) or type(error).__name__, 160)
+        raise UserError(f"{problem} ({why})") from None
 
 
-def end_of_text(library: "tokenizers.Tokenizer", settings: str) -> int:
+def end_of_text(library: "tokenizers.Tokenizer", settings: dict[str, Any]) -> int:
     """The id of the token that tokenizer_config.json names as `eos_token`. Raises UserError if there is none."""
-    try:
-        named = json.loads(settings).get("eos_token")
-    except (ValueError, AttributeError, RecursionError):
-        named = None
-    content = named.get("content") if isinstance(named, dict) else named
-    token = library.token_to_id(content) if isinstance(content, str) else None
+    named = settings.get("eos_token")
+    token = library.token_to_id(str(named.get("content") if isinstance(named, dict) else named))
     if token is None:
         raise UserError(
             "config.json: has no eos_token_id, and tokenizer_config.json no eos_token; name the token that ends a text"

@@ -24,7 +24,7 @@ import xxhash
 
 from moe_jax.config import DataConfig, UserError
 from moe_jax.data import hf_tokenizers
-from moe_jax.data.chat_templates import ChatTemplate
+from moe_jax.data.chat_templates import ChatTemplate, template_in
 from moe_jax.data.documents import SEPARATOR
 from moe_jax.system.files import json_text, read_json, write_atomically
 from moe_jax.system.terminal import Report, document_progress
@@ -191,19 +191,23 @@ def token_pieces(tokenizer: Tokenizer, tokens: np.ndarray) -> list[str]:
     return [piece(int(t)) for t in tokens]
 
 
-def imported_tokenizer(file: str, settings: str, separator_id: int | None, template: str | None = None) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder, from the texts of its tokenizer.json, tokenizer_config.json and chat
-    template.
+def imported_tokenizer(file: str, settings: str, separator_id: int | None, template: str = "") -> Tokenizer:
+    """The tokenizer of a Hugging Face folder, from the texts of its tokenizer.json, tokenizer_config.json (perhaps
+    empty) and chat_template.jinja.
 
-    `separator_id` is the token that ends a text. Without it, tokenizer_config.json names the token. Raises UserError if
-    the tokenizer is of a kind that is not known here.
+    `separator_id` is the token that ends a text. Without it, and without a template, tokenizer_config.json may name
+    them. Raises UserError if the tokenizer is of a kind that is not known here.
     """
     library = hf_tokenizers.library_of(file)
+    with hf_tokenizers.one_line("tokenizer_config.json: cannot be read"):
+        values = dict(json.loads(settings or "{}"))
     if separator_id is None:
-        separator_id = hf_tokenizers.end_of_text(library, settings)
+        separator_id = hf_tokenizers.end_of_text(library, values)
     definition = {"kind": "hf", "file": file, "settings": settings, "separator": separator_id}
-    tokenizer = _of_library(library, definition | ({"template": template} if template else {}))
-    hf_tokenizers.check_lossless(library, tokenizer.encode, hf_tokenizers.entries(library))
+    if found := template_in(values, template):
+        definition["template"] = found
+    tokenizer = _of_library(library, definition)
+    hf_tokenizers.check_lossless(tokenizer.encode, hf_tokenizers.entries(library))
     return tokenizer
 
 

@@ -9,9 +9,7 @@
     export.py         all of it with a model card, into a folder that is whole or absent
     html.py, page/    one page that runs the model in a browser
 
-    model_folder.py      the files of a folder, and its download by its name on the hub
-    config_fields.py     what the fields of config.json mean
-    pretrained_shape.py  config.json of a Hugging Face folder -> ModelConfig, or a refusal by name
+    pretrained_shape.py  a folder, downloaded by its name; its config.json -> ModelConfig, or a refusal by name
     weight_files.py      the headers of its safetensors files, checked before any tensor is read
     pretrained.py        the folder, opened: shape, tokenizer, parameters
     imported_run.py      the folder as a run to read, its weights rounded part by part

@@ -15,7 +15,6 @@ import math
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby, islice
 from pathlib import Path
@@ -26,15 +25,13 @@ import numpy as np
 import xxhash
 
 from moe_jax.config import UserError
-from moe_jax.data.chat_templates import template_in
 from moe_jax.data.tokenizers import Tokenizer, imported_tokenizer
 from moe_jax.interop.huggingface import EMBEDDING, HEAD, Piece, Table, expected, is_fused, table
-from moe_jax.interop.model_folder import read_file
 from moe_jax.interop.pretrained_shape import PretrainedShape, read_shape
 from moe_jax.interop.weight_files import DTYPES, WeightFiles
 from moe_jax.model.transformer import Params
 from moe_jax.runs.arrays import named_leaves
-from moe_jax.system.files import MAX_JSON_BYTES
+from moe_jax.system.errors import shortened
 
 PART_VALUES = 2**19
 """Most values of a tensor that are read at once."""
@@ -181,13 +178,18 @@ class Pretrained:
 def _tokenizer(folder: Path, shape: PretrainedShape) -> Tokenizer:
     """The tokenizer of a folder, whose ids the model must know."""
     try:
-        file = read_file(folder, TOKENIZER, MAX_JSON_BYTES // 2).decode()
+        file = (folder / TOKENIZER).read_text(encoding="utf-8")
+        settings, template = (
+            (folder / name).read_text(encoding="utf-8") if (folder / name).exists() else ""
+            for name in (TOKENIZER_CONFIG, CHAT_TEMPLATE)
+        )
     except (OSError, UnicodeDecodeError) as error:
-        why = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else f"cannot be read ({error.strerror})"
-        raise UserError(f"{folder / TOKENIZER}: {why}; open the tokenizer in transformers and save it again") from None
-    settings, template = (_optional(folder, name) for name in (TOKENIZER_CONFIG, CHAT_TEMPLATE))
+        raise UserError(
+            f"{folder / TOKENIZER}: cannot be read ({shortened(str(error))}); open the tokenizer in transformers and "
+            "save it again"
+        ) from None
     try:
-        tokenizer = imported_tokenizer(file, settings or "", shape.separator, template_in(settings or "", template))
+        tokenizer = imported_tokenizer(file, settings, shape.separator, template)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     if tokenizer.vocab_size > shape.model.vocab_size:
@@ -207,13 +209,6 @@ def _placed(leaf: jax.ShapeDtypeStruct, made: np.ndarray) -> jax.Array:
     if array.unsafe_buffer_pointer() == made.ctypes.data:
         array = jax.block_until_ready(jax.device_put(made.copy()))
     return array
-
-
-def _optional(folder: Path, name: str) -> str | None:
-    """The text of a file that need not be there."""
-    with suppress(OSError, UnicodeDecodeError):
-        return read_file(folder, name, 1 << 22).decode()
-    return None
 
 
 def _buffer(size: int) -> np.ndarray:

@@ -7,11 +7,12 @@ written back unchanged.
 
 import itertools
 import json
+import re
 from typing import Any
 
 from moe_jax.config import UserError
 from moe_jax.data.chat_templates import template_in
-from moe_jax.data.documents import ROLES, SEPARATOR
+from moe_jax.data.documents import SEPARATOR
 from moe_jax.data.hf_tokenizers import byte_alphabet, library_of
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.system.files import json_text
@@ -57,11 +58,11 @@ def tokenizer_files(tokenizer: Tokenizer, context: int, chat: bool = False) -> d
     definition = tokenizer.to_dict()
     if definition["kind"] == "hf":
         settings, template = definition["settings"], definition.get("template", "")
+        values = json.loads(settings or "{}")
         if chat and not template:
-            values = json.loads(settings or "{}") | {"chat_template": jinja(separator_text(tokenizer))}
-            settings = json_text(values, indent=2) + "\n"
+            settings = json_text(values | {"chat_template": jinja(separator_text(tokenizer))}, indent=2) + "\n"
         files = {"tokenizer.json": definition["file"], "tokenizer_config.json": settings}
-        if template and template_in(settings, None) != template:
+        if template and template_in(values, "") != template:
             files["chat_template.jinja"] = template
         return {name: content for name, content in files.items() if content}
     made = {"tokenizer.json": tokenizer_json(tokenizer), "tokenizer_config.json": tokenizer_config(context, chat)}
@@ -127,27 +128,20 @@ def tokenizer_config(context: int, chat: bool) -> dict[str, Any]:
 #
 # A turn is its role, a line end, its content and the separator. In transformers and llama.cpp a template gives a text,
 # and the text is cut into tokens after that. There the characters of the separator (`<|endoftext|>`) inside a content
-# would be read as the separator. So the template puts a space into them, and no content can end its turn or begin
-# another. That is not enough for a separator of one character, of white space, or whose end is its beginning: two `$$`
-# overlap in `$$$`. Then the template takes the separator's last character out of the content.
+# would be read as the separator. So the template puts a space before the last two of them, and no content can end its
+# turn or begin another.
 
 
 def jinja(separator: str) -> str:
-    """For `tokenizer_config.json`, and for `tokenizer.chat_template` in GGUF. Raises UserError for a separator that the
-    turns themselves would contain."""
-    turns = "".join(f"{separator}{role}\n" for role in ROLES)
-    last = separator.strip()[-1:]
-    if not last or sum(turns.startswith(separator, i) for i in range(len(turns))) != len(ROLES):
+    """For `tokenizer_config.json`, and for `tokenizer.chat_template` in GGUF. Raises UserError for a separator that is
+    not written as `<word>`: the turns, or a content with a space in it, could contain it."""
+    if not re.fullmatch(r"<[^<>\s]+>", separator):
         raise UserError(f"the token {separator!r} ends texts, and a chat template cannot tell it from a turn")
-    overlaps = any(separator.startswith(separator[i:]) for i in range(1, len(separator)))
-    if overlaps or len(separator) == 1 or any(character.isspace() for character in separator):
-        found, harmless = last, " "
-    else:
-        found, harmless = separator, separator[:-2] + " " + separator[-2:]
+    harmless = separator[:-2] + " " + separator[-2:]
     return (
         f"{{{{ {separator!r} }}}}{{% for message in messages %}}"
         "{{ message['role'] + '\\n' + "
-        f"(message['content'] | trim | replace({found!r}, {harmless!r})) + {separator!r} }}}}"
+        f"(message['content'] | trim | replace({separator!r}, {harmless!r})) + {separator!r} }}}}"
         "{% endfor %}{% if add_generation_prompt %}{{ 'assistant\\n' }}{% endif %}"
     )
 

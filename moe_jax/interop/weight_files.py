@@ -14,11 +14,11 @@ from typing import BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from moe_jax.config import UserError
-from moe_jax.interop.model_folder import open_file, read_file
 from moe_jax.system.errors import shortened
-from moe_jax.system.files import MAX_JSON_BYTES, parse_json
+from moe_jax.system.files import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES: dict[str, np.dtype] = {
@@ -26,7 +26,6 @@ DTYPES: dict[str, np.dtype] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-_PICKLED = re.compile(r".*\.(bin|pt|pth|ckpt|h5|msgpack|gguf)")
 
 
 class Tensor(NamedTuple):
@@ -65,20 +64,17 @@ class WeightFiles:
     def open(cls, folder: Path) -> "WeightFiles":
         """Read the headers of all files. Raises UserError if one is missing, damaged, or of another form."""
         try:
-            if (folder / SINGLE).exists():
-                return cls(folder, _tensors(folder, SINGLE))
-            if (folder / INDEX).exists():
-                return cls(folder, _sharded(folder))
-            names = sorted(path.name for path in folder.iterdir())
-        except OSError as error:
-            raise UserError(f"{error.filename or folder}: cannot be read ({error.strerror})") from None
-        pickled = next((name for name in names if _PICKLED.fullmatch(name)), None)
-        if pickled is None:
-            raise UserError(f"{folder}: has no {SINGLE}; download it, or the whole folder again")
-        raise UserError(
-            f"{folder}: has its weights in {pickled}, and only {SINGLE} is read, because it cannot run code; open the "
-            "folder in transformers and save it again"
-        )
+            if not (folder / INDEX).exists() or (folder / SINGLE).exists():
+                return cls(folder, _tensors(folder / SINGLE))
+            files = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
+            if odd := [file for file in files if not re.fullmatch(r"\w[\w.\-]*\.safetensors", file)]:
+                raise ValueError(f"{INDEX} names {odd[0]!a}, which is no name of a .safetensors file")
+            return cls(folder, {name: tensor for file in files for name, tensor in _tensors(folder / file).items()})
+        except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{folder}: its weights cannot be read ({_printable(str(error))}); download it again. Only {SINGLE} "
+                f"and files that {INDEX} names are read: files of other kinds can run code"
+            ) from None
 
     def check(self, expected: dict[str, tuple[int, ...]], ignored: set[str]) -> None:
         """Raise UserError unless the tensors are those that are expected, with their shapes. Names the tensor."""
@@ -106,48 +102,12 @@ class WeightFiles:
                 )
 
 
-def _sharded(folder: Path) -> dict[str, Tensor]:
-    try:
-        index = parse_json(read_file(folder, INDEX, MAX_JSON_BYTES))
-    except ValueError as error:
-        raise UserError(f"{folder / INDEX}: is not JSON ({str(error)[:60]}); download the file again") from None
-    places = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(places, dict) or not all(isinstance(file, str) for file in places.values()):
-        raise UserError(f"{folder / INDEX}: has no `weight_map` of names to files; download the file again")
-    files = sorted(set(places.values()))
-    for file in files:
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,200}\.safetensors", file):
-            raise UserError(
-                f"{folder / INDEX}: names the file {_printable(file)}, which is no name of a .safetensors file"
-            )
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        if not (folder / file).exists():
-            raise UserError(f"{folder / file}: is missing, and {INDEX} names it; download it")
-        inside = _tensors(folder, file)
-        other = sorted(inside.keys() ^ {name for name, place in places.items() if place == file})
-        if other:
-            raise UserError(
-                f"{folder / file}: has other tensors than {INDEX} says, such as {_printable(other[0])}; take all files "
-                "from the same folder"
-            )
-        tensors |= inside
-    return tensors
-
-
-def _tensors(folder: Path, name: str) -> dict[str, Tensor]:
+def _tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of one file, which stays open."""
-    from safetensors import SafetensorError, safe_open
-
-    file = open_file(folder, name)
-    try:
-        with safe_open(folder / name, "numpy"):
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-    except (SafetensorError, ValueError) as error:
-        raise UserError(
-            f"{folder / name}: is no whole safetensors file ({_printable(str(error))}); download it again"
-        ) from None
+    file = path.open("rb")
+    with safe_open(path, "numpy"):  # checks the header
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     return {
         tensor: Tensor(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])

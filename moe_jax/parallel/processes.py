@@ -26,9 +26,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 from jaxtyping import Array
 
-from moe_jax.config import ConfigError, ProcessGroup, RunConfig, UserError
-from moe_jax.config.section import flag_of
-from moe_jax.system.machine import versions
+from moe_jax.config import ConfigError, ProcessGroup, UserError
 
 HEARTBEAT_SECONDS = 10
 """A process that has sent no heartbeat for this long counts as dead."""
@@ -127,17 +125,6 @@ def agree_on(facts: Mapping[str, Any]) -> None:
                     f"{name}: {values.get(name)} in process {index}, and {expected} in process 0; "
                     "all processes of a run must be started alike"
                 )
-
-
-def check_same_program(config: RunConfig, resumed: bool) -> None:
-    """Raise ConfigError in every process unless all have the same settings and the same packages.
-
-    The folder of the run may differ: it may be mounted under another path.
-    """
-    settings = ((config.section(section), name, value) for section, name, value in config.settings())
-    facts = {flag_of(section, name): value for section, name, value in settings if name != "out"}
-    facts |= {"a run in --out": resumed}
-    agree_on(facts | {f"version of {name}": version for name, version in versions().items()})
 
 
 def stop_reason(signal: int | None) -> int | None:

@@ -15,7 +15,7 @@ from moe_jax.config import PresetName
 from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.planning.plans import known_cards, recorded
 from moe_jax.system.environment import MIB, ask_nvidia_smi
-from moe_jax.training.plan import MARGIN, named
+from moe_jax.training.plan import MARGIN
 
 OLDEST_DRIVER = {"cuda12": 525, "cuda13": 580}
 """Extra -> the major version of the oldest driver that its CUDA accepts."""
@@ -111,7 +111,7 @@ def _fit(name: PresetName, precision: str, budget: float) -> Finding:
     for card in sorted(known_cards().values(), key=lambda card: -card.memory):
         plans, _ = recorded(config, card)
         if plans and plans[-1].precision == precision and plans[-1].fits(min(budget, card.budget)):
-            fit = f"{named(plans[-1].config)}, {plans[-1].total:,.0f} of {budget:,.0f} MiB"
+            fit = f"{plans[-1].name}, {plans[-1].total:,.0f} of {budget:,.0f} MiB"
             return Finding(name, f"fits, by the plan for {card.device_kind}: {fit}")
     why = f"no recorded plan in {precision} fits {budget:,.0f} MiB; `train.py` looks further"
     return Finding(name, why, good=False)

@@ -71,4 +71,4 @@ def recorded(config: RunConfig, card: KnownCard) -> tuple[list[Plan], str]:
     usual = with_vocabulary(preset(config.preset))
     found = _recorded()["plans"].get(f"{config.preset} {card.name}")
     same = all(getattr(config, part) == getattr(usual, part) for part in ("model", "train", "execution"))
-    return ([Plan.from_json(plan, config) for plan in found["plans"]], found["jaxlib"]) if found and same else ([], "")
+    return ([Plan(**plan) for plan in found["plans"]], found["jaxlib"]) if found and same else ([], "")

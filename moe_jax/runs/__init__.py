@@ -8,5 +8,4 @@ manifest.py       the digests of a checkpoint's files
 arrays.py         arrays by name, and files of safetensors
 orbax_state.py    what orbax does: the state of training, the commit, the retention
 load.py           what a checkpoint belongs to, and a trained model opened from it
-doctor.py         every checkpoint verified (`doctor`)
 """

@@ -94,7 +94,7 @@ def weight_shapes(path: Path) -> Shapes:
                 name: (stored.get_shape(), np.dtype(_DTYPES[stored.get_dtype()])) for name, stored in slices.items()
             }
     except (SafetensorError, KeyError) as error:
-        raise _unreadable(error) from None
+        raise unreadable("weights", error) from None
     return {
         name if is_weight(name) else PARAMS + name: jax.ShapeDtypeStruct(shape, dtype)
         for name, (shape, dtype) in shapes.items()
@@ -114,7 +114,7 @@ def read_weights(path: Path, wanted: Shapes) -> dict[str, jax.Array]:
                 part = partial(_part_of, file.get_slice(name.removeprefix(PARAMS)))
                 arrays[name] = jax.make_array_from_callback(leaf.shape, sharding_of(leaf), part)
     except SafetensorError as error:
-        raise _unreadable(error) from None
+        raise unreadable("weights", error) from None
     return arrays
 
 
@@ -127,5 +127,6 @@ def _part_of(stored: Any, index: Any) -> np.ndarray:
     return np.asarray(stored[index or ...])
 
 
-def _unreadable(error: Exception) -> CheckpointCorrupted:
-    return CheckpointCorrupted(f"its weights cannot be read ({' '.join(str(error).split())[:200]})")
+def unreadable(what: str, error: Exception) -> CheckpointCorrupted:
+    """The error for a file that a library cannot read, in one line."""
+    return CheckpointCorrupted(f"its {what} cannot be read ({' '.join(str(error).split())[:200]})")

@@ -8,13 +8,36 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
-from moe_jax.config import UserError, holds_run
+from moe_jax.config import ConfigError, RunConfig, UserError
+from moe_jax.system.files import read_json, steps_in
 
 RUNS = Path("runs")
 SHIPPED = Path(__file__).parents[1] / "models"
 """The models of the package. `benchmarks/ship_models.py` makes them."""
 DEFAULT = "stories"
 """The model that commands read where there is no run."""
+
+
+def holds_run(run: Path) -> bool:
+    """Whether a folder holds a complete checkpoint. A checkpoint gets its name only when it is complete."""
+    return any(path.is_dir() for path in steps_in(run / "checkpoints").values())
+
+
+def load_config(run: Path) -> RunConfig | None:
+    """The saved configuration of a folder that holds a run, else None. Raises UserError where it cannot be read."""
+    if not holds_run(run):
+        return None
+    try:
+        return RunConfig.from_dict(read_json(run / "config.json"))
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"{run / 'config.json'}: cannot be read ({error})") from None
+
+
+def missing_run(flag: str, run: Path | str, remedy: str = "make one with `uv run train.py`") -> str:
+    """The message for a flag whose folder holds no run."""
+    return f"{flag} {run}: no run with a complete checkpoint there; {remedy}"
 
 
 def run_folder(name: str) -> Path:

@@ -12,14 +12,12 @@ In a checkpoint whose manifest is of version 3, `arrays/` holds the parameters a
 """
 
 import math
-import os
 import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
@@ -95,19 +93,17 @@ class CheckpointStore:
         """
         from moe_jax.runs.orbax_state import save_step
 
-        leaves, final = named_leaves(state), self.folder / step_name(step)
-        document = _document(step, val_loss, elapsed, context)
-        with self._saving(final):
+        final, document = self.folder / step_name(step), _document(step, val_loss, elapsed, context)
+        with _saving(final):
             if final.exists():
                 if is_process_zero():
                     manifest.write(final, document | {"files": manifest.read(final)["files"]})
                 barrier()
             else:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                needed = sum(leaf.nbytes for leaf in leaves.values())
-                if is_process_zero() and shutil.disk_usage(self.folder).free < needed:
-                    raise OSError(ENOSPC, os.strerror(ENOSPC), str(self.folder))
-                save_step(self.folder, step, leaves, document, self._best_step)
+                scored = [(c.val_loss, c.step) for c in self.list()] + [(document["val_loss"], step)]
+                best = min(((loss, n) for loss, n in scored if loss is not None), default=None)
+                save_step(self.folder, step, named_leaves(state), document, [best[1]] if best else [])
         return final
 
     def save_weights(
@@ -116,31 +112,11 @@ class CheckpointStore:
         """Write a checkpoint that cannot be trained. `write` writes weights.safetensors into the folder that it is
         given. Raises the errors of `save`."""
         final = self.folder / step_name(step)
-        with self._saving(final), new_folder(final) as draft:
+        with _saving(final), new_folder(final) as draft:
             write(draft)
             files = manifest.describe_files(draft, [draft / WEIGHTS])
             manifest.write(draft, _document(step, None, elapsed, context) | {"files": files})
         return final
-
-    @contextmanager
-    def _saving(self, final: Path) -> Iterator[None]:
-        """Turn an error of the file system into one line, and remove what was written."""
-        try:
-            yield
-        except Exception as error:
-            cause = disk_cause(error)
-            if cause is None:
-                raise
-            for draft in self.folder.glob(f"{final.name}.*"):
-                shutil.rmtree(draft, ignore_errors=True)
-            raise UserError(
-                f"{final}: the checkpoint could not be saved ({cause}); the earlier checkpoints are complete: "
-                "fix that and go on with --resume"
-            ) from error
-
-    def _best_step(self) -> int | None:
-        """The step with the lowest validation loss. None if no step was evaluated."""
-        return min(((c.val_loss, c.step) for c in self.list() if c.val_loss is not None), default=(0, None))[1]
 
     def paths(self) -> list[Path]:
         """The folders of all checkpoints, oldest first."""
@@ -199,12 +175,35 @@ class CheckpointStore:
         steps = ", ".join(map(str, checkpoints)) or "none"
         raise UserError(f"--step {step}: {self.folder} has no such checkpoint; it has {steps}")
 
+    def examine(self) -> Iterator[tuple[Path, str | None]]:
+        """The folder of every checkpoint, oldest first, and the first damage in it. None if it is good."""
+        for path in self.paths():
+            try:
+                yield path, verify(Checkpoint.read(path))
+            except CheckpointCorrupted as error:
+                yield path, str(error)
+
     def _good(self, checkpoints: Iterable[Checkpoint]) -> Iterator[Checkpoint]:
         for checkpoint in checkpoints:
             if damage := verify(checkpoint):
                 self.say(f"{checkpoint.path}: skipped, {damage}")
             else:
                 yield checkpoint
+
+
+@contextmanager
+def _saving(final: Path) -> Iterator[None]:
+    """Turn an error of the file system into one line. What was written is removed by the next save."""
+    try:
+        yield
+    except Exception as error:
+        cause = disk_cause(error)
+        if cause is None:
+            raise
+        raise UserError(
+            f"{final}: the checkpoint could not be saved ({cause}); the earlier checkpoints are complete: "
+            "fix that and go on with --resume"
+        ) from error
 
 
 def _document(step: int, val_loss: float | None, elapsed: float, context: dict[str, Any]) -> dict[str, Any]:

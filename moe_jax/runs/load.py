@@ -10,8 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from moe_jax.config import ConfigError, ModelConfig, RunConfig, UserError, load_config
-from moe_jax.config.run import missing_run
+from moe_jax.config import ConfigError, ModelConfig, RunConfig, UserError
 from moe_jax.data.token_store import TokenStore, prepare_token_store
 from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
 from moe_jax.model.low_rank import Adapters, LoraShape, merged
@@ -21,29 +20,21 @@ from moe_jax.model.transformer import Forms, Params, abstract_adapted, abstract_
 from moe_jax.parallel.layout import Layout
 from moe_jax.parallel.processes import gather_to_host
 from moe_jax.runs.arrays import named_leaves
+from moe_jax.runs.catalog import holds_run, missing_run
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore, doctor_of, restore
 from moe_jax.runs.manifest import CheckpointCorrupted
-
-
-def kept_precision(checkpoint: Checkpoint) -> str:
-    """The compute precision of the process that saved a checkpoint. "" if an earlier version saved it."""
-    dtype = checkpoint.context.get("compute_dtype")
-    return dtype if isinstance(dtype, str) else ""
 
 
 def saved_config(checkpoint: Checkpoint) -> RunConfig:
     """The configuration that a checkpoint was saved with. Raises CheckpointCorrupted if its manifest holds none."""
     try:
         return RunConfig.from_dict(checkpoint.context.get("config"))
-    except (UserError, ConfigError):
-        raise CheckpointCorrupted("its manifest does not say what it belongs to") from None
+    except (UserError, ConfigError) as error:
+        raise CheckpointCorrupted(f"{checkpoint.path}: its manifest holds no configuration ({error})") from None
 
 
 def check_same_model(checkpoint: Checkpoint, config: RunConfig) -> None:
-    """Check that a checkpoint belongs to the model of a configuration, before anything of the model's size is built.
-
-    Raises UserError if it does not, and CheckpointCorrupted if its manifest does not say.
-    """
+    """Raise UserError unless a checkpoint belongs to the model of a configuration."""
     for (name, field), value in saved_config(checkpoint).kept_settings("resume").items():
         section = config.section(name)
         if name in ("model", "routing") and getattr(section, field) != value:
@@ -114,14 +105,6 @@ def restore_weights(
     return restored["params"] if layout else in_tiles(restored["params"])
 
 
-class ValidationText(NamedTuple):
-    """The text that a run's configuration names; `store.valid.tokens` is the validation stream."""
-
-    store: TokenStore
-    warning: str
-    """Not empty if the text has changed since the run was trained: then one line that says so."""
-
-
 @dataclass(frozen=True, repr=False)
 class LoadedRun:
     """A trained model, with its configuration, tokenizer and precision."""
@@ -150,21 +133,18 @@ class LoadedRun:
         shape = f"{model.layers} layers of width {model.width}, {experts}, {size:,} parameters"
         return f"<{type(self).__name__} {self.config.run_dir}, step {self.checkpoint.step}: {shape}>"
 
-    def validation_text(self, progress: bool = True) -> ValidationText:
-        """The run's validation text, and whether it is still the text of the run. Raises UserError if it cannot be
-        read."""
+    def validation_text(self, progress: bool = True) -> tuple[TokenStore, str]:
+        """The text that the run's configuration names, and one line that warns if it has changed since the run was
+        trained, else "". Raises UserError if it cannot be read."""
         try:
             store = prepare_token_store(self.config.data, tokenizer=self.tokenizer, progress=progress)
         except ConfigError as error:
             raise UserError(f"the run's validation text is not at hand ({error}); give a text to score") from None
         trained = self.checkpoint.context.get("data")
         if trained in (None, store.digest):
-            return ValidationText(store, "")
-        warning = (
-            f"--data {store.source}: has changed since the run was trained; the numbers are those of another text, "
-            "and the model may have been trained on parts of it"
-        )
-        return ValidationText(store, warning)
+            return store, ""
+        changed = "has changed since the run was trained; the numbers are those of another text, and the model may "
+        return store, f"--data {store.source}: {changed}have been trained on parts of it"
 
 
 class FoundCheckpoint(NamedTuple):
@@ -176,24 +156,19 @@ class FoundCheckpoint(NamedTuple):
 
 
 def find_checkpoint(path: Path, step: int | None = None, flag: str = "--run") -> FoundCheckpoint:
-    """The best checkpoint of a run, or the checkpoint of a step. No array is read.
+    """The best checkpoint of a run, or the checkpoint of a step. No array is read. The configuration is that of the
+    checkpoint's manifest, which has a digest, and not of config.json.
 
-    Raises UserError where the folder holds no run, or the checkpoint is damaged or belongs to another model or
-    tokenizer.
+    Raises UserError where the folder holds no run, or the checkpoint is damaged or belongs to another tokenizer.
     """
-    config = load_config(path)
-    if config is None:
+    if not holds_run(path):
         raise UserError(missing_run(flag, path))
     store = CheckpointStore(path)
     checkpoint = store.best() if step is None else store.at(step)
     if checkpoint is None:
         raise UserError(f"{flag} {path}: every checkpoint is damaged; {doctor_of(path)} says how")
-    tokenizer = load_run_tokenizer(path, checkpoint, config.model)
-    try:
-        check_same_model(checkpoint, config)
-    except CheckpointCorrupted as error:
-        raise CheckpointCorrupted(f"{checkpoint.path}: {error}; {doctor_of(path)} checks the others") from None
-    return FoundCheckpoint(config, tokenizer, checkpoint)
+    config = saved_config(checkpoint)
+    return FoundCheckpoint(config, load_run_tokenizer(path, checkpoint, config.model), checkpoint)
 
 
 def open_run(path: str | Path, step: int | None = None) -> LoadedRun:

@@ -8,7 +8,7 @@ This module imports orbax, which takes as long as a sixth of a start. So it is i
 training goes on.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,10 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as policies
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, CustomSteps, LatestN
 
 from moe_jax.runs import manifest
-from moe_jax.runs.arrays import WEIGHTS, Shapes, is_weight, sharding_of, write_weights
-from moe_jax.runs.manifest import CheckpointCorrupted
+from moe_jax.runs.arrays import WEIGHTS, Shapes, is_weight, sharding_of, unreadable, write_weights
 
 ARRAYS = "arrays"
 NEWEST = 2
@@ -56,26 +55,10 @@ class CheckpointHandler(ocp.PyTreeCheckpointHandler):
 @ocp.args.register_with_handler(CheckpointHandler, for_save=True, for_restore=True)
 @dataclass
 class SaveArgs(ocp.args.CheckpointArgs):
-    """What is saved."""
+    """What is saved: every array by its name, and the manifest without `files`."""
 
     leaves: Mapping[str, Any]
-    """Every array by its name."""
     document: Mapping[str, Any]
-    """The manifest without `files`."""
-
-
-@dataclass
-class KeepStep(policies.PreservationPolicy):
-    """Keeps the checkpoint of one step, which is asked for when it is known: after the newest one is saved."""
-
-    step: Callable[[], int | None]
-
-    def should_preserve(
-        self, checkpoints: Sequence[policies.PolicyCheckpointInfo], *, context: policies.PreservationContext
-    ) -> Sequence[bool]:
-        """Whether each checkpoint is kept."""
-        kept = self.step()
-        return [checkpoint.step == kept for checkpoint in checkpoints]
 
 
 class CheckpointManager(ocp.CheckpointManager):
@@ -86,14 +69,12 @@ class CheckpointManager(ocp.CheckpointManager):
         return False
 
 
-def save_step(
-    folder: Path, step: int, leaves: Mapping[str, Any], document: Mapping[str, Any], best: Callable[[], int | None]
-) -> None:
-    """Save a checkpoint, and remove those that are neither of the newest two nor the `best`. What an interrupted save
-    has left is removed first. Of several processes, all call this."""
+def save_step(folder: Path, step: int, leaves: Mapping[str, Any], document: Mapping[str, Any], kept: list[int]) -> None:
+    """Save a checkpoint, and remove those that are neither of the newest two nor of the steps `kept`. What an
+    interrupted save has left is removed first. Of several processes, all call this."""
     options = ocp.CheckpointManagerOptions(
         step_name_format=ocp.path.step.standard_name_format(step_prefix="step", step_format_fixed_length=8),
-        preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(NEWEST), KeepStep(best)]),
+        preservation_policy=AnyPreservationPolicy([LatestN(NEWEST), CustomSteps(kept)]),
         create=False,  # which orbax does not do for several processes
         cleanup_tmp_directories=True,
         enable_async_checkpointing=False,
@@ -115,7 +96,7 @@ def state_shapes(arrays: Path) -> Shapes:
     try:
         stored = ocp.PyTreeCheckpointHandler().metadata(arrays.resolve()).tree  # pyright: ignore[reportArgumentType]
     except (ValueError, KeyError) as error:
-        raise _unreadable(error) from error
+        raise unreadable("arrays", error) from error
     return {name: jax.ShapeDtypeStruct(x.shape, np.dtype(x.dtype)) for name, x in stored.items()}
 
 
@@ -127,8 +108,4 @@ def read_state(arrays: Path, wanted: Shapes) -> dict[str, jax.Array]:
     try:
         return ocp.PyTreeCheckpointHandler().restore(arrays.resolve(), args=args)  # pyright: ignore[reportArgumentType]
     except (ValueError, KeyError) as error:
-        raise _unreadable(error) from error
-
-
-def _unreadable(error: Exception) -> CheckpointCorrupted:
-    return CheckpointCorrupted(f"its arrays cannot be read ({' '.join(str(error).split())[:200]})")
+        raise unreadable("arrays", error) from error

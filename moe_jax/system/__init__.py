@@ -7,5 +7,4 @@ terminal.py      what is printed, by rich: lines, tables, progress
 signals.py       how a training ends at a signal
 random_keys.py   random keys by purpose
 machine.py       this machine: its name, and times measured on it
-hlo.py           the text of compiled programs: instructions, matrix products and buffers
 """

@@ -16,9 +16,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-MAX_JSON_BYTES = 2**26
-"""Largest JSON document that is read of a foreign model. The largest that such a folder has is a tokenizer, of a few
-MiB."""
 _STEP = re.compile(r"step_(\d{8,18})", re.ASCII)
 
 

@@ -18,16 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.config import OptimizerKind, RunConfig, TrainConfig, UserError
-from moe_jax.config.presets import PRESETS, preset, with_vocabulary
 from moe_jax.data.batches import evaluation_windows
 from moe_jax.inference.decode import NOTHING_GIVEN
 from moe_jax.inference.sampling import Sampling
-from moe_jax.model.costs import count_parameters, least_step_bytes, totals
+from moe_jax.model.costs import least_step_bytes
 from moe_jax.model.precision import choose_policy
 from moe_jax.system.environment import MIB
 from moe_jax.system.terminal import working
 from moe_jax.training.evaluate import evaluation_rows
-from moe_jax.training.plan import MARGIN, Plan, chosen, named, values_of, with_values
+from moe_jax.training.plan import MARGIN, Plan, chosen, values_of, with_values
 from moe_jax.training.programs import Programs
 
 OPTIMIZERS_BY_STATE: tuple[OptimizerKind, ...] = ("adamw", "adamw-bf16", "adamw-8bit", "adafactor")
@@ -135,13 +134,14 @@ def plan_step(config: RunConfig, device: Device, which: str = "") -> Plan:
     """Compile the training step of a configuration for the device, unless it cannot fit."""
     precision = choose_policy(config.execution.compute_dtype, device.device, device.kept_precision).compute
     least = least_step_bytes(config.override({("execution", "compute_dtype"): precision})) / MIB
+    plan = Plan(values_of(config), precision, least, {})
     if least > device.budget:
-        return Plan(config, precision, least, {})
-    with working(f"compiling the training step, {named(config)}{which}"):
+        return plan
+    with working(f"compiling the training step, {plan.name}{which}"):
         programs = Programs.of(config, device.device, kept_precision=device.kept_precision)
         batch = programs.batch_shapes(config.train.batch_size, config.train.grad_accum)
         memory = device.measure(programs.step, programs.state_shapes, batch)
-    return Plan(config, precision, least, {"step": memory}, programs.attention.reason)
+    return plan._replace(programs={"step": memory}, attention=programs.attention.reason)
 
 
 def plan_between(config: RunConfig, device: Device) -> dict[str, float]:
@@ -226,20 +226,22 @@ def fit(
     record = here | {"asked": values_of(asked, MAY_CHANGE)}
     if device.budget < math.inf:
         record |= {"total_mib": round(best.total, 1), "budget_mib": round(device.budget, 1)}
-    return Fitted(best.config.override({FIT: execution.fit}), record, _reason(plans, device, failed))
+    return Fitted(
+        with_values(asked, best.setting).override({FIT: execution.fit}), record, _reason(plans, device, failed)
+    )
 
 
 def _reason(plans: list[Plan], device: Device, failed: RunConfig | None) -> str:
     """One line: the choice, and why the setting before it was not taken."""
     best, before = plans[-1], plans[-2:-1]
-    line = f"fitted: {named(best.config)}"
+    line = f"fitted: {best.name}"
     if device.budget < math.inf:
         line += f": {best.total:,.0f} of {device.budget:,.0f} MiB"
     if before:
         least = "" if before[0].programs else "at least "
-        line += f"; {named(before[0].config)} needs {least}{before[0].total:,.0f} MiB"
+        line += f"; {before[0].name} needs {least}{before[0].total:,.0f} MiB"
     elif failed is not None:
-        line += f"; with {named(failed)} the first step ran out of memory"
+        line += f"; with {_named(failed)} the first step ran out of memory"
     return line
 
 
@@ -248,30 +250,19 @@ def _nothing_fits(
 ) -> UserError:
     if not plans:
         assert failed is not None
-        problem = f"the first step ran out of memory with {named(failed)}, and no other setting is left"
+        problem = f"the first step ran out of memory with {_named(failed)}, and no other setting is left"
     else:
         smallest = chosen(plans, device.budget)
         least, programs = "" if smallest.programs else "at least ", smallest.programs or {"step": smallest.least}
-        problem = f"no setting fits {device.budget:,.0f} MiB: the smallest, {named(smallest.config)}, needs {least}"
+        problem = f"no setting fits {device.budget:,.0f} MiB: the smallest, {smallest.name}, needs {least}"
         problem += f"{smallest.total:,.0f} for its {max(programs, key=programs.__getitem__)}"
     if resumed:  # model and optimizer stay
         return UserError(f"{problem}; free memory of the device, or use another one")
     lean = settings_to_try(config.override({FIT: "any"}))
     hope = config.execution.fit == "auto" and min(map(least_step_bytes, lean)) <= device.budget * MIB
-    ways = ["--fit any, which may take a leaner optimizer"] if hope else []
-    fits = fitting_preset(config, device) if device.budget < math.inf else ""
-    ways += [f"--preset {fits}, which fits"] if fits else ["a smaller --seq-len"]
-    return UserError(f"{problem}; use {', or '.join(ways)}")
+    leaner = "--fit any, which may take a leaner optimizer, " if hope else ""
+    return UserError(f"{problem}; use {leaner}a smaller --seq-len or another --preset")
 
 
-def fitting_preset(config: RunConfig, device: Device) -> str:
-    """The name of the largest preset with fewer parameters than the model of `config` that fits. Empty if none does."""
-
-    def size(c: RunConfig) -> int:
-        return totals(count_parameters(with_vocabulary(c).model)).total
-
-    smaller = [c for c in map(preset, PRESETS) if size(c) < size(config)]
-    for other in sorted(smaller, key=size, reverse=True):
-        if any(plan.fits(device.budget) for plan in plans_until_one_fits(with_vocabulary(other), device)):
-            return other.preset
-    return ""
+def _named(config: RunConfig) -> str:
+    return Plan(values_of(config), "", 0, {}).name

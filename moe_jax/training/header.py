@@ -1,13 +1,13 @@
 """What `train.py` prints: the run on one page before training (--dry-run stops there), and its result afterwards."""
 
-import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 from rich.table import Table
 
-from moe_jax.config import SECTIONS, MeshShape, ModelConfig, RunConfig, TrainConfig
+from moe_jax.config import MeshShape, ModelConfig, RunConfig, TrainConfig
 from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.config.section import flag_of
 from moe_jax.data.token_store import Split
@@ -48,17 +48,16 @@ def print_run_header(session: Session) -> None:
 
 
 def print_dry_run(config: RunConfig) -> None:
-    """Print what the run would cost, what differs from the preset, and all settings."""
+    """Print what the run would cost, and what differs from the preset."""
     console = rich_console()
     console.print(f"[bold]dry run[/bold] of {config.run_dir}: nothing is trained, nothing is written\n")
     console.print("[bold]costs[/bold]")
     sized, policy = with_vocabulary(config), choose_policy(config.execution.compute_dtype)
     rate = machine.matmul_rate(policy.compute)
     flops = training_flops(sized, sized.train.steps)
-    memory = f"at least {least_step_bytes(sized) / MIB:,.0f} MiB in a training step"
     costs = {
         "groups": ", ".join(f"{name} {n.total:,}" for name, n in count_parameters(sized.model).items()),
-        "memory": f"{memory}; `uv run --isolated --extra gpu-plan python -m moe_jax plan` computes it for a card",
+        "memory": f"at least {least_step_bytes(sized) / MIB:,.0f} MiB in a training step",
         "plan": plan_line(sized.train, sized.tokens_per_step),
         "arithmetic": f"{flops:.2e} floating-point operations",
         "time": f"{duration(flops / (HIGHEST * rate))} to {duration(flops / (LOWEST * rate))}, "
@@ -69,16 +68,13 @@ def print_dry_run(config: RunConfig) -> None:
     _print_rows(_model_rows(sized, policy) | costs)
     pairs = zip(config.settings(), preset(config.preset).settings(), strict=True)
     changed = {
-        f"  {flag_of(config.section(section), name)} {_shown(value)}": f"(preset {_shown(start)})"
+        f"  {flag_of(config.section(section), name)}": f"{value} (preset {start})"
         for (section, name, value), (*_, start) in pairs
         if value != start
     }
     if changed:
         console.print(f"\n[bold]settings that differ from preset {config.preset}[/bold]")
         _print_rows(changed)
-    console.print("\n[bold]all settings[/bold]")
-    sections = {name: config.section(name).values() for name in SECTIONS}
-    _print_rows({f"  {s}": ", ".join(f"{name} {_shown(v)}" for name, v in fields) for s, fields in sections.items()})
 
 
 def _model_rows(config: RunConfig, policy: Policy) -> dict[str, str]:
@@ -96,12 +92,6 @@ def _print_rows(rows: Mapping[str, str]) -> None:
     for name, text in rows.items():
         table.add_row(name, text)
     rich_console().print(table)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    return f"{value:g}" if isinstance(value, float) else str(value) or '""'
 
 
 def _split_line(split: Split) -> str:
@@ -146,32 +136,21 @@ def plan_line(t: TrainConfig, tokens_per_step: int, corpus: int | None = None) -
     )
 
 
-def print_result(session: Session, result: dict[str, Any]) -> None:
+def print_result(folder: Path, result: dict[str, Any]) -> None:
     """Print the result of a run: its score, what it cost, and its folder."""
-    floor, trigram = result["entropy_floor_bits_per_byte"], result["trigram_bits_per_byte"]
+    floor, trigram, bits = (result[f"{name}_bits_per_byte"] for name in ("entropy_floor", "trigram", "val"))
     if trigram is None:
         compared = ", on the answers only"
     elif floor is None:
         compared = f" (trigram model {trigram:.4f})"
     else:
-        compared = (
-            f", {result['val_bits_per_byte'] / floor:.3f} x the floor of {floor:.4f} "
-            f"(trigram model {trigram / floor:.2f} x)"
-        )
+        compared = f", {bits / floor:.3f} x the floor of {floor:.4f} (trigram model {trigram / floor:.2f} x)"
     drops = result["train_drop_fraction"]
     dropped = f"; dropped in training {drops:.1%} (mean of the steps)" if drops else ""
-    lines = [
+    say(
         f"best checkpoint: step {result['best_step']}, validation loss {result['val_loss']:.4f} nats/token, "
-        f"{result['val_bits_per_byte']:.4f} bits/byte{compared}, on the whole validation stream, "
-        f"{result['val_tokens']:,} tokens",
-        f"{result['tokens_seen']:,} tokens in {result['wall_seconds']:.0f} s{dropped}; everything is in "
-        f"{session.folder.path}",
-    ]
-    if trigram is not None and result["val_bits_per_byte"] > trigram:
-        lines.append("this is worse than a trigram model: train longer, with --resume and more --steps")
-    say(*lines)
-
-
-def print_next_step(session: Session) -> None:
-    """Print the command that opens a conversation with the model."""
-    print(f"next: uv run python -m moe_jax chat --run {shlex.quote(str(session.folder.path))}")
+        f"{bits:.4f} bits/byte{compared}, on the whole validation stream, {result['val_tokens']:,} tokens",
+        f"{result['tokens_seen']:,} tokens in {result['wall_seconds']:.0f} s{dropped}; everything is in {folder}",
+    )
+    if trigram is not None and bits > trigram:
+        say("this is worse than a trigram model: train longer, with --resume and more --steps")

@@ -154,6 +154,19 @@ class StepLogger:
         self.write(record)
         self._show(record)
 
+    def evaluated(self, step: int, scored: Evaluation) -> None:
+        """Write and show the record of an evaluation."""
+        data = self._session.data
+        record = {"step": step, "split": "val", "loss": scored.loss, "bits_per_byte": scored.bits_per_byte}
+        record |= {"drop_fraction": scored.drop_fraction, "tokens": scored.tokens, "stream": data.stream_of(scored)}
+        self.write(record | {"wall_seconds": self._session.elapsed})
+        floor = data.baselines and data.baselines.entropy_floor
+        best = "" if floor is None else f" (floor {floor:.3f})"
+        self.say(
+            f"step {step} | validation loss {scored.loss:.4f} | {scored.bits_per_byte:.4f} bits/byte{best}, on "
+            f"{scored.tokens:,} of {data.store.valid.targets:,} validation tokens"
+        )
+
     def _show(self, record: dict[str, Any]) -> None:
         """Show a record of the training split: on the bar, or as a line."""
         train, steps, step = self._session.data.store.train, self._session.config.train.steps, record["step"]
@@ -176,18 +189,13 @@ def shown_sample(sample: str) -> str:
     return "\n".join([f"  {line}" for line in lines if line][:SHOWN_LINES])
 
 
-def summary(
-    session: Session, scored: Evaluation, best_step: int, training_val_loss: float | None, whole_stream: bool
-) -> dict[str, Any]:
+def summary(session: Session, scored: Evaluation, best_step: int, whole_stream: bool) -> dict[str, Any]:
     """The content of summary.json, whose keys other programs read. It is written at each evaluation and at the end.
 
     At the end of the run (`val_whole_stream` is true) `best_step` and the `val_*` keys describe the best checkpoint, on
     the whole validation stream. During training they describe the newest evaluation, on the fixed subset. `val_stream`
-    names the stream of the `val_*` keys. `val_loss_in_training` is the same checkpoint's loss as it was scored during
-    training, on the fixed subset; null if it was not.
-
-    `train_drop_fraction` is the mean over all finite training steps. `opening` is the first words of the validation
-    text, and `openings` those of three of its documents.
+    names the stream. `train_drop_fraction` is the mean over all finite training steps. `opening` is the first words of
+    the validation text, and `openings` those of three of its documents.
     """
     config, data = session.config, session.data
     last = records.last_train_record(session.folder.path)
@@ -206,11 +214,9 @@ def summary(
         "val_tokens": scored.tokens,
         "val_drop_fraction": scored.drop_fraction,
         "val_stream": data.stream_of(scored),
-        "val_scored": "all tokens" if data.store.valid.answers is None else "answers",
         "entropy_floor_bits_per_byte": compared and compared.entropy_floor,
         "trigram_bits_per_byte": compared and compared.trigram,
         "val_whole_stream": whole_stream,
-        "val_loss_in_training": training_val_loss,
         "best_step": best_step,
         "opening": "".join(data.openings[:1]),
         "openings": data.openings,

@@ -18,7 +18,8 @@ SETTING = (
 class Plan(NamedTuple):
     """One setting, and the memory of its programs."""
 
-    config: RunConfig
+    setting: dict[str, Any]
+    """SETTING, as `values_of` gives it."""
     precision: str
     least: float
     """MiB that a training step needs whatever the compiler does."""
@@ -36,33 +37,16 @@ class Plan(NamedTuple):
     def fits(self, budget: float) -> bool:
         return len(self.programs) > 1 and self.total <= budget
 
-    def summary(self, gpu: str, budget: float) -> dict[str, Any]:
-        """For JSON output."""
-        return {
-            "preset": self.config.preset,
-            "gpu": gpu,
-            "precision": self.precision,
-            "total_mib": round(self.total, 1),
-            "budget_mib": round(budget, 1),
-            "fits": self.fits(budget),
-            "micro_batch": self.config.train.batch_size,
-            **{name: getattr(self.config.section(section), name) for section, name in SETTING[1:]},
-        }
-
-    def to_json(self) -> dict[str, Any]:
-        """The plan without the settings that all plans of a run share."""
-        programs = {name: round(mib, 1) for name, mib in self.programs.items()}
-        own = {"precision": self.precision, "least": round(self.least, 1), "attention": self.attention}
-        return {"setting": values_of(self.config, SETTING), **own, "programs": programs}
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any], config: RunConfig) -> "Plan":
-        """A plan of the run `config`."""
-        own = (values[name] for name in ("precision", "least", "programs", "attention"))
-        return cls(with_values(config, values["setting"]), *own)
+    @property
+    def name(self) -> str:
+        """The setting in a few words."""
+        batch, accum, optimizer, dtype, remat = self.setting.values()
+        sequences = f"{batch} x {accum}" if accum > 1 else f"{batch}"
+        weights = "" if dtype == "float32" else f", {dtype} weights"
+        return f"{sequences} sequences{' with remat' if remat else ''}, {optimizer}{weights}"
 
 
-def values_of(config: RunConfig, keys: Iterable[tuple[str, str]]) -> dict[str, Any]:
+def values_of(config: RunConfig, keys: Iterable[tuple[str, str]] = SETTING) -> dict[str, Any]:
     """Some settings of a run for JSON, by SECTION.NAME."""
     return {f"{section}.{name}": getattr(config.section(section), name) for section, name in keys}
 
@@ -70,14 +54,6 @@ def values_of(config: RunConfig, keys: Iterable[tuple[str, str]]) -> dict[str, A
 def with_values(config: RunConfig, values: dict[str, Any]) -> RunConfig:
     """The run with other values, as `values_of` gives them."""
     return config.override({(key.partition(".")[0], key.partition(".")[2]): value for key, value in values.items()})
-
-
-def named(config: RunConfig) -> str:
-    """A setting in a few words."""
-    train = config.train
-    batch = f"{train.batch_size} x {train.grad_accum}" if train.grad_accum > 1 else f"{train.batch_size}"
-    kind = train.optimizer if train.param_dtype == "float32" else f"{train.optimizer}, {train.param_dtype} weights"
-    return f"{batch} sequences{' with remat' if config.execution.remat else ''}, {kind}"
 
 
 def chosen(plans: Sequence[Plan], budget: float) -> Plan:

@@ -110,7 +110,7 @@ class Programs:
     @cached_property
     def state_shapes(self) -> TrainState:
         """Shapes and dtypes of the whole training state, and on a mesh where its arrays lie."""
-        shapes = jax.eval_shape(lambda p: self._initial_state(p, self._adapter_key), self.param_shapes)
+        shapes = jax.eval_shape(self._initial_state, self.param_shapes)
         if self.layout is None:
             return shapes
         return jax.tree.map(
@@ -130,27 +130,18 @@ class Programs:
         return self.initialiser(purpose_key(self.config.train.seed, Purpose.INITIAL_PARAMETERS))
 
     def state(self, params: Params) -> TrainState:
-        """The state of training before the first step. On a mesh each device makes its own parts, and the parameters
-        are moved to their places if they lie elsewhere."""
+        """The state of training before the first step. On a mesh the parameters are moved to their places, and each
+        device makes its own parts of the rest."""
         if self.layout is None:
-            return self._initial_state(params, self._adapter_key)
-        params = jax.tree.map(place, params, self.param_places)
-        return dataclasses.replace(self.rest_of_state(params, self._adapter_key), params=params)
+            return self._initial_state(params)
+        return self.placed_state(jax.tree.map(place, params, self.param_places))
 
     @cached_property
-    def rest_of_state(self) -> Callable[[Params, Key[Array, ""]], TrainState]:
-        """(parameters, key of the adapters) -> the state before the first step on a mesh, without the parameters."""
+    def placed_state(self) -> Callable[[Params], TrainState]:
+        """(parameters) -> the state before the first step on a mesh, which takes over their memory."""
         assert self.layout is not None
-
-        def rest(params: Params, key: Key[Array, ""]) -> TrainState:
-            return dataclasses.replace(self._initial_state(params, key), params={})
-
-        shapes = jax.eval_shape(rest, self.param_shapes, self._adapter_key)
-        return jax.jit(rest, out_shardings=self.layout.state(shapes))
-
-    @property
-    def _adapter_key(self) -> Key[Array, ""]:
-        return purpose_key(self.config.train.seed, Purpose.ADAPTERS)
+        places = self.layout.state(jax.eval_shape(self._initial_state, self.param_shapes))
+        return jax.jit(self._initial_state, out_shardings=places, donate_argnums=0)
 
     @property
     def param_places(self) -> Any:
@@ -158,7 +149,8 @@ class Programs:
         assert self.layout is not None
         return self.layout.shardings(self.param_shapes, self.layout.params)
 
-    def _initial_state(self, params: Params, key: Key[Array, ""]) -> TrainState:
+    def _initial_state(self, params: Params) -> TrainState:
+        key = purpose_key(self.config.train.seed, Purpose.ADAPTERS)
         adapters = None if self.adapter_shapes is None else initial_adapters(self.adapter_shapes, key)
         return initial_state(params, self.optimizer, self.policy.loss_scaling, adapters)
 

@@ -49,12 +49,12 @@ def quantize_run(run: Path, weights: Weights, out: Path, step: int | None = None
     params = quantize(loaded.params, weights)
     before, after, not_scored = None, None, ""
     try:
-        stream = loaded.validation_text().store.valid.stream
+        stream = loaded.validation_text()[0].valid.stream
         before = evaluate_run(loaded, stream, "scoring before")
         after = evaluate_run(loaded, stream, "scoring after", params)
     except UserError as error:
         not_scored = str(error)
-    checkpoint = _write(loaded, run, out, weights, params, _summary_at(loaded, run) | _scores_in_summary(after))
+    checkpoint = _write(loaded, run, out, weights, params, _summary_at(loaded, run, after))
     there, here = (sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for tree in (loaded.params, params))
     return Quantized(checkpoint, there, here, before, after, not_scored)
 
@@ -80,27 +80,21 @@ def _write(loaded: LoadedRun, run: Path, out: Path, weights: Weights, params: Pa
         return CheckpointStore(out).save_weights(write, old.step, elapsed=old.elapsed, context=context)
 
 
-def _summary_at(loaded: LoadedRun, run: Path) -> dict[str, Any]:
-    """The summary of `run`, for a new run that has the weights of the checkpoint `loaded`.
-
-    The scores are those of the run's best checkpoint, so for any other one they are null.
-    """
+def _summary_at(loaded: LoadedRun, run: Path, scored: Evaluation | None) -> dict[str, Any]:
+    """The summary of `run`, for a new run that has the weights of the checkpoint `loaded`. The scores are those of the
+    quantised weights, or null where they could not be scored: those before the rounding are not theirs."""
     summary, config, step = read_summary(run), loaded.config, loaded.checkpoint.step
-    if summary.get("best_step") != step:
-        summary |= dict.fromkeys((name for name in summary if name.startswith("val_")), None)
-    counts = {"tokens_seen": step * config.tokens_per_step, "training_flops": training_flops(config, step)}
-    return summary | {"steps": step, "best_step": step} | counts
-
-
-def _scores_in_summary(scored: Evaluation | None) -> dict[str, Any]:
-    """The score of the quantised weights on the whole validation text. Null if that text is not here: the scores of the
-    weights before the rounding are not theirs."""
-    return {
-        "val_loss": scored and scored.loss,
-        "val_bits_per_byte": scored and scored.bits_per_byte,
-        "val_bytes_per_token": scored and scored.bytes / scored.tokens,
-        "val_tokens": scored and scored.tokens,
-        "val_drop_fraction": scored and scored.drop_fraction,
-        "val_loss_in_training": None,
-        "val_whole_stream": scored and True,
-    } | ({"val_stream": "whole"} if scored else {})
+    summary |= dict.fromkeys((name for name in summary if name.startswith("val_")), None)
+    summary |= {"steps": step, "best_step": step, "tokens_seen": step * config.tokens_per_step}
+    summary["training_flops"] = training_flops(config, step)
+    if scored is None:
+        return summary
+    return summary | {
+        "val_loss": scored.loss,
+        "val_bits_per_byte": scored.bits_per_byte,
+        "val_bytes_per_token": scored.bytes / scored.tokens,
+        "val_tokens": scored.tokens,
+        "val_drop_fraction": scored.drop_fraction,
+        "val_stream": "whole",
+        "val_whole_stream": True,
+    }

@@ -7,6 +7,7 @@ a GPU the programs must be deterministic too: `--deterministic`.)
 """
 
 import gc
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,12 @@ from typing import Any
 import jax
 
 from moe_jax.config import ProcessGroup, RunConfig, UserError
-from moe_jax.parallel.layout import mesh_of
-from moe_jax.parallel.processes import check_same_program, is_process_zero, process_group, stop_reason
+from moe_jax.parallel.processes import is_process_zero, process_group, stop_reason
 from moe_jax.runs.folder import locked_for_training
 from moe_jax.runs.load import restore_weights
 from moe_jax.system.signals import Signals
 from moe_jax.system.terminal import say
-from moe_jax.training.evaluate import Evaluation
-from moe_jax.training.header import print_next_step, print_result, print_run_header
+from moe_jax.training.header import print_result, print_run_header
 from moe_jax.training.logging import StepLogger, shown_sample, summary
 from moe_jax.training.session import Session
 from moe_jax.training.start import Start
@@ -47,40 +46,32 @@ def train(
     """Train a run to its end, or until a signal stops it, and report it. Returns the exit status.
 
     `report` draws the pictures of a finished run and returns lines to print, and `resume` is the command that goes on
-    with a stopped run.
+    with a stopped run. Where the first step runs out of memory although the settings were made to fit the device, the
+    next ones are taken that may fit.
     """
-    group = group or ProcessGroup()
-    with process_group(group):  # before anything asks for the devices
-        mesh_of(config.execution.mesh)  # refuses a mesh of other devices before anything is written
-        check_same_program(config, start.saved is not None)
-        with locked_for_training(Path(config.run_dir)):
-            session, stopped = _trained(config, start, resume)
-            if stopped is not None:
-                return 128 + stopped
-            result = finish(session)
-            if is_process_zero():
-                print_result(session, result)
-                say(*report(session.folder.path))
-                print_next_step(session)
-    return 0
-
-
-def _trained(config: RunConfig, start: Start, resume: str) -> tuple[Session, int | None]:
-    """The session after its training, and the signal that stopped it. Where the first step runs out of memory although
-    the settings were made to fit, the next ones are taken that may fit."""
     failed = None
-    while True:
-        session = Session.open(config, start, failed)
-        print_run_header(session)
-        try:
-            return session, take_steps(session, resume)
-        except FirstStepOutOfMemory:
-            failed = session.config
-            if not failed.execution.fitted:
-                raise
-        del session  # its arrays, before new ones are made
-        gc.collect()
-        say("the first step ran out of memory; trying the next setting")
+    with process_group(group or ProcessGroup()), locked_for_training(Path(config.run_dir)):
+        while True:
+            session = Session.open(config, start, failed)
+            print_run_header(session)
+            try:
+                stopped = take_steps(session, resume)
+                break
+            except FirstStepOutOfMemory:
+                failed = session.config
+                if not failed.execution.fitted:
+                    raise
+            del session  # its arrays, before new ones are made
+            gc.collect()
+            say("the first step ran out of memory; trying the next setting")
+        if stopped is not None:
+            return 128 + stopped
+        result, folder = finish(session), session.folder.path
+        if is_process_zero():
+            print_result(folder, result)
+            say(*report(folder))
+            print(f"next: uv run python -m moe_jax chat --run {shlex.quote(str(folder))}")
+    return 0
 
 
 def take_steps(session: Session, resume: str = "--resume") -> int | None:
@@ -167,32 +158,17 @@ def evaluate_and_save_if_due(session: Session, step: int, logger: StepLogger, si
 
 def _evaluate_and_sample(session: Session, step: int, logger: StepLogger) -> float:
     """Evaluate, write a sample, a routing snapshot, a record and summary.json, and return the validation loss."""
-    scored = session.score(session.data.subset())
-    params = session.params  # with several processes, by all together
+    scored, params = session.score(session.data.subset()), session.params  # with several processes, by all together
     sample, trace = session.sample(step, params), session.tracer(params) if session.tracer else None
-    if is_process_zero():
-        _write_evaluation(session, step, scored, sample, trace, logger)
-    return scored.loss
-
-
-def _write_evaluation(
-    session: Session, step: int, scored: Evaluation, sample: str, trace: dict[str, Any] | None, logger: StepLogger
-) -> None:
+    if not is_process_zero():
+        return scored.loss
     session.folder.add_sample(step, sample)
     if trace is not None:
         session.folder.add_trace(step, trace)
-    record = {"step": step, "split": "val", "loss": scored.loss, "bits_per_byte": scored.bits_per_byte}
-    record |= {"drop_fraction": scored.drop_fraction, "tokens": scored.tokens}
-    record |= {"stream": session.data.stream_of(scored)}
-    logger.write(record | {"wall_seconds": session.elapsed})
-    floor = session.data.baselines and session.data.baselines.entropy_floor
-    best = "" if floor is None else f" (floor {floor:.3f})"
-    logger.say(
-        f"step {step} | validation loss {scored.loss:.4f} | {scored.bits_per_byte:.4f} bits/byte{best}, on "
-        f"{scored.tokens:,} of {session.data.store.valid.targets:,} validation tokens"
-    )
+    logger.evaluated(step, scored)
     logger.say(shown_sample(sample))
-    session.folder.write_summary(summary(session, scored, step, scored.loss, whole_stream=False))
+    session.folder.write_summary(summary(session, scored, step, whole_stream=False))
+    return scored.loss
 
 
 def finish(session: Session) -> dict[str, Any]:
@@ -205,6 +181,6 @@ def finish(session: Session) -> dict[str, Any]:
         programs = session.programs
         params = restore_weights(best, session.config, programs.param_shapes, programs.layout)
     scored = session.score(session.data.store.valid.stream, params)
-    result = summary(session, scored, best.step, best.val_loss, whole_stream=True)
+    result = summary(session, scored, best.step, whole_stream=True)
     session.folder.write_summary(result)
     return result

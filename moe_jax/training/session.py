@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.config import RunConfig, UserError, holds_run
+from moe_jax.config import RunConfig, UserError
+from moe_jax.config.section import flag_of
 from moe_jax.data.baselines import corpus_baselines
 from moe_jax.data.token_store import Stream, TokenStore, prepare_token_store
 from moe_jax.inference.decode import Decoder
@@ -23,9 +24,11 @@ from moe_jax.model.transformer import Params
 from moe_jax.parallel.layout import mesh_of
 from moe_jax.parallel.processes import agree_on, place
 from moe_jax.runs.arrays import named_leaves
+from moe_jax.runs.catalog import holds_run
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointCorrupted, CheckpointStore, doctor_of
 from moe_jax.runs.folder import RunFolder, read_entry
-from moe_jax.runs.load import check_full_weights, check_same_model, kept_precision, load_run_tokenizer, saved_config
+from moe_jax.runs.load import check_full_weights, check_same_model, load_run_tokenizer, saved_config
+from moe_jax.system.machine import versions
 from moe_jax.system.random_keys import Purpose, purpose_key
 from moe_jax.training.data import SessionData
 from moe_jax.training.evaluate import Evaluation, Tracer, evaluate
@@ -84,7 +87,7 @@ class Session:
 
         Raises UserError if the data cannot be read, if a checkpoint does not fit, or if nothing fits the device.
         """
-        begin = time.monotonic()
+        begin, mesh = time.monotonic(), mesh_of(config.execution.mesh)
         folder = RunFolder(Path(config.run_dir))
         checkpoints = CheckpointStore(folder.path)
         saved = start.saved if start else None
@@ -92,16 +95,15 @@ class Session:
         tokenizer, precision = weights.tokenizer if weights else None, ""
         if saved is not None:
             newest = next(reversed(checkpoints.list()), None)
-            precision = kept_precision(newest) if newest else ""
+            precision = newest.context.get("compute_dtype", "") if newest else ""
             tokenizer = load_run_tokenizer(folder.path, newest, saved.model)
         store = prepare_token_store(config.data, tokenizer=tokenizer, seq_len=config.model.seq_len)
         vocab_size = config.model.vocab_size or store.tokenizer.vocab_size
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
         fitted = fit(config, precision, saved, read_entry(folder.path, "fitted") if saved else None, failed)
         config = fitted.config
-        programs = Programs.of(config, mesh=mesh_of(config.execution.mesh), kept_precision=precision)
-        texts = {f"--data {config.data.source}": store.digest, "tokenizer": store.tokenizer.digest}
-        agree_on(texts | {"--precision": programs.policy.compute})
+        programs = Programs.of(config, mesh=mesh, kept_precision=precision)
+        agree_on(_facts(config, saved is not None, store, programs.policy.compute))
         data = SessionData(config, store, corpus_baselines(config.data, store))
         data.subset()  # raises UserError now, and not at the first evaluation
         opened = cls(
@@ -153,7 +155,7 @@ class Session:
         """Set the number of steps of the run, and record it. The next step compiles again: its learning rate follows
         another schedule."""
         self.config = self.config.override({("train", "steps"): steps})
-        mesh = mesh_of(self.config.execution.mesh)
+        mesh = None if self.programs.layout is None else self.programs.layout.mesh
         self.programs = Programs.of(self.config, mesh=mesh, kept_precision=self.programs.policy.compute)
         history = read_entry(self.folder.path, "history") or []
         self.folder.write_config(self.config, history, self.fitted)
@@ -216,6 +218,14 @@ class Session:
         }
         self.checkpoints.save(self.state, step, val_loss=val_loss, elapsed=self.elapsed, context=context)
         self.saved_step = step
+
+
+def _facts(config: RunConfig, resumed: bool, store: TokenStore, precision: str) -> dict[str, Any]:
+    """What all processes of a run must have in common. The run's folder may be mounted under another path."""
+    settings = ((config.section(section), name, value) for section, name, value in config.settings())
+    facts = {flag_of(section, name): value for section, name, value in settings if name != "out"}
+    facts |= {"a run in --out": resumed, "the text": store.digest, "the tokenizer": store.tokenizer.digest}
+    return facts | {"--precision": precision} | {f"version of {name}": v for name, v in versions().items()}
 
 
 @jax.jit

@@ -6,22 +6,19 @@ opened, so a wrong flag is reported at once.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from moe_jax.config import ConfigError, ModelConfig, RunConfig, UserError, holds_run, load_config
+from moe_jax.config import ConfigError, ModelConfig, RunConfig, UserError
 from moe_jax.config.presets import largest_vocabulary, preset
-from moe_jax.config.run import missing_run
 from moe_jax.config.section import Origin
-from moe_jax.runs.catalog import run_folder
+from moe_jax.runs.catalog import holds_run, load_config, missing_run, run_folder
 
 if TYPE_CHECKING:
     from moe_jax.training.initial_weights import InitialWeights
 
-type Check = Callable[[RunConfig], None]
-"""Raises ConfigError if the changed settings do not fit what the run starts from."""
 Values = dict[tuple[str, str], Any]
 """(section, name) -> the value of a setting."""
 
@@ -38,16 +35,38 @@ class Start:
 
     defaults: RunConfig
     """The settings that flags change."""
-    checks: tuple[Check, ...] = ()
     weights: Callable[[], "InitialWeights | None"] = lambda: None
     """Opens and checks the weights of a new run. None for random ones. Raises UserError if they cannot be used."""
     saved: RunConfig | None = None
     """The configuration of the run that is resumed, which the session restores; None for a new run."""
+    kept: Values = field(default_factory=dict)
+    """The settings that no flag may change, because the weights have them."""
+    where: str = ""
+    """What the run starts from, for messages."""
+    hint: str = ""
+    """What to do about a flag that changes what is kept."""
+    positions: int = 0
+    """Most positions that an imported model reads. 0 for any number."""
 
     def check(self, config: RunConfig) -> None:
         """Raise ConfigError if the changed settings do not fit what the run starts from."""
-        for check in self.checks:
-            check(config)
+        model, routing = config.model, config.model.routing
+        for (section, name), old in self.kept.items():
+            if getattr(config.section(section), name) != old:
+                raise config.section(section).wrong(
+                    name, f"must stay {old} with {self.where}; leave the flag out{self.hint}"
+                )
+        if 0 < self.positions < model.seq_len:
+            raise model.wrong("seq_len", f"{self.where} reads {self.positions} positions at most; give that or less")
+        if config.upcycle and self.saved is None and not 1 < routing.top_k < model.experts:
+            raise ConfigError(
+                f"--top-k {routing.top_k}: with --upcycle it must be at least 2, so that the gates sum to 1, and below "
+                f"--experts {model.experts}, so that the copies see different tokens"
+            )
+        if not self.where and 0 < model.vocab_size < (entries := largest_vocabulary(config.data)):
+            known = "may have" if config.data.tokenizer == "bpe" else "has"
+            problem = f"the {config.data.tokenizer} tokenizer {known} {entries:,} entries; give at least that, or 0"
+            raise model.wrong("vocab_size", problem)
 
 
 def start_of(naming: Values) -> Start:
@@ -70,13 +89,13 @@ def new_start(config: RunConfig) -> Start:
         return _tuned_run(config)
     if config.init_from:
         return _imported_model(config)
-    return _upcycled(config) if config.upcycle else Start(preset(config.preset), (_check_vocabulary,))
+    return _upcycled(config) if config.upcycle else Start(preset(config.preset))
 
 
 def resumed_run(saved: RunConfig) -> Start:
     """The run goes on from its newest good checkpoint."""
-    hint = "leave the flag out to resume it, or start a new run with another --out"
-    return Start(saved, (_keeps(saved, ["resume"], f"the run in {saved.run_dir}", hint),), saved=saved)
+    hint = " to resume it, or start a new run with another --out"
+    return Start(saved, saved=saved, kept=saved.kept_settings("resume"), where=f"the run in {saved.run_dir}", hint=hint)
 
 
 def _in_folder(config: RunConfig) -> Start | None:
@@ -97,9 +116,13 @@ def _tuned_run(config: RunConfig) -> Start:
     from_run = _load_run("--run", folder)
     fresh = dataclasses.replace(from_run, base=config.base, init_from="", upcycle="", out="", resume=False)
     defaults = _for_conversations(fresh, TUNING_LR_ADAPTERS if config.train.lora_rank else TUNING_LR)
-    hint = "leave the flag out: a tuned run keeps the model and the tokenizer"
-    check = _keeps(from_run, ["tune"], f"the run in {folder}", hint)
-    return Start(defaults, (check,), lambda: _weights_of("run", "--run", folder))
+    return Start(
+        defaults,
+        weights=lambda: _weights_of("run", "--run", folder),
+        kept=from_run.kept_settings("tune"),
+        where=f"the run in {folder}",
+        hint=": a tuned run keeps the model and the tokenizer",
+    )
 
 
 def _imported_model(config: RunConfig) -> Start:
@@ -112,22 +135,32 @@ def _imported_model(config: RunConfig) -> Start:
     defaults = _with_pretrained(config, model)
     if config.data.format == "chat":
         defaults = _for_conversations(defaults, IMPORTED_LR)
-    hint = "leave the flag out: the folder gives the shape of the model, and its tokenizer"
+    hint = ": the folder gives the shape of the model, and its tokenizer"
     if model.dense != "none":
         hint += "; to give a dense model experts, use --upcycle"
-    where = f"the model in {config.init_from}"
-    checks = _reads_length(shape.model, where), _keeps(defaults, ["import"], where, hint)
-    return Start(defaults, checks, lambda: _weights_of("pretrained", "--init-from", config.init_from))
+    return Start(
+        defaults,
+        weights=lambda: _weights_of("pretrained", "--init-from", config.init_from),
+        kept=defaults.kept_settings("import"),
+        where=f"the model in {config.init_from}",
+        hint=hint,
+        positions=shape.model.seq_len,
+    )
 
 
 def _upcycled(config: RunConfig) -> Start:
     """A trained dense run, or a dense Hugging Face model (--upcycle): every expert starts as a copy of its feed-forward
-    network. The content of the folder says which it is."""
+    network. The content of the folder says which it is.
+
+    The gates of the K chosen experts sum to 1, so K equal copies give the output of the dense network. K = 1 is
+    refused: its gate is the probability, which is less than 1. Without `renormalise_gates` every gate is a probability,
+    so that is refused too. K = E is refused: every expert would see every token, so the copies would stay equal. A
+    shared expert would add to the output.
+    """
     from moe_jax.interop.pretrained_shape import holds_pretrained, read_shape
 
     folder = config.upcycle
     pretrained = holds_pretrained(Path(folder)) and not holds_run(Path(folder))
-    where = f"the dense {'model' if pretrained else 'run'} in {folder}"
     changes: dict[str, Any] = {"dense": "none", "shared_experts": 0, "shared_gate": False}
     origins: list[Origin] = ["upcycle"]
     if pretrained:
@@ -147,12 +180,15 @@ def _upcycled(config: RunConfig) -> Start:
     defaults = dataclasses.replace(dense, model=model, upcycle=folder, out="")
     if pretrained:
         defaults = _with_pretrained(config, model)
-    hint = "leave the flag out: an upcycled run starts with the function that the dense run has learned"
-    checks = [_copies(model, where), _keeps(dense, origins, where, hint)]
-    if pretrained:
-        checks.insert(1, _reads_length(dense.model, where))
-    kind = "pretrained" if pretrained else "run"
-    return Start(defaults, tuple(checks), lambda: _weights_of(kind, "--upcycle", folder))
+    copied: Values = {("model", name): getattr(model, name) for name in ("dense", "expert_hidden", "shared_experts")}
+    return Start(
+        defaults,
+        weights=lambda: _weights_of("pretrained" if pretrained else "run", "--upcycle", folder),
+        kept=copied | {("routing", "renormalise_gates"): True} | dense.kept_settings(*origins),
+        where=f"the dense {'model' if pretrained else 'run'} in {folder}",
+        hint=": every expert starts as a copy of the dense network, and the gates must sum to 1",
+        positions=dense.model.seq_len if pretrained else 0,
+    )
 
 
 def _weights_of(kind: str, flag: str, folder: str) -> "InitialWeights":
@@ -200,63 +236,3 @@ def _for_conversations(config: RunConfig, lr: float) -> RunConfig:
         train_router=False,
     )
     return dataclasses.replace(config, train=train, data=dataclasses.replace(config.data, format="chat"))
-
-
-# Checks of the changed settings
-
-
-def _check_vocabulary(config: RunConfig) -> None:
-    size, entries = config.model.vocab_size, largest_vocabulary(config.data)
-    if 0 < size < entries:
-        kind = config.data.tokenizer
-        known = "may have" if kind == "bpe" else "has"
-        problem = f"the {kind} tokenizer {known} {entries:,} entries; give at least that, or 0"
-        raise config.model.wrong("vocab_size", problem)
-
-
-def _copies(model: ModelConfig, where: str) -> Check:
-    """The experts can be copies of a dense network, as in `model`.
-
-    The gates of the K chosen experts sum to 1, so K equal copies give the output of the dense network. K = 1 is
-    refused: its gate is the probability, which is less than 1. Without `renormalise_gates` every gate is a probability,
-    so that is refused too. K = E is refused: every expert would see every token, so the copies would stay equal. A
-    shared expert would add to the output.
-    """
-    hint = "leave the flag out: every expert starts as a copy of the dense network, and the gates must sum to 1"
-    needed: Values = {("model", name): getattr(model, name) for name in ("dense", "expert_hidden", "shared_experts")}
-    same = _same(needed | {("routing", "renormalise_gates"): True}, f"a run made by --upcycle of {where}", hint)
-
-    def check(config: RunConfig) -> None:
-        same(config)
-        if not 1 < config.model.routing.top_k < config.model.experts:
-            raise ConfigError(
-                f"--top-k {config.model.routing.top_k}: with --upcycle it must be at least 2, so that the gates sum to "
-                f"1, and below --experts {config.model.experts}, so that the copies see different tokens"
-            )
-
-    return check
-
-
-def _reads_length(model: ModelConfig, where: str) -> Check:
-    def check(config: RunConfig) -> None:
-        if config.model.seq_len > model.seq_len:
-            problem = f"{where} reads {model.seq_len} positions at most; give that or less"
-            raise config.model.wrong("seq_len", problem)
-
-    return check
-
-
-def _keeps(there: RunConfig, origins: Iterable[Origin], where: str, hint: str) -> Check:
-    """The settings that a run keeps which starts from weights of all these origins have the values of `there`."""
-    return _same(there.kept_settings(*origins), where, hint)
-
-
-def _same(there: Values, where: str, hint: str) -> Check:
-    """The settings have these values."""
-
-    def check(config: RunConfig) -> None:
-        for (section, name), old in there.items():
-            if getattr(config.section(section), name) != old:
-                raise config.section(section).wrong(name, f"{where} has {old}; {hint}")
-
-    return check

@@ -21,6 +21,7 @@ from moe_jax.model.costs import count_parameters
 from moe_jax.model.precision import choose_policy
 from moe_jax.planning.plans import RECORDED, known_card, known_cards, recorded
 from moe_jax.system.environment import MIB
+from moe_jax.training.plan import Plan
 from tests.support import short_form, tiny
 from tests.support.programs import compiled_for_gpu
 
@@ -80,7 +81,7 @@ def test_the_script_prints_the_plan_that_fits(
     asked = ["--preset", "nano", "--lora", "4", "--optimizer", "adamw", "--batch-size", "2"]
     assert main(record_plans.run, asked) == status
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (result["fits"], result["micro_batch"], result["optimizer"]) == (status == 0, 2, "adamw")
+    assert (result["fits"], result["train.batch_size"], result["train.optimizer"]) == (status == 0, 2, "adamw")
 
 
 @pytest.mark.parametrize(
@@ -115,12 +116,12 @@ def test_a_pair_compiles_to_what_is_recorded(name: str, gpu: str) -> None:
     """With the jaxlib that recorded it, to the last digit; with another one, within 2 %."""
     config, target = with_vocabulary(preset(name)), Target.load(gpu)
     plans, jaxlib = recorded(config, known_card(gpu))
-    now = [plan.to_json() for plan in record_plans.walk(config, target, target.facts().budget)]
+    now = [Plan(**record_plans.rounded(plan)) for plan in record_plans.walk(config, target, target.facts().budget)]
     if jaxlib == version("jaxlib"):
-        assert now == [plan.to_json() for plan in plans]
-    assert [p["setting"] for p in now] == [plan.to_json()["setting"] for plan in plans]
+        assert now == plans
+    assert [plan.setting for plan in now] == [plan.setting for plan in plans]
     for plan, old in zip(now, plans, strict=True):
-        assert plan["programs"] == pytest.approx(old.programs, rel=0.02)
+        assert plan.programs == pytest.approx(old.programs, rel=0.02)
 
 
 @compiled_for_gpu

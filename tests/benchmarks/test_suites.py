@@ -19,13 +19,13 @@ from suites.dense_baselines import CostTable, flops_by_group
 from suites.request import BenchmarkRequest
 
 from moe_jax.certify.formulas import expert_flops
+from moe_jax.certify.hlo import read_program
 from moe_jax.cli.main import main
 from moe_jax.config import ExecutionConfig, ModelConfig, RoutingConfig, RunConfig, TrainConfig
 from moe_jax.model import precision
 from moe_jax.model.costs import Count
 from moe_jax.model.moe.layer import MoE
 from moe_jax.system import environment, machine
-from moe_jax.system.hlo import read_program
 from moe_jax.system.machine import Times, alternate
 from tests.support import short_form, tiny
 

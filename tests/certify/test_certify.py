@@ -11,9 +11,9 @@ from described_gpu import Target, back_ends, lower_for
 from moe_jax.certify.arithmetic import router_precision, step_arithmetic
 from moe_jax.certify.causality import layer_causality, model_causality
 from moe_jax.certify.formulas import router_flops
+from moe_jax.certify.hlo import read_program
 from moe_jax.certify.model import certify, initial_params
 from moe_jax.model.transformer import create, split
-from moe_jax.system.hlo import read_program
 from moe_jax.training.programs import Programs
 from tests.support import planted_certify
 from tests.support.leaky import LeakyCapacity, Priority, ReversedChunks, leaky_moe

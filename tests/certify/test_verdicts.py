@@ -11,9 +11,9 @@ from moe_jax.certify import arithmetic, causality
 from moe_jax.certify.arithmetic import step_arithmetic
 from moe_jax.certify.causality import PerturbationResult, count_changes
 from moe_jax.certify.formulas import step_products
+from moe_jax.certify.hlo import Dot, Program
 from moe_jax.config import RunConfig, TrainConfig
 from moe_jax.model.kernels import cross_entropy
-from moe_jax.system.hlo import Dot, Program
 from moe_jax.training.programs import Programs
 from tests.support import tiny
 

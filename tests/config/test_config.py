@@ -21,10 +21,10 @@ from moe_jax.config import (
     UserError,
     capacity,
     device_rows,
-    load_config,
 )
 from moe_jax.config.presets import PRESETS, preset
 from moe_jax.config.section import flag_of, long_flag
+from moe_jax.runs.catalog import load_config
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_every_field_survives_json() -> None:
             *(True, True, "full", False, True, True, True, 0.25, 0.5),
             routing=routing,
         ),
-        data=DataConfig("wikitext", "byte", 300, 5, 7, "chat"),
+        data=DataConfig("pg19", "byte", 300, 5, 7, "chat"),
         train=TrainConfig(
             *(8, 5.0, 2, 3, "muon", 0.5, 0.25, True, "linear", 0.1, 9, 0.8, 0.9, 1e-6, 0.2, 2.0, 0.02, 0.002, 0.003),
             *("bfloat16", 11, 12, 13, 14, 4, 15, 16.0, True),

@@ -12,7 +12,7 @@ from moe_jax.data.batches import MaskedBatch, evaluation_windows
 from moe_jax.data.chats import answer_prompt, encode_chats
 from moe_jax.data.corpora import check_source, open_corpus
 from moe_jax.data.documents import SEPARATOR, Message
-from moe_jax.data.synthetic.chats import chats, write_chats
+from moe_jax.data.synthetic.stories import chats, write_chats
 from moe_jax.data.token_store import first_question, open_store, prepare_token_store, token_stream
 from moe_jax.data.tokenizers import Tokenizer, train_tokenizer
 

@@ -48,8 +48,6 @@ def test_every_name_opens_its_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyP
         corpus = open_corpus(DataConfig(source=name))
         assert corpus.name == name
     assert {*HUB, "stories"} == set(NAMED_CORPORA)
-    with pytest.raises(ConfigError, match="not UTF-8 at byte 1 "):
-        check_source(DataConfig(source="./pg19"))
 
 
 def test_a_folder_has_its_files_in_the_order_of_their_paths(tmp_path: Path) -> None:
@@ -74,8 +72,8 @@ def test_a_compressed_text_is_the_text(tmp_path: Path) -> None:
     whole = (tmp_path / "same.txt.gz").read_bytes()
     for damaged in (whole[:-9], b"no archive", whole[:20] + b"\xff" * 40 + whole[60:]):
         (tmp_path / "cut.txt.gz").write_bytes(damaged)
-        with pytest.raises(ConfigError, match=r"^--data .*cut.txt.gz: cannot be read \("):
-            check_source(DataConfig(source=str(tmp_path / "cut.txt.gz")))
+        with pytest.raises(UserError, match=r"cut.txt.gz: cannot be read \("):
+            both(tmp_path / "cut.txt.gz")
 
 
 def test_a_folder_with_a_training_text(tmp_path: Path) -> None:
@@ -131,62 +129,27 @@ def test_one_row_cannot_be_split(tmp_path: Path) -> None:
         both(tmp_path / "rows.jsonl")
 
 
-# What is wrong is said at once, with status 2, as far as the beginning shows
-
-
-ROW = rows("a story of a cat")
-CHAT = json.dumps({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}) + "\n"
-LATIN = "A caf\u00e9. ".encode("latin-1")
-
-
-def check(path: Path | str, form: Any = "text") -> None:
-    check_source(DataConfig(source=str(path), format=form))
-
-
 @pytest.mark.parametrize(
-    ("name", "content", "form", "said"),
+    ("source", "form", "said"),
     [
-        ("a.txt", b"\xef\xbb\xbf \n\n", "text", "there is no text in it; give a longer one"),
-        ("a.txt", b"Fine. " + LATIN, "text", "not UTF-8 at byte 11 "),
-        (
-            "a.txt",
-            b"%PDF-1.7\n%\xe2\xe3",
-            "text",
-            "not UTF-8 at byte 10 .*save a document of another program as plain text",
-        ),
-        ("a.jsonl", (ROW * 2 + '{"text": \n' + ROW).encode(), "text", "line 3: Expecting value"),
-        ("a.jsonl", (CHAT * 2 + ROW).encode(), "chat", "line 3: it has no list `messages`"),
-        ("a.txt", CHAT.encode(), "chat", "must be JSON lines"),
-        ("a.JSON", b"[]", "text", "must be JSON lines"),
+        ("tinystory", "text", "tinystory: must be an existing file or folder, or one of stories, tinystories, pg19$"),
+        ("/dev/null", "text", "/dev/null: must be an existing file or folder"),
+        ("stories", "chat", "must be an existing file or folder of conversations"),
+        ("empty", "text", r"empty: must hold train\.txt or .* files and no valid file"),
+        ("only", "text", r"only: must hold train\.txt or "),
+        ("only/valid.txt", "chat", r"only/valid\.txt: must be JSON lines"),
+        ("a.JSON", "text", "must be JSON lines"),
     ],
 )
-def test_a_mistake_in_the_beginning(name: str, content: bytes, form: str, said: str, tmp_path: Path) -> None:
-    """In a single file, and in the validation text of a folder."""
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(ConfigError, match=f"^--data {path}: {said}") as caught:
-        check(path, form=form)
-    assert "\n" not in str(caught.value)
-    if form == "text" and name != "a.JSON":
-        write_folder(tmp_path, train="A text.")
-        path = path.rename(tmp_path / f"valid{path.suffix}")
-        with pytest.raises(ConfigError, match=f"^--data {path}: {said}"):
-            check(tmp_path)
-
-
-def test_bad_sources_are_answered_with_the_flag_and_the_choice(tmp_path: Path) -> None:
-    check(__file__)
-    with pytest.raises(ConfigError, match=r"^--data tinystory: .*stories, tinystories, wikitext, pg19$"):
-        check("tinystory")
-    with pytest.raises(ConfigError, match="must be an existing file or folder of conversations"):
-        check("stories", form="chat")
-    with pytest.raises(ConfigError, match=r"must hold \.txt or \.md or \.jsonl files; there is none"):
-        check(tmp_path)
-    with pytest.raises(ConfigError, match=r"valid\.txt is there, but no train\.txt"):
-        check(write_folder(tmp_path, valid="Story."))
-    for source in (str(tmp_path / "missing"), "/dev/null"):
-        with pytest.raises(ConfigError, match="existing file or folder"):
-            open_corpus(DataConfig(source=source))
+def test_a_wrong_source_is_refused_before_jax_is_loaded(
+    source: str, form: Any, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.JSON").write_text("[]")
+    write_folder(tmp_path / "only", valid="Story.")
+    with pytest.raises(ConfigError, match=f"^--data .*{said}"):
+        check_source(DataConfig(source=source, format=form))
 
 
 # What identifies a text
@@ -198,7 +161,6 @@ def test_the_fingerprint_is_of_the_bytes_and_their_offsets_and_not_of_the_path(t
     for name in ("here", "there"):
         folder = write_folder(tmp_path / name, train=f"One.{SEPARATOR}Two.", valid=b"\xef\xbb\xbfThree.")
         corpus = open_corpus(DataConfig(source=str(folder)))
-        assert (corpus.size("train"), corpus.size("valid")) == (21, 6)
         assert corpus.fingerprint() == xxhash.xxh3_128_hexdigest(content.encode())
 
 
@@ -237,12 +199,8 @@ def test_a_data_set_is_named_by_its_revision(split: Any, name: str, monkeypatch:
         assert requests == [(repository, configuration, options)]
 
 
-def test_rows_are_documents_but_for_wikitext(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_documents(monkeypatch: pytest.MonkeyPatch) -> None:
     """A long one is divided."""
-    lines = ["\n", " = One = \n", " It is . \n", "\n", " = Two = \n", " = = Part = = \n"]
-    serve(monkeypatch, *lines)
-    assert list(hub("tinystories").documents("train")) == [line.strip() for line in lines if line.strip()]
-    assert list(hub("wikitext").documents("train")) == ["= One = \n It is .", "= Two = \n = = Part = ="]
     monkeypatch.setattr(documents, "_LONGEST", 32)
-    serve(monkeypatch, "a" * 50, "b")
+    serve(monkeypatch, "a" * 50, " b\n", "\n")
     assert list(hub("pg19").documents("train")) == ["a" * 32, "a" * 18, "b"]

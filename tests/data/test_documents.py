@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from moe_jax.config import UserError
 from moe_jax.data import documents
-from moe_jax.data.documents import SEPARATOR, Message, Span, document_starts, documents_of, holds_chats, last_part_start
+from moe_jax.data.documents import SEPARATOR, Message, Span, document_starts, documents_of, last_part_start
 
 ANY_FOLDER = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -92,8 +92,7 @@ def test_reading_takes_bounded_memory(tmp_path: Path) -> None:
 
 def test_bytes_that_are_not_utf8_are_named_by_their_offset(tmp_path: Path) -> None:
     path = write(tmp_path, f"Fine.{SEPARATOR}Good.{SEPARATOR}caf".encode() + b"\xe9!")
-    said = r"not UTF-8 at byte 39 .*`iconv -f WINDOWS-1252 -t UTF-8 text\.txt > text-utf8\.txt`"
-    with patch.object(documents, "_CHUNK", 10), pytest.raises(UserError, match=f"^{path}: {said}"):
+    with patch.object(documents, "_CHUNK", 10), pytest.raises(UserError, match=f"^{path}: not UTF-8 at byte 39;"):
         read(path)
 
 
@@ -116,41 +115,34 @@ def chat(*turns: tuple[object, object]) -> str:
 
 GOOD_CHAT = chat(("user", "Hi"), ("assistant", "Yes"))
 BAD_ROWS = [
-    ("text", GOOD_CHAT, "it has `messages`, a conversation; `uv run python -m moe_jax sft` learns from those"),
-    ("text", '{"story": "x", "id": 1}', "it has no key `text` that holds a text (its keys: story, id)"),
-    ("text", '["a"]', "it is ['a'], must be an object"),
-    ("text", "{", "Expecting property name enclosed in double quotes"),
-    ("text", "[" * 100_000, "maximum recursion depth exceeded"),
-    ("text", '{"text": "\\ud800"}', "'utf-8' codec can't encode character"),
-    ("chat", '{"messages": []}', "it has no message of the assistant"),
-    ("chat", '{"messages": "a"}', "it has no list `messages`"),
-    ("chat", chat(("user", "a")), "it has no message of the assistant"),
-    ("chat", chat(("robot", "a"), ("assistant", "b")), "message 1 is {'role': 'robot', 'content': 'a'}; it must"),
-    ("chat", chat(("user", 3), ("assistant", "b")), "message 1 is {'role': 'user', 'content': 3}; it must"),
-    ("chat", '{"messages": [{"role": "user", "content": "a", "weight": 0}]}', "message 1 is {'role': 'user',"),
-    ("chat", chat(("assistant", "\ud800")), "'utf-8' codec can't encode character"),
+    ("text", GOOD_CHAT),
+    ("text", '{"story": "x", "id": 1}'),
+    ("text", '["a"]'),
+    ("text", "{"),
+    ("text", '{"text": "\\ud800"}'),
+    ("chat", '{"messages": []}'),
+    ("chat", '{"messages": "a"}'),
+    ("chat", chat(("user", "a"))),
+    ("chat", chat(("robot", "a"), ("assistant", "b"))),
+    ("chat", chat(("user", 3), ("assistant", "b"))),
+    ("chat", '{"messages": [{"role": "assistant", "content": "a", "weight": 0}]}'),
+    ("chat", chat(("assistant", " "))),
+    ("chat", chat(("assistant", "\ud800"))),
 ]
 
 
-@pytest.mark.parametrize(("form", "row", "said"), BAD_ROWS)
-def test_a_wrong_row_is_refused_with_its_line(form, row: str, said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("form", "row"), BAD_ROWS)
+def test_a_wrong_row_is_refused_with_its_line(form, row: str, tmp_path: Path) -> None:
     good = GOOD_CHAT if form == "chat" else '{"text": "a tale"}'
     file = write(tmp_path, f"{good}\n\n{row}\n{good}\n", "rows.jsonl")
-    with pytest.raises(UserError) as caught:
+    said = "must have `messages`" if form == "chat" else "must be an object whose key `text` holds a text"
+    with pytest.raises(UserError, match=f"^{file}: line 3: {said}"):
         list(documents_of(Span.of(file), form))
-    assert str(caught.value).startswith(f"{file}: line 3: {said}")
-    assert "\n" not in str(caught.value)
 
 
 def test_rows_with_messages_are_conversations(tmp_path: Path) -> None:
-    (tmp_path / "inner").mkdir()
-    file = write(tmp_path, f"\n{chat(('user', ' Hi '), ('assistant', 'Yes'))}\n", "inner/a.jsonl")
+    file = write(tmp_path, f"\n{chat(('user', ' Hi '), ('assistant', 'Yes'))}\n", "a.jsonl")
     assert list(documents_of(Span.of(file), "chat")) == [(Message("user", "Hi"), Message("assistant", "Yes"))]
-    assert holds_chats(file)
-    assert holds_chats(tmp_path)
-    assert not holds_chats(write(tmp_path, GOOD_CHAT, "a.txt"))
-    for content in (rows("a"), "", "{", "[1]"):
-        assert not holds_chats(write(tmp_path, content, "b.jsonl"))
 
 
 # Files of other kinds

@@ -166,14 +166,12 @@ def test_the_content_of_messages_is_not_a_template() -> None:
         ("a", None, "a"),
         ("a", "b", "b"),
         ([{"name": "tool_use", "template": "t"}, {"name": "default", "template": "d"}], None, "d"),
-        ([{"name": "tool_use", "template": "t"}, 3], None, None),
+        ([{"name": "tool_use", "template": "t"}], None, None),
         (None, None, None),
-        (5, None, None),
     ],
 )
 def test_where_a_template_stands(field: Any, file: str | None, found: str | None) -> None:
-    assert template_in(json.dumps({"chat_template": field}), file) == found
-    assert template_in("[]", None) is template_in("{", None) is template_in("", None) is None
+    assert template_in({"chat_template": field}, file) == found
 
 
 def test_the_run_keeps_the_template_and_gives_it_back(tmp_path: Path) -> None:

@@ -69,7 +69,13 @@ def test_what_our_model_cannot_hold_is_named(name: str, folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "is_one"),
-    [('{"model_type": "llama"}', True), ('{"schema": 3}', False), ('["model_type"]', False), ("{", False)],
+    [
+        ('{"model_type": "llama"}', True),
+        ('{"schema": 3}', False),
+        ('["model_type"]', False),
+        ("{", False),
+        ("1", False),
+    ],
 )
 def test_a_model_for_transformers_is_known_by_its_type(tmp_path: Path, content: str, is_one: bool) -> None:
     (tmp_path / "config.json").write_text(content)
@@ -221,7 +227,7 @@ def test_a_config_that_is_none(content: bytes, folder: Path) -> None:
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
     refused(tmp_path / "no", "is no folder", ConfigError)
-    refused(Path("owner/name-1B"), "`uvx hf download owner/name-1B --local-dir name-1B` downloads", ConfigError)
+    refused(Path("owner/name-1B"), "`uvx hf download OWNER/NAME --local-dir NAME` downloads", ConfigError)
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "has no config.json", ConfigError)
     (tmp_path / "run").mkdir()
@@ -241,15 +247,12 @@ def edit_tokenizer(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Non
 TOKENIZERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "Unigram": (lambda t: t["model"].update(type="Unigram"), "tokenizer.json: cannot be read"),
     "random": (lambda t: t["model"].update(dropout=0.1), "must be a BPE without dropout"),
-    "lower case": (lambda t: t.update(normalizer={"type": "Lowercase"}), "that keeps every character"),
-    "a huge id": (lambda t: t["model"]["vocab"].update(a=2**40), "tokenizer.json: cannot be read"),
-    "a lost byte": (lambda t: t["model"]["vocab"].pop("\u00f4"), "that keeps every character"),
-    "a token that strips": (
-        lambda t: t["added_tokens"].append(
-            t["added_tokens"][0] | {"id": 257, "content": "<x>", "special": False, "lstrip": True}
-        ),
-        "makes '<x>  ' of the text '  <x>  '",
+    "lower case": (
+        lambda t: t.update(normalizer={"type": "Lowercase"}),
+        "does not give every character of a text back",
     ),
+    "a huge id": (lambda t: t["model"]["vocab"].update(a=2**40), "tokenizer.json: cannot be read"),
+    "a lost byte": (lambda t: t["model"]["vocab"].pop("\u00f4"), "does not give every character of a text back"),
 }
 
 
@@ -273,4 +276,4 @@ def test_a_folder_without_a_tokenizer_or_an_end_of_text(folder: Path) -> None:
     (folder / "tokenizer_config.json").unlink()
     refused(folder, "has no eos_token_id, and tokenizer_config.json no eos_token")
     (folder / "tokenizer.json").unlink()
-    refused(folder, "tokenizer.json: cannot be read (No such file or directory); open the tokenizer in")
+    refused(folder, "tokenizer.json: cannot be read ([Errno 2] No such file")

@@ -2,7 +2,6 @@
 written. The files are made by hand, without torch."""
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -115,7 +114,7 @@ def test_a_hostile_header(folder: Path) -> None:
     header, data = header_of(folder)
     header[Q]["data_offsets"] = [n - 4 for n in header[Q]["data_offsets"]]
     write(folder, json.dumps(header).encode(), data)
-    refused(folder, "is no whole safetensors file (Error while deserializing header: ")
+    refused(folder, "its weights cannot be read (Error while deserializing header: ")
 
 
 # Folders and shards
@@ -140,18 +139,15 @@ def index(folder: Path, places: Any) -> None:
 
 def test_shards_are_read_as_one_file(folder: Path) -> None:
     whole = read(folder)
-    shard(folder)
+    places = shard(folder)
     params, digest = read(folder)
     np.testing.assert_array_equal(params["embedding"], whole[0]["embedding"])
     assert digest == whole[1]
+    (folder / max(places.values())).unlink()
+    refused(folder, "its weights cannot be read ([Errno 2] No such file")
 
 
-@pytest.mark.parametrize(
-    "file",
-    [
-        *("../model.safetensors", "/etc/passwd", "", "sub/x.safetensors", "\0", "pytorch_model.bin"),
-    ],
-)
+@pytest.mark.parametrize("file", ["../model.safetensors", "/etc/passwd", "", "sub/x.safetensors", "\0", "model.bin"])
 def test_an_index_names_only_files_of_its_folder(file: str, folder: Path) -> None:
     (folder.parent / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
     places = shard(folder)
@@ -159,45 +155,25 @@ def test_an_index_names_only_files_of_its_folder(file: str, folder: Path) -> Non
     refused(folder, "which is no name of a .safetensors file")
 
 
-def test_shards_and_index_agree(folder: Path) -> None:
-    places = shard(folder)
-    one, two = sorted(set(places.values()))
-    for name in ("model.more", Q):
-        index(folder, places | {name: one if places.get(name) == two else two})
-        refused(folder, f"has other tensors than model.safetensors.index.json says, such as {name}")
-    for odd in (None, [], {"a": 1}, "text"):
-        index(folder, odd)
-        refused(folder, "has no `weight_map` of names to files")
-    (folder / "model.safetensors.index.json").write_text("{")
-    refused(folder, "is not JSON")
-    index(folder, places)
-    (folder / two).unlink()
-    refused(folder, f"{two}: is missing, and model.safetensors.index.json names it")
+@pytest.mark.parametrize("content", ["{", "[]", '{"weight_map": null}', '{"weight_map": {"a": 1}}'])
+def test_an_index_that_is_none(content: str, folder: Path) -> None:
+    shard(folder)
+    (folder / "model.safetensors.index.json").write_text(content)
+    refused(folder, "its weights cannot be read (")
 
 
 def test_nothing_is_unpickled(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (folder / "model.safetensors").unlink()
-    refused(folder, "has no model.safetensors; download it")
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch touched'\ntR.")
-    refused(folder, "has its weights in pytorch_model.bin, and only model.safetensors is read, because it cannot run")
+    refused(folder, "files of other kinds can run code")
     assert not (tmp_path / "touched").exists()
 
 
-def test_links_lead_to_plain_files_only(folder: Path, tmp_path: Path) -> None:
-    """The cache of the hub holds links to plain files."""
+def test_links_are_followed_as_in_the_cache_of_the_hub(folder: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").rename(tmp_path / "blob")
     (folder / "model.safetensors").symlink_to("../blob")
     read(folder)
-    (folder / "model.safetensors").unlink()
-    os.mkfifo(folder / "model.safetensors")
-    refused(folder, "cannot be read")
-    (folder / "config.json").unlink()
-    (folder / "config.json").symlink_to("/dev/zero")
-    refused(folder, "cannot be read")
-    (folder / "config.json").unlink()
-    (folder / "config.json").symlink_to("config.json")
-    refused(folder, "cannot be read")
 
 
 # The whole program

@@ -63,7 +63,7 @@ def test_an_imported_model_is_tuned_and_exported(flags: tuple[str, ...], place: 
     session, result = tune(place, *flags)
     imported, _ = Pretrained.open(place / "hf", "--init-from").params(session.programs.param_shapes, None)
     start = session.score(session.data.store.valid.stream, imported)
-    assert (result["val_scored"], result["inherited_flops"]) == ("answers", None)
+    assert result["inherited_flops"] is None
     assert result["val_loss"] < start.loss
     assert (session.config.train.lr, session.config.train.optimizer) == (IMPORTED_LR, "adamw")
     if flags:

@@ -190,7 +190,7 @@ def test_eight_bits_a_weight_cost_less_than_a_five_hundredth(trained: Path, tmp_
     pytest.importorskip("gguf", reason="gguf is not installed: --extra gguf")
     source = open_source(trained / "run")
     run = moe_jax.load_run(trained / "run")
-    tokens = run.validation_text(progress=False).store.valid.tokens
+    tokens = run.validation_text(progress=False)[0].valid.tokens
     windows = [list(map(int, tokens[i : i + 128])) for i in range(0, 20 * 128, 128)]
     losses = {}
     for dtype in ("float32", "q8_0"):

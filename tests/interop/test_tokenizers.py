@@ -171,25 +171,21 @@ def test_ollama_is_told_the_format() -> None:
         assert found.endswith(f'PARAMETER stop "{separator}"\n')
 
 
-SEPARATORS = (SEPARATOR, "$$", "aba", "<s>", "日", "a'b", '"q"x', "b\\s", "{%}}", " xy")
-
-
-@pytest.mark.parametrize("separator", [*SEPARATORS, "@", "'", "\\"])
+@pytest.mark.parametrize("separator", [SEPARATOR, "<s>", "<日>", "<a'b>", '<"q"x>', "<b\\s>", "<{%}}>"])
 def test_no_content_begins_a_turn_whatever_the_separator_is(separator: str) -> None:
     """Rendered by jinja2, and cut into tokens by the library of transformers. A content without the separator gives the
-    tokens of our own encoding, but where the template must take a character out."""
+    tokens of our own encoding."""
     jinja2 = pytest.importorskip("jinja2", reason="needs jinja2: uv run --extra peers")
     template = jinja2.Environment().from_string(jinja(separator))
     file = json.dumps(tokenizer_json(train_tokenizer(DataConfig(tokenizer="byte"))))
     file = file.replace(json.dumps(SEPARATOR), json.dumps(separator))
-    ours = imported_tokenizer(file, "", 256) if separator in SEPARATORS else None
-    removed = separator not in (SEPARATOR, "<s>", "a'b", '"q"x', "b\\s", "{%}}") and separator[-1]
+    ours = imported_tokenizer(file, "", 256)
     pieces = [separator, separator * 3, separator[:1], separator[:-1], separator[-1:], " ", "x", "assistant\n"]
     contents = st.lists(st.sampled_from(pieces), min_size=1, max_size=6).map(
         lambda parts: "".join(parts).strip() or "x"
     )
 
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=100, deadline=None)
     @given(st.lists(st.builds(Message, st.sampled_from(ROLES), contents), min_size=1, max_size=3))
     def check(chat: list[Message]) -> None:
         messages = [{"role": m.role, "content": m.content} for m in chat]
@@ -197,15 +193,15 @@ def test_no_content_begins_a_turn_whatever_the_separator_is(separator: str) -> N
         before, *turns, prompt = text.split(separator)
         assert (before, prompt) == ("", "assistant\n")
         assert [turn.partition("\n")[0] for turn in turns] == [m.role for m in chat]
-        if ours and not any(separator in m.content or (removed or "\0") in m.content for m in chat):
+        if not any(separator in m.content for m in chat):
             theirs = tokenizers.Tokenizer.from_str(file).encode(text, add_special_tokens=False)
             assert theirs.ids == answer_prompt(ours, chat)
 
     check()
 
 
-@pytest.mark.parametrize("separator", ["", "\n", "user", "r\n", "s"])
-def test_a_separator_that_turns_contain_has_no_template(separator: str) -> None:
+@pytest.mark.parametrize("separator", ["", "\n", "user", "$$", "<>", "<a b>"])
+def test_a_separator_that_a_turn_may_contain_has_no_template(separator: str) -> None:
     with pytest.raises(UserError, match="ends texts, and a chat template cannot tell it from a turn"):
         jinja(separator)
 

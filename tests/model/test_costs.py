@@ -10,13 +10,13 @@ from suites.all_experts import AllExpertsMoE
 
 from moe_jax.certify.arithmetic import layer_function
 from moe_jax.certify.formulas import expert_flops, multiplied_rows, step_products
+from moe_jax.certify.hlo import read_program
 from moe_jax.config import ExecutionConfig, ModelConfig, RunConfig, TrainConfig
 from moe_jax.config.presets import preset
 from moe_jax.model.costs import Count, count_parameters, muon_flops, totals, training_flops
 from moe_jax.model.moe.layer import MoE
 from moe_jax.model.transformer import create, split
 from moe_jax.runs.checkpoint import named_leaves
-from moe_jax.system.hlo import read_program
 from moe_jax.training.optimizers.factory import muon_labels
 from tests.support import tiny
 from tests.support.one_hot import OneHotMoE

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from described_gpu import Target, back_ends, lower_for
 
+from moe_jax.certify.hlo import read_program
 from moe_jax.config import DataConfig, ExecutionConfig, RunConfig, TrainConfig
 from moe_jax.inference.decode import NOTHING_GIVEN
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.moe.router import route, router_logits
 from moe_jax.model.precision import Card, choose_policy, dot_precision
-from moe_jax.system.hlo import read_program
 from moe_jax.training.programs import Programs
 from tests.support import short_form, tiny
 from tests.support.programs import compiled_for_gpu, products

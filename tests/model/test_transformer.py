@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.certify.hlo import read_program, scopes
 from moe_jax.config import TrainConfig
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import create, merge, split
-from moe_jax.system.hlo import read_program, scopes
 from moe_jax.training.loss import training_loss
 from tests.support import checks, tiny
 

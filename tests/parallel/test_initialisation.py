@@ -51,9 +51,9 @@ def test_no_device_makes_the_whole_model() -> None:
     key = purpose_key(0, Purpose.INITIAL_PARAMETERS)
     compiled = [
         programs.initialiser.lower(key).compile(),  # pyright: ignore[reportFunctionMemberAccess]
-        programs.rest_of_state.lower(shapes.params, key).compile(),  # pyright: ignore[reportFunctionMemberAccess]
+        programs.placed_state.lower(shapes.params).compile(),  # pyright: ignore[reportFunctionMemberAccess]
     ]
-    for program, made_here in zip(compiled, (shapes.params, shapes.optimizer), strict=True):
+    for program, made_here in zip(compiled, (shapes.params, shapes), strict=True):
         memory = program.memory_analysis()
         assert memory.output_size_in_bytes <= 1.05 / 8 * total(made_here)
         assert memory.temp_size_in_bytes <= 1.5 / 8 * total(shapes.params)

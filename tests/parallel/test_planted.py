@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
+from moe_jax.certify.hlo import calls, parse
 from moe_jax.parallel import experts
 from moe_jax.parallel.layout import AXES, Layout, mesh_of
-from moe_jax.system.hlo import calls, parse
 from moe_jax.training import gradients as gradients_module
 from moe_jax.training.gradients import gradients
 from moe_jax.training.loss import training_loss

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from moe_jax.cli.main import main, run_as
-from moe_jax.config import load_config
 from moe_jax.parallel.layout import mesh_of
+from moe_jax.runs.catalog import load_config
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore, restore
 from moe_jax.runs.records import read_metrics
 from moe_jax.training.programs import Programs

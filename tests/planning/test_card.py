@@ -12,7 +12,7 @@ from moe_jax.config import RunConfig
 from moe_jax.planning import card
 from moe_jax.planning.plans import KnownCard, known_card
 from moe_jax.system import environment, machine
-from moe_jax.training.plan import Plan
+from moe_jax.training.plan import Plan, values_of
 
 WHOLE = {"jax-cuda12-plugin": "0.12.0", "nvidia-cudnn-cu12": "9.2"}
 DRIVER = ["RTX 3050", "560.35"]
@@ -92,7 +92,7 @@ def test_a_preset_fits_by_its_recorded_plans(
 
     def recorded(config: RunConfig, target: KnownCard) -> tuple[list[Plan], str]:
         whole = config.override({("train", "batch_size"): 32, ("train", "grad_accum"): 1})
-        plan = Plan(whole, precision, 1, {"step": mib, "decoding": 1})
+        plan = Plan(values_of(whole), precision, 1, {"step": mib, "decoding": 1})
         return ([plan], "1.0") if target.name == "rtx3050-4gb" else ([], "")
 
     monkeypatch.setattr(card, "recorded", recorded)

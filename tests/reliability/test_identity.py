@@ -1,7 +1,6 @@
 """A tokenizer, a text and a folder belong to one run, and none is taken for that of another run."""
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,38 +9,20 @@ from typing import Any
 import pytest
 
 import moe_jax
-from moe_jax.config import RunConfig, UserError, load_config
+from moe_jax.config import UserError
 from moe_jax.data import tokenizers
 from moe_jax.data.token_store import stored_documents
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.inspection.report import write_report
 from moe_jax.interop.source import open_source
+from moe_jax.runs.catalog import load_config
 from moe_jax.runs.load import open_run
 from moe_jax.training import initial_weights
 from moe_jax.training.session import Session
+from tests.support import saved_run
 from tests.support.saved_run import resuming
 
 pytestmark = pytest.mark.reliability
-
-
-@pytest.fixture
-def trained(
-    whole: tuple[Path, dict[str, Any]], cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> tuple[Path, RunConfig]:
-    """A copy of the run that nobody interrupted, and its configuration."""
-    monkeypatch.setenv("MOE_JAX_CACHE", str(cache))
-    shutil.copytree(whole[0], tmp_path / "trained")
-    config = load_config(tmp_path / "trained")
-    assert config is not None
-    return tmp_path / "trained", dataclasses.replace(config, out=str(tmp_path / "trained"))
-
-
-def edit(run: Path, **changes: Any) -> None:
-    document = json.loads((run / "config.json").read_text())
-    for name, value in changes.items():
-        section, _, field = name.rpartition("__")
-        (document[section] if section else document)[field] = value
-    (run / "config.json").write_text(json.dumps(document))
 
 
 # The tokenizer
@@ -84,37 +65,18 @@ def test_another_validation_text_is_said(saved: Path, tmp_path: Path, capsys, mo
     run = tmp_path / "run"
     shutil.copytree(saved, run)
     monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path / "cache"))
-    assert open_run(run).validation_text(progress=False).warning == ""
+    assert open_run(run).validation_text(progress=False)[1] == ""
     text = tmp_path / "text.txt"
     text.write_text("<|endoftext|>".join(f"Another story, number {i}." for i in range(60)))
-    edit(run, data__source=str(text))
+    config = open_run(run).config
+    other = dataclasses.replace(config, data=dataclasses.replace(config.data, source=str(text)))
+    saved_run.edit_manifest(run, config=other.to_dict())
     opened = open_run(run)
-    found = opened.validation_text(progress=False)
-    assert "has changed since the run was trained" in found.warning
-    assert len(list(stored_documents(found.store.valid.tokens, opened.tokenizer))) > 0
+    found, warning = opened.validation_text(progress=False)
+    assert "has changed since the run was trained" in warning
+    assert len(list(stored_documents(found.valid.tokens, opened.tokenizer))) > 0
     with pytest.warns(UserWarning, match="has changed since the run was trained"):
         moe_jax.load_run(run).evaluate()
     write_report(run, tmp_path / "page.html", text="Once")
     assert "has changed since the run was trained" in capsys.readouterr().err
     assert "has changed since the run was trained" in (tmp_path / "page.html").read_text()
-
-
-# The settings
-
-
-def test_an_edit_of_the_settings_by_hand_is_recorded(trained: tuple[Path, RunConfig]) -> None:
-    """The history of resumes says what changed since the checkpoint, by a flag or by hand."""
-    run, _ = trained
-    edit(run, train__lr=0.001, train__steps=16, execution__remat=True)
-    edited = load_config(run)
-    assert edited is not None
-    config = dataclasses.replace(edited, out=str(run), train=dataclasses.replace(edited.train, patience=3))
-    session = Session.open(config, resuming(edited))
-    (entry,) = json.loads((run / "config.json").read_text())["history"]
-    assert entry["changed"] == {
-        "train.steps": [12, 16],
-        "train.lr": [0.005, 0.001],
-        "train.patience": [0, 3],
-        "execution.remat": [False, True],
-    }
-    assert "train.lr 0.005 -> 0.001" in session.notes[0]

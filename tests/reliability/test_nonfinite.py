@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import RunConfig, UserError, load_config
+from moe_jax.config import RunConfig, UserError
+from moe_jax.runs.catalog import load_config
 from moe_jax.runs.checkpoint import CheckpointStore, restore, stored_shapes
 from moe_jax.system.random_keys import Purpose
 from moe_jax.training import step as step_module

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from moe_jax.data.synthetic.chats import write_chats
+from moe_jax.data.synthetic.stories import write_chats
 from tests.reliability import runs
 from tests.support import short_form
 

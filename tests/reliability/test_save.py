@@ -15,8 +15,9 @@ import orbax.checkpoint
 import pytest
 
 from moe_jax import runs as package
-from moe_jax.config import UserError, holds_run
+from moe_jax.config import UserError
 from moe_jax.runs.arrays import WEIGHTS
+from moe_jax.runs.catalog import holds_run
 from moe_jax.runs.checkpoint import CheckpointStore
 from moe_jax.system import files
 from tests.reliability import runs, states

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from moe_jax.config import holds_run
+from moe_jax.runs.catalog import holds_run
 from moe_jax.runs.checkpoint import CheckpointStore
 from tests.reliability import runs
 from tests.support import short_form

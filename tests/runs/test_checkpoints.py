@@ -237,3 +237,13 @@ def test_where_none_is_good_or_one_is_of_another_run_nothing_is_renamed(
     no_arrays += [1, 2]
     assert store.restore_newest({}, lambda _: None) is None
     assert names(store) == ["step_00000001", "step_00000002"]
+
+
+def test_every_checkpoint_is_examined_and_nothing_changes(store: CheckpointStore) -> None:
+    folders = [put(store, step) for step in (1, 2, 3)]
+    change_file(folders[1])
+    cut_manifest(folders[2])
+    before = {p: p.read_bytes() for p in store.folder.rglob("*") if p.is_file()}
+    damages = (None, f"{WEIGHTS} was changed", "its manifest was changed")
+    assert list(store.examine()) == list(zip(folders, damages, strict=True))
+    assert {p: p.read_bytes() for p in store.folder.rglob("*") if p.is_file()} == before

@@ -1,7 +1,6 @@
 """A run is opened, or it is said why not. What a checkpoint belongs to is told by its manifest alone."""
 
 import copy
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,9 +29,10 @@ CONFIG = RunConfig(model=tiny.config())
 
 
 def edit_config(run: Path, section: str, **changes: object) -> None:
-    document = json.loads((run / "config.json").read_text())
+    """Change the configuration in the manifest of the checkpoint, with a right digest."""
+    document = RunConfig.to_dict(saved_config(CheckpointStore(run).at(saved_run.STEP)))
     document[section] |= changes
-    (run / "config.json").write_text(json.dumps(document))
+    saved_run.edit_manifest(run, config=document)
 
 
 def test_the_parameters_are_the_saved_ones(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -82,14 +82,14 @@ def test_texts_are_written_in_float32_on_a_processor_with_units_for_bfloat16(
 def test_the_validation_text_is_the_runs_or_the_change_is_said(copied: Path, tmp_path: Path) -> None:
     run = open_run(copied)
     store = prepare_token_store(run.config.data, progress=False)
-    text = run.validation_text(progress=False)
-    np.testing.assert_array_equal(text.store.valid.tokens, store.valid.tokens)
-    assert text.warning == ""
+    found, warning = run.validation_text(progress=False)
+    np.testing.assert_array_equal(found.valid.tokens, store.valid.tokens)
+    assert warning == ""
     other = tmp_path / "other.txt"
     other.write_text("<|endoftext|>".join(f"Another story, number {i}." for i in range(60)))
     edit_config(copied, "data", source=str(other))
-    text = open_run(copied).validation_text(progress=False)
-    assert text.warning.startswith(f"--data {other}: has changed since the run was trained; ")
+    _, warning = open_run(copied).validation_text(progress=False)
+    assert warning.startswith(f"--data {other}: has changed since the run was trained; ")
 
 
 EDITS: dict[str, tuple[Any, str]] = {
@@ -135,7 +135,7 @@ def test_the_saved_configuration() -> None:
     wrong = copy.deepcopy(CONFIG.to_dict())
     wrong["train"]["steps"] = -1  # a ConfigError
     for odd in (None, 7, {}, CONFIG.to_dict() | {"schema_version": 99}, wrong):
-        with pytest.raises(CheckpointCorrupted, match="does not say what it belongs to"):
+        with pytest.raises(CheckpointCorrupted, match="its manifest holds no configuration"):
             saved_config(checkpoint(config=odd))
 
 

@@ -14,7 +14,7 @@ from moe_jax.config import DataConfig, ExecutionConfig, RunConfig, TrainConfig, 
 from moe_jax.system.environment import MIB
 from moe_jax.training import fit as fitting
 from moe_jax.training.fit import Device, compiled_here, device_here, fit
-from moe_jax.training.plan import Plan
+from moe_jax.training.plan import Plan, values_of, with_values
 from moe_jax.training.run import take_steps
 from moe_jax.training.session import Session
 from tests.support import saved_run, tiny
@@ -60,7 +60,7 @@ def memories(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, b
         fitting.plan_step(rung, Device(jax.devices()[0], 1e9, compiled_here))
         for rung in fitting.settings_to_try(config)[:4]
     ]
-    return {setting(plan.config): plan for plan in plans}
+    return {setting(with_values(config, plan.setting)): plan for plan in plans}
 
 
 def test_no_rung_takes_less_than_its_lower_bound(memories: dict[tuple[int, int, bool], Plan]) -> None:
@@ -133,7 +133,7 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
     def step(config: RunConfig, *_: Any) -> Plan:
         compiled.append(config)
         factor = (1 if config.execution.remat else 2) * (1 if config.train.optimizer == "adamw" else 0.25)
-        return Plan(config, "float32", 0.1, {"step": config.train.batch_size * factor})
+        return Plan(values_of(config), "float32", 0.1, {"step": config.train.batch_size * factor})
 
     monkeypatch.setattr(fitting, "plan_step", step)
     monkeypatch.setattr(fitting, "plan_between", lambda *_: {"evaluation": 0.1, "decoding": 0.1})
@@ -206,20 +206,16 @@ def test_the_free_memory_is_what_the_device_says(monkeypatch: pytest.MonkeyPatch
 # What nothing fits, and a first step that runs out of memory
 
 
-def test_where_nothing_fits_the_error_says_what_would(
-    tmp_path: Path, pretended: list[RunConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fitting, "fitting_preset", lambda *_: "story")
+def test_where_nothing_fits_the_error_says_what_would(tmp_path: Path, pretended: list[RunConfig]) -> None:
     with pytest.raises(UserError) as caught:
         fit(asked(tmp_path, 0.9))
     assert str(caught.value) == (
         "no setting fits 1 MiB: the smallest, 1 x 32 sequences with remat, adamw, needs 1 for its step; use --fit any, "
-        "which may take a leaner optimizer, or --preset story, which fits"
+        "which may take a leaner optimizer, a smaller --seq-len or another --preset"
     )
-    monkeypatch.setattr(fitting, "fitting_preset", lambda *_: "")
-    with pytest.raises(UserError, match=r"needs 0 for its step; use a smaller --seq-len$"):
+    with pytest.raises(UserError, match=r"needs 0 for its step; use a smaller --seq-len or another --preset$"):
         fit(asked(tmp_path, 0.2, fit="any"))
-    with pytest.raises(UserError, match=r"needs 1 for its step; use a smaller --seq-len$"):
+    with pytest.raises(UserError, match=r"needs 1 for its step; use a smaller --seq-len or another --preset$"):
         fit(asked(tmp_path, 0.01))  # no optimizer is so lean
 
 

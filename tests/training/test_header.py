@@ -2,13 +2,12 @@
 
 import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from moe_jax.config import TrainConfig
-from moe_jax.training.header import plan_line, print_next_step, print_result
+from moe_jax.training.header import plan_line, print_result
 
 RESULT: dict[str, Any] = {
     "entropy_floor_bits_per_byte": 0.5,
@@ -25,20 +24,17 @@ RESULT: dict[str, Any] = {
 
 
 def said(result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> list[str]:
-    session: Any = SimpleNamespace(folder=SimpleNamespace(path=Path("runs/my x")))
-    print_result(session, result)
-    print_next_step(session)
+    print_result(Path("runs/my x"), result)
     return capsys.readouterr().out.splitlines()
 
 
-def test_the_result_in_three_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    score, cost, following = said(RESULT, capsys)
+def test_the_result_in_two_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    score, cost = said(RESULT, capsys)
     assert score == (
         "best checkpoint: step 40, validation loss 1.5000 nats/token, 0.6000 bits/byte, 1.200 x the floor of 0.5000 "
         "(trigram model 1.50 x), on the whole validation stream, 12,345 tokens"
     )
     assert cost == ("67,890 tokens in 12 s; dropped in training 12.5% (mean of the steps); everything is in runs/my x")
-    assert following == "next: uv run python -m moe_jax chat --run 'runs/my x'"
 
 
 # The lines before training

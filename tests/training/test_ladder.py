@@ -12,12 +12,11 @@ from hypothesis import strategies as st
 
 from moe_jax.config import ExecutionConfig, RunConfig, TrainConfig
 from moe_jax.config.execution import Fit
-from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.model.costs import adapter_parameters, count_parameters, totals
 from moe_jax.system.environment import MIB
 from moe_jax.training import fit as fitting
 from moe_jax.training.fit import Device
-from moe_jax.training.plan import Plan, chosen, named
+from moe_jax.training.plan import Plan, chosen, values_of, with_values
 from tests.support import tiny
 
 CONFIG = RunConfig(model=tiny.config(), train=TrainConfig(batch_size=4, grad_accum=2, optimizer="adamw"))
@@ -75,10 +74,10 @@ def test_with_adapters_the_frozen_weights_become_leaner() -> None:
 
 
 def test_a_setting_in_a_few_words() -> None:
-    assert named(asked(8)) == "8 sequences, adamw"
-    assert named(asked(4, 2, remat=True)) == "4 x 2 sequences with remat, adamw"
+    assert plan(asked(8)).name == "8 sequences, adamw"
+    assert plan(asked(4, 2, remat=True)).name == "4 x 2 sequences with remat, adamw"
     lean = with_adapters(asked(8, param_dtype="bfloat16"), 4)
-    assert named(lean) == "8 sequences, adamw, bfloat16 weights"
+    assert plan(lean).name == "8 sequences, adamw, bfloat16 weights"
 
 
 # The plans
@@ -95,7 +94,7 @@ def oracle(config: RunConfig, memory: dict[Setting, float], budget: float) -> Se
 def plan(config: RunConfig, *programs: float, least: float = 1.0) -> Plan:
     """With MiB of the step, and of evaluation and decoding if they are given."""
     names = ("step", "evaluation", "decoding")
-    return Plan(config, "bfloat16", least, dict(zip(names, programs, strict=False)), "cuDNN's")
+    return Plan(values_of(config), "bfloat16", least, dict(zip(names, programs, strict=False)), "cuDNN's")
 
 
 @given(st.data(), st.integers(1, 6), st.integers(1, 4), st.sampled_from(["auto", "any"]), st.booleans())
@@ -114,9 +113,10 @@ def test_the_fastest_setting_that_fits_is_chosen(data: Any, batch: int, accum: i
         patch.setattr(fitting, "plan_between", lambda *_: {"evaluation": 1.0, "decoding": 1.0})
         plans = list(fitting.plans_until_one_fits(config, Device(None, 4, max)))
     best = oracle(config, mib, 4)
-    assert [setting(p.config) for p in plans if p.fits(4)] == ([best] if best else [])
+    tried = [with_values(config, p.setting) for p in plans]
+    assert [setting(c) for c, p in zip(tried, plans, strict=True) if p.fits(4)] == ([best] if best else [])
     assert len(set(compiled)) == len(compiled) == len(plans)
-    assert all(p.config.tokens_per_step == config.tokens_per_step for p in plans)
+    assert all(c.tokens_per_step == config.tokens_per_step for c in tried)
     assert chosen(plans, 4).total == (mib[best] if best else min(mib.values()))
 
 
@@ -126,7 +126,7 @@ def test_what_runs_between_the_steps_must_fit_too(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(fitting, "plan_step", lambda config, *_: plan(config, 90))
     monkeypatch.setattr(fitting, "plan_between", lambda c, _: {"evaluation": between[c.train.optimizer], "decoding": 5})
     plans = list(fitting.plans_until_one_fits(asked(8, fit="any"), Device(None, 100, max)))
-    assert [setting(p.config) for p in plans] == [("adamw", False, 8, 1), ("adamw-bf16", False, 8, 1)]
+    assert [p.name for p in plans] == ["8 sequences, adamw", "8 sequences, adamw-bf16"]
     assert [(p.total, p.fits(100)) for p in plans] == [(101, False), (100, True)]
 
 
@@ -191,14 +191,3 @@ def test_adapters_are_planned_with_their_state_and_a_masked_batch() -> None:
     waiting = (4 * whole + 4 * adapters + 8 * adapters) / MIB
     for total in fitting.plan_between(config, device(1000)).values():
         assert total - 100 == pytest.approx(waiting, rel=0.01)
-
-
-def test_the_largest_smaller_preset_that_fits_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    takes = {"nano": 10, "story": 20, "story-cpu": 20, "story-4gb": 60}
-    monkeypatch.setattr(fitting, "plan_step", lambda c, *_: plan(c, takes[c.preset]))
-    monkeypatch.setattr(fitting, "plan_between", lambda *_: {"evaluation": 1.0, "decoding": 1.0})
-    seed = with_vocabulary(preset("seed-158m"))
-    assert fitting.fitting_preset(seed, device(60)) == "story-4gb"
-    assert fitting.fitting_preset(seed, device(15)) == "nano"
-    assert fitting.fitting_preset(seed, device(5)) == ""
-    assert fitting.fitting_preset(with_vocabulary(preset("nano")), device(60)) in ("", "story-cpu")

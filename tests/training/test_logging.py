@@ -19,8 +19,6 @@ from moe_jax.training.logging import StepLogger
 from moe_jax.training.state import STARVED_STEPS, RunCounters
 from tests.support import tiny
 
-RECORD = {"step": 7, "split": "train", "loss": 1.5, "skipped": False, "starved": [], "load": [[0.5, 0.5], [1.0, 0.0]]}
-
 
 def test_the_newest_record_of_training_is_found_among_those_of_validation(tmp_path: Path) -> None:
     records = [{"step": step, "split": split} for step, split in ((1, "train"), (2, "train"), (2, "val"), (3, "val"))]
@@ -163,17 +161,6 @@ def test_a_pause_does_not_count(clock: list[float], tmp_path: Path) -> None:
 
 
 # The terminal
-
-
-def test_the_time_left_counts_the_steps_of_this_process(clock: list[float], tmp_path: Path) -> None:
-    """After 2 of 10 steps in 4 s, 8 are left, of 2 s each; a run that went on at step 1 took 4 s for one."""
-    for first, left in ((0, "16 s"), (1, "32 s")):
-        clock[0] = 0
-        seen = Seen(tmp_path, first=first, log_every=1)
-        clock[0] = 4
-        seen.add(2)
-        seen.logger.flush()
-        assert f"step  2/10 | {left} left" in seen.said[-1]
 
 
 @pytest.mark.parametrize(("width", "last"), [(200, "50.0% dropped"), (40, None), (12, None)])

@@ -19,7 +19,7 @@ from moe_jax.model.quantized import quantize
 from moe_jax.model.transformer import Forms, abstract_adapted
 from moe_jax.model.transformer import merge as build
 from moe_jax.runs.arrays import named_leaves
-from moe_jax.runs.doctor import examine
+from moe_jax.runs.checkpoint import CheckpointStore
 from moe_jax.runs.load import open_run
 from moe_jax.training.gradients import gradients
 from moe_jax.training.optimizers.factory import make_optimizer
@@ -181,7 +181,7 @@ def test_a_run_with_adapters_holds_its_base_and_opens_merged(tuned: Any) -> None
     assert session.score(session.data.store.valid.stream, opened.params).loss == result["val_loss"]
     assert result["val_loss"] < session.score(session.data.store.valid.stream, start.params).loss
     assert result["params_trained"] == adapter_parameters(session.config).total < result["params_total"]
-    assert {f.state for f in examine(session.folder.path)} == {"good"}
+    assert {damage for _, damage in CheckpointStore(session.folder.path).examine()} == {None}
 
 
 @pytest.mark.runs

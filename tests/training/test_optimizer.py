@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
+from moe_jax.certify.hlo import instructions
 from moe_jax.config import OptimizerKind, TrainConfig
-from moe_jax.system.hlo import instructions
 from moe_jax.training.optimizers import muon
 from moe_jax.training.optimizers.adam import BLOCK, decode, encode, scale_by_adam, scale_by_adam8bit, skippable
 from moe_jax.training.optimizers.factory import make_optimizer

@@ -8,28 +8,23 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from suites.serving import in_parallel
 
 import moe_jax
 from foundation.trained import Problem
 from foundation.trained.weights import read_safetensors
 from moe_jax.cli.main import run_command
-from moe_jax.config import ConfigError, RunConfig, UserError, load_config
-from moe_jax.inference.decode import Decoder
-from moe_jax.inference.sampling import Sampling
+from moe_jax.config import ConfigError, RunConfig, UserError
 from moe_jax.interop.source import open_source
 from moe_jax.model.costs import training_flops
 from moe_jax.model.quantized import QuantizedMatrix
-from moe_jax.runs.doctor import examine
+from moe_jax.runs.catalog import load_config
+from moe_jax.runs.checkpoint import CheckpointStore
 from moe_jax.runs.load import open_run
 from moe_jax.runs.records import read_summary
-from moe_jax.serving.engine import Engine
-from moe_jax.serving.texts import TextRequest
 from moe_jax.training import initial_weights
 from moe_jax.training.evaluate import Evaluation
-from moe_jax.training.quantize import _scores_in_summary, _summary_at, quantize_run
+from moe_jax.training.quantize import _summary_at, quantize_run
 from moe_jax.training.session import Session
-from tests.serving import made as serving
 from tests.support import saved_run
 from tests.support.commands import refusal
 from tests.support.saved_run import resuming
@@ -70,25 +65,10 @@ def test_the_result_says_what_the_rounding_changed(
 def test_a_quantised_run_opens_like_any_other(run: Path, made: Path) -> None:
     there, here = moe_jax.load_run(run), moe_jax.load_run(made)
     assert isinstance(here.params["blocks"][0]["attention"]["qkv"], QuantizedMatrix)
-    assert {f.state for f in examine(made)} == {"good"}
+    assert {damage for _, damage in CheckpointStore(made).examine()} == {None}
     assert here.generate("Once", max_tokens=5, temperature=0).startswith("Once")
     assert here.trace("the cat").probs.shape == there.trace("the cat").probs.shape
     assert load_config(made) is not None
-
-
-def test_a_quantised_run_is_served(made: Path) -> None:
-    """Two texts at once, each with the text of `generate`."""
-    run = moe_jax.load_run(made)
-    separator = run.tokenizer.separator_id
-    request = TextRequest([separator, *b"One"], Sampling(temperature=0.0), 0, 0, 5)
-    engine = Engine(
-        Decoder(run.writer, run.config.model.seq_len, 257, 2, short_prompts=True), run.params, run.tokenizer, queue=5
-    )
-    engine.start()
-    both = in_parallel(engine, [request, request])
-    engine.stop()
-    written = [serving.text(events) for events in both]
-    assert written == [run.generate("One", max_tokens=5, temperature=0).removeprefix("One")] * 2
 
 
 def test_commands_that_need_the_full_weights_refuse_it(made: Path, tmp_path: Path) -> None:
@@ -148,19 +128,10 @@ def test_a_tuned_run_is_scored_on_the_answers_only(run: Path, tmp_path: Path) ->
     config["data"] |= {"source": str(chats), "format": "chat"}
     (copy / "config.json").write_text(json.dumps(config))
     assert run_command(["quantize", "--run", str(copy), "--to", "int8"]) == 0
-    chat_count = open_run(copy).validation_text().store.valid.documents
+    chat_count = open_run(copy).validation_text()[0].valid.documents
     summary = read_summary(tmp_path / "copy-int8")
     assert summary["val_tokens"] == chat_count * len("A cat.\0")  # bytes, and the separator that ends the answer
     assert summary["val_loss"] == moe_jax.load_run(tmp_path / "copy-int8").evaluate().loss
-
-
-def test_the_scores_of_a_summary_are_all_of_the_rounded_weights() -> None:
-    """10 tokens of 25 bytes with 14 nats: 1.4 nats a token. Without the text there is none, and no claim of a whole."""
-    scored = Evaluation(loss=1.4, bits_per_byte=0.81, drop_fraction=0.125, tokens=10, bytes=25)
-    scores = {"val_loss": 1.4, "val_bits_per_byte": 0.81, "val_bytes_per_token": 2.5, "val_tokens": 10}
-    scores |= {"val_drop_fraction": 0.125, "val_loss_in_training": None, "val_whole_stream": True}
-    assert _scores_in_summary(scored) == scores | {"val_stream": "whole"}
-    assert _scores_in_summary(None) == dict.fromkeys(scores)
 
 
 def test_the_new_run_says_what_it_was_made_of(run: Path, made: Path) -> None:
@@ -183,16 +154,17 @@ def test_the_new_run_says_what_it_was_made_of(run: Path, made: Path) -> None:
     assert read_summary(made)["weights"] == "int4"
 
 
-@pytest.mark.parametrize("step", [8, 4])
-def test_a_summary_has_only_the_scores_of_its_checkpoint(step: int, tmp_path: Path) -> None:
-    """The run's scores are those of step 8, its best. For step 4 nothing was scored."""
-    found = {"steps": 12, "best_step": 8, "val_loss": 1.5, "val_tokens": 90, "tokens_seen": 0, "preset": "nano"}
+@pytest.mark.parametrize("scored", [Evaluation(1.4, 0.81, 0.125, tokens=10, bytes=25), None])
+def test_the_scores_of_a_summary_are_all_of_the_rounded_weights(scored: Evaluation | None, tmp_path: Path) -> None:
+    """10 tokens of 25 bytes with 14 nats: 1.4 nats a token. Without the text there is none, and no claim of a whole."""
+    found = {"steps": 12, "best_step": 8, "val_loss": 1.5, "val_tokens": 90, "val_whole_stream": True, "preset": "nano"}
     (tmp_path / "summary.json").write_text(json.dumps(found))
     config = RunConfig()
-    loaded: Any = SimpleNamespace(config=config, checkpoint=SimpleNamespace(step=step))
-    scores = (1.5, 90) if step == 8 else (None, None)
-    summary = _summary_at(loaded, tmp_path)
-    assert (summary["val_loss"], summary["val_tokens"]) == scores
-    assert (summary["steps"], summary["best_step"], summary["preset"]) == (step, step, "nano")
-    assert summary["tokens_seen"] == step * config.train.batch_size * config.model.seq_len
-    assert summary["training_flops"] == training_flops(config, step)
+    loaded: Any = SimpleNamespace(config=config, checkpoint=SimpleNamespace(step=4))
+    summary = _summary_at(loaded, tmp_path, scored)
+    values = (1.4, 10, True) if scored else (None, None, None)
+    assert (summary["val_loss"], summary["val_tokens"], summary["val_whole_stream"]) == values
+    assert summary.get("val_bytes_per_token") == (2.5 if scored else None)
+    assert (summary["steps"], summary["best_step"], summary["preset"]) == (4, 4, "nano")
+    assert summary["tokens_seen"] == 4 * config.train.batch_size * config.model.seq_len
+    assert summary["training_flops"] == training_flops(config, 4)

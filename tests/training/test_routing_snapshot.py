@@ -1,18 +1,14 @@
 """What a run saves of its routing at each evaluation: the training pass's own decisions, cut back with the run."""
 
 import functools
-from pathlib import Path
 
 import numpy as np
 
 from moe_jax.inference.traced_pass import router_entropy
 from moe_jax.inspection.trace import trace_tokens
-from moe_jax.runs.folder import RunFolder
-from moe_jax.runs.load import open_run
-from moe_jax.runs.records import read_snapshots
 from moe_jax.training.evaluate import make_tracer
 from tests.inspection.test_trace import MODEL, opened
-from tests.support import saved_run, tiny
+from tests.support import tiny
 
 
 @functools.cache
@@ -44,17 +40,3 @@ def test_entropy_of_known_probabilities() -> None:
 
 def test_a_model_without_routers_saves_none() -> None:
     assert make_tracer(tiny.config(dense="active"), opened().graphdef, tiny.tokens(8)) is None
-
-
-def test_what_came_after_a_checkpoint_is_forgotten(tmp_path: Path) -> None:
-    folder, saved = RunFolder(tmp_path), traced()[1]
-    for step in (10, 20, 30):
-        folder.add_trace(step, saved)
-    assert [trace["step"] for trace in read_snapshots(tmp_path)] == [10, 20, 30]
-    folder.truncate_logs_after(25, 20)
-    assert [trace["step"] for trace in read_snapshots(tmp_path)] == [10, 20]
-    assert read_snapshots(tmp_path)[0] == {"step": 10} | saved
-    (tmp_path / "other").mkdir()
-    run = open_run(saved_run.save_run(tmp_path / "other"))
-    folder.start(run.config, run.tokenizer, [])
-    assert read_snapshots(tmp_path) == []

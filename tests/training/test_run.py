@@ -14,16 +14,8 @@ import numpy as np
 import pytest
 from suites.random_tokens import RandomTokenTrainer
 
-from moe_jax.config import (
-    DataConfig,
-    ExecutionConfig,
-    ModelConfig,
-    RoutingConfig,
-    RunConfig,
-    TrainConfig,
-    UserError,
-    load_config,
-)
+from moe_jax.config import DataConfig, ExecutionConfig, ModelConfig, RoutingConfig, RunConfig, TrainConfig, UserError
+from moe_jax.runs.catalog import load_config
 from moe_jax.system import environment
 from moe_jax.training.header import print_run_header
 from moe_jax.training.programs import Programs

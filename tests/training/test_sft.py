@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 
 from moe_jax.cli.main import run_command
-from moe_jax.config import RunConfig, TrainConfig, UserError, load_config
+from moe_jax.config import RunConfig, TrainConfig, UserError
 from moe_jax.data.batches import MaskedBatch
 from moe_jax.inference.chat import RoleChat
 from moe_jax.inference.decode import TextGenerator
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.kernels import cross_entropy
 from moe_jax.model.kernels.cross_entropy import mean_cross_entropy, token_losses
-from moe_jax.runs.doctor import examine
+from moe_jax.runs.catalog import load_config
+from moe_jax.runs.checkpoint import CheckpointStore
 from moe_jax.runs.load import open_run
 from moe_jax.training.evaluate import evaluate, make_evaluation_step
 from moe_jax.training.gradients import gradients
@@ -166,7 +167,7 @@ def test_a_tuned_run_starts_at_its_base_and_says_what_it_scores(tuned: Any, base
     start = open_run(base)
     first = session.score(session.data.store.valid.stream, start.params)
     assert result["val_loss"] < first.loss
-    assert (result["val_scored"], result["val_stream"], result["val_tokens"]) == ("answers", "whole", first.tokens)
+    assert (result["val_stream"], result["val_tokens"]) == ("whole", first.tokens)
     assert first.tokens == session.data.store.valid.targets
     assert result["trigram_bits_per_byte"] is None
     assert session.config.model == start.config.model
@@ -178,7 +179,7 @@ def test_a_tuned_run_starts_at_its_base_and_says_what_it_scores(tuned: Any, base
     assert "endoftext" not in samples
     records = [json.loads(line) for line in (session.folder.path / "metrics.jsonl").read_text().splitlines()]
     assert all(r["answer_tokens"] > 0 for r in records if r["split"] == "train")
-    assert {f.state for f in examine(session.folder.path)} == {"good"}
+    assert {damage for _, damage in CheckpointStore(session.folder.path).examine()} == {None}
     assert load_config(session.folder.path) == dataclasses.replace(session.config, resume=False)
 
 

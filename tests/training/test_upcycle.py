@@ -11,20 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moe_jax.config import (
-    DataConfig,
-    ExecutionConfig,
-    ModelConfig,
-    RoutingConfig,
-    RunConfig,
-    TrainConfig,
-    UserError,
-    load_config,
-)
+from moe_jax.config import DataConfig, ExecutionConfig, ModelConfig, RoutingConfig, RunConfig, TrainConfig, UserError
 from moe_jax.inference.slots import advance, prefill
 from moe_jax.model.costs import training_flops
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import merge
+from moe_jax.runs.catalog import load_config
 from moe_jax.training.evaluate import Evaluation
 from moe_jax.training.initial_weights import copy_dense_params
 from moe_jax.training.run import finish, take_steps

@@ -11,10 +11,15 @@ to choose from. A word determines its other forms: a girl is "she"; a rabbit liv
 
 import math
 import random
+import re
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 from moe_jax.data.synthetic.grammar import Derivation, Grammar, Word
+from moe_jax.system.files import json_text
+
+type Split = Literal["train", "valid"]
 
 VALIDATION_STORIES = 600
 """How many stories of the validation split are scored."""
@@ -189,7 +194,7 @@ SLOTS = {
 _GRAMMAR = Grammar(RULES, SLOTS)
 
 
-def generate(seed: int, split: Literal["train", "valid"], count: int) -> Iterator[str]:
+def generate(seed: int, split: Split, count: int) -> Iterator[str]:
     """The first `count` stories of a split. Story i is a function of (seed, split, i) and nothing else.
 
     The two splits are drawn independently. A story has more than 100 bits of choices, so the probability that any story
@@ -199,7 +204,7 @@ def generate(seed: int, split: Literal["train", "valid"], count: int) -> Iterato
         yield sample(seed, split, i).text
 
 
-def sample(seed: int, split: Literal["train", "valid"], i: int) -> Derivation:
+def sample(seed: int, split: Split, i: int) -> Derivation:
     """Story i of a split, with its choices."""
     return _GRAMMAR.sample(random.Random(f"{seed} {split} {i}").random)
 
@@ -217,7 +222,7 @@ def fingerprint(seed: int, count: int) -> str:
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
-def entropy_floor_bits_per_byte(seed: int, split: Literal["train", "valid"], count: int) -> float:
+def entropy_floor_bits_per_byte(seed: int, split: Split, count: int) -> float:
     """Code length of the first stories of a split under the grammar, in bits, divided by their UTF-8 bytes: the best
     possible score.
 
@@ -227,3 +232,37 @@ def entropy_floor_bits_per_byte(seed: int, split: Literal["train", "valid"], cou
     stories = [sample(seed, split, i) for i in range(count)]
     bits = math.fsum(-math.log2(2.0**-story.bits) for story in stories)
     return bits / sum(len(story.text.encode()) for story in stories)
+
+
+# Made conversations: questions about a story whose exact answers are in its first sentence, so that a score is exact
+
+
+_OPENING = re.compile(
+    r"(?P<article>an?) (?P<trait>\w+) (?P<child>\w+) named (?P<name>\w+) \w+ on (?P<his>\w+) (?P<pattern>\w+) "
+    r"(?P<clothes>\w+) and \w+ to the (?P<place>\w+)\."
+)
+
+
+def chats(seed: int, split: Split, count: int) -> Iterator[dict[str, Any]]:
+    """Rows with `messages`, one a story: its first sentence with a question, then one more question. Each has two of
+    three questions, in turn."""
+    for number, story in enumerate(generate(seed, split, count)):
+        opening = _OPENING.search(story)
+        assert opening is not None, "the grammar has another opening now"
+        name, his = opening["name"], opening["his"].capitalize()
+        questions = [
+            (f"Where did {name} go?", f"To the {opening['place']}."),
+            (f"What did {name} put on?", f"{his} {opening['pattern']} {opening['clothes']}."),
+            ("Who is it about?", f"{name}, {opening['article']} {opening['trait']} {opening['child']}."),
+        ]
+        turns = [questions[number % 3], questions[(number + 1) % 3]]
+        turns[0] = (f"{story[: opening.end()]} {turns[0][0]}", turns[0][1])
+        roles = ("user", "assistant")
+        yield {"messages": [{"role": r, "content": c} for turn in turns for r, c in zip(roles, turn, strict=True)]}
+
+
+def write_chats(path: str | Path, count: int = 4000, seed: int = 0, split: Split = "train") -> int:
+    """Write `count` conversations into a file of JSON lines. Returns their number."""
+    rows = [json_text(row) for row in chats(seed, split, count)]
+    Path(path).write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return len(rows)

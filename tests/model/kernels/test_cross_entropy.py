@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moe_jax.certify.hlo import instructions
 from moe_jax.model.kernels import cross_entropy
 from moe_jax.model.kernels.cross_entropy import blocked_token_losses, mean_cross_entropy, token_losses
-from moe_jax.system.hlo import instructions
 from tests.support import plain_kernels
 
 TOKENS, WIDTH, VOCABULARY = 30, 6, 17

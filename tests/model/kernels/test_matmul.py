@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe_jax.certify.hlo import read_program
 from moe_jax.model.kernels import grouped_matmul as grouped
 from moe_jax.model.kernels.grouped_matmul import grouped_matmul
 from moe_jax.model.kernels.matmul import _row_matmul, matmul, matmul_wide, vector_matmul
-from moe_jax.system.hlo import read_program
 from tests.support import plain_kernels, tiny
 
 SHAPES = {"plain": ((37, 12), (12, 20)), "a group each": ((3, 37, 12), (3, 12, 20)), "one row": ((1, 12), (12, 20))}

@@ -10,9 +10,9 @@ import pytest
 from described_gpu import Target, back_ends, lower_for
 
 from moe_jax.certify.formulas import layer_flops, step_products
+from moe_jax.certify.hlo import Program, instructions, read_program, scopes
 from moe_jax.config import TrainConfig
 from moe_jax.config.presets import preset
-from moe_jax.system.hlo import Program, instructions, read_program, scopes
 from moe_jax.training.programs import Programs
 from tests.support import short_form
 from tests.support.programs import compiled_for_gpu
