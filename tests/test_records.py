@@ -8,7 +8,6 @@ import pkgutil
 import moe_jax
 
 MUTABLE = {
-    "runs.orbax_state.KeepStep",
     "runs.orbax_state.SaveArgs",
     "serving.engine._Row",
     "serving.texts.TextRequest",
