@@ -1,13 +1,11 @@
 """Runs of two processes with four simulated devices each, on loopback."""
 
 import os
-import random
 import re
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,16 +54,14 @@ def start(
     index: int,
     port: int,
     *flags: str,
-    env: dict[str, str] | None = None,
     cwd: str = "",
-    words: Sequence[str] = (),
     cluster: bool = False,
 ) -> subprocess.Popen[str]:
     """Process `index` of two. `folder` holds text.txt and the cache of data and programs. `cwd` is a folder in it.
 
-    `words` begin another command than the training on text.txt. With `cluster`, `env` says which process this is.
+    With `cluster`, JAX is to find the processes by the variables of a cluster, which are not there.
     """
-    command = [sys.executable, str(WORKER), *(words or [*SETTINGS, "--data", str(folder / "text.txt")])]
+    command = [sys.executable, str(WORKER), *SETTINGS, "--data", str(folder / "text.txt")]
     command += ["--out", str(folder / out), "--mesh", MESH, *flags]
     named = ["--num-processes", "2", "--process-id", str(index), "--coordinator-address", f"127.0.0.1:{port}"]
     command += ["--coordinator-address", "cluster"] if cluster else named
@@ -74,7 +70,7 @@ def start(
     values["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=4 {QUICK_COMPILER}"
     return subprocess.Popen(
         command,
-        env={**_without_cluster({**os.environ, **values}), **(env or {})},
+        env=_without_cluster({**os.environ, **values}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -86,27 +82,6 @@ def _without_cluster(values: Mapping[str, str]) -> dict[str, str]:
     """The environment without what JAX takes for a cluster."""
     found = ("SLURM_", "OMPI_", "KUBERNETES_", "JAX_COORDINATOR_")
     return {name: value for name, value in values.items() if not name.startswith(found)}
-
-
-def free_job() -> int:
-    """A job number of SLURM from which JAX makes a port that is free."""
-    while True:
-        job = random.randrange(1, 1 << 20)
-        with socket.socket() as listen, suppress(OSError):
-            listen.bind(("127.0.0.1", job % 2**12 + 2**16 - 2**12))
-            return job
-
-
-def slurm(job: int, index: int) -> dict[str, str]:
-    """What SLURM 24.11 sets in one of two tasks on one node, and JAX reads. Seen in a real one, with another node."""
-    return {
-        "SLURM_JOB_ID": str(job),
-        "SLURM_STEP_NODELIST": "localhost",
-        "SLURM_STEP_NUM_NODES": "1",
-        "SLURM_NTASKS": "2",
-        "SLURM_PROCID": str(index),
-        "SLURM_LOCALID": str(index),
-    }
 
 
 def pair(folder: Path, out: str, *flags: str) -> list[subprocess.Popen[str]]:

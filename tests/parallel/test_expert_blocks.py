@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,14 +12,12 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from moe_jax.certify.model import initial_params
-from moe_jax.config import device_rows
-from moe_jax.model.moe.dispatch import Blocks, Dispatch, QueuedPairs
+from moe_jax.model.moe.dispatch import QueuedPairs
 from moe_jax.model.moe.layer import Mode, MoE
 from moe_jax.model.moe.router import Routing, route
-from moe_jax.model.transformer import Forms, abstract_model, build_layer, merge
+from moe_jax.model.transformer import build_layer
 from moe_jax.parallel.experts import ExchangedBlocks, ExpertParallelMoE
 from moe_jax.parallel.layout import AXES, mesh_of
-from moe_jax.training.programs import Programs
 from tests.parallel import made
 from tests.support import oracles, tiny
 
@@ -187,52 +185,3 @@ def test_outputs_drops_and_gradients(
     assert len(nothing) == (6 if favoured == (4, 5) else 0)
     for gradient in grads["experts"].values():
         assert (np.asarray(gradient)[nothing] == 0).all()
-
-
-class BoundedBlocks(NamedTuple):
-    """Dispatch by blocks on one device, which drops the pairs that find no row in `queues`. Their gates are 0."""
-
-    local: Blocks
-    queues: ExchangedBlocks
-
-    def apply(self, x: Any, routing: Routing, experts: Any) -> tuple[Any, Any]:
-        keep = self.queues.trace(routing).keep
-        y, _ = self.local.apply(x, routing._replace(gate=jnp.where(keep, routing.gate, 0)), experts)
-        return y, (~keep).reshape(len(keep), -1).mean(1, dtype=jnp.float32)
-
-    def trace(self, routing: Routing) -> QueuedPairs:
-        return self.queues.trace(routing)
-
-
-class BoundedMoE(MoE):
-    """One device that drops what four devices along `expert` drop."""
-
-    def dispatch_for(self, mode: Mode, batch: int, tokens: int) -> Dispatch:
-        local = super().dispatch_for(mode, batch, tokens)
-        assert isinstance(local, Blocks)
-        rows = device_rows(tokens, E, self.routing.top_k, N, self.routing.device_capacity_factor)
-        return BoundedBlocks(local, ExchangedBlocks(N, rows))
-
-
-@pytest.mark.parallel
-@pytest.mark.parametrize(("factor", "moe"), [(4.0, MoE), (1.0, BoundedMoE)], ids=["nothing dropped", "drops"])
-def test_hidden_states_drops_and_load_have_the_bits_of_one_device(factor: float, moe: type[MoE]) -> None:
-    """Number 1 of the strict list. Without drops, the one device has no bound."""
-    wide: dict[str, Any] = {"seq_len": 64, "width": 64, "layers": 2, "device_capacity_factor": factor}
-    config = made.config(dispatch="blocks", **wide)
-    one, programs = Programs.of(config), made.programs(f"data=2,expert={N}", dispatch="blocks", **wide)
-    params, tokens = one.initial_params(), made.batch(0, length=64)[0][:, :-1]
-    graphdef, _ = abstract_model(config.model, Forms(one.policy.compute, moe=moe))
-
-    @jax.jit
-    def forward(params: Any, tokens: Any) -> Any:
-        hidden, stats, _ = merge(graphdef, params)(tokens, Mode.TRAIN)
-        return hidden, stats.drop_fraction, stats.load
-
-    expected = forward(params, tokens)
-    assert (np.asarray(expected[1]).mean() > 0.02) == (moe is BoundedMoE)
-    layout = programs.layout
-    assert layout is not None
-    on_mesh = made.make_mesh_forward(layout, programs.trained_graphdef, programs.param_shapes)
-    placed = jax.device_put(params, layout.shardings(programs.param_shapes, layout.params))
-    tiny.assert_same_bits(on_mesh(placed, tokens), expected)

@@ -144,14 +144,6 @@ def test_the_axes_of_adapters() -> None:
     assert without_fsdp(P("expert", "fsdp", None)) == P("expert", None, None)
 
 
-def test_a_mesh_axis_of_one_device_is_left_out() -> None:
-    mesh: Any = AbstractMesh((4, 1, 2), ("data", "fsdp", "expert"))
-    assert parameter_spec(f"{EXPERTS}.w_in", mesh) == P("expert", None, None)
-    assert parameter_spec("embedding", mesh) == P(None, None)
-    layout = Layout.of(mesh, shapes(), jax.tree.map(lambda _: False, shapes()))
-    assert (layout.devices, layout.batch) == (8, P(None, ("data", "fsdp", "expert")))
-
-
 def test_a_leaf_of_a_state_belongs_to_the_longest_name() -> None:
     """`norm.scale` ends `ffn_norm.scale`, and `head` is no part of `heads`."""
     layout = Layout.of(MESH, shapes(), jax.tree.map(lambda _: False, shapes()))

@@ -17,11 +17,11 @@ import pytest
 from moe_jax.cli.main import main, run_as
 from moe_jax.parallel.layout import mesh_of
 from moe_jax.runs.catalog import load_config
-from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore, restore
+from moe_jax.runs.checkpoint import Checkpoint
 from moe_jax.runs.records import read_metrics
 from moe_jax.training.programs import Programs
-from tests.parallel.pairs import LIMIT, MESH, SETTINGS, Ended, ended, free_job, free_port, pair, slurm, start
-from tests.support import saved_run, tuning
+from tests.parallel.pairs import LIMIT, MESH, SETTINGS, Ended, ended, pair
+from tests.support import saved_run
 
 pytestmark = pytest.mark.parallel
 
@@ -72,23 +72,6 @@ def test_two_processes_as_one(folder: Path, two: Ended) -> None:
     assert names[0] == names[1]
 
 
-def test_saved_by_two_and_restored_by_one(folder: Path, two: Ended, tmp_path: Path) -> None:
-    """Every process has written parts. One process restores them on eight devices and on one, and saves the same
-    digests."""
-    assert two.status == (0, 0)
-    checkpoint = newest(folder, "two")
-    assert {p.name for p in (checkpoint.path / "arrays").glob("ocdbt.*")} == {"ocdbt.process_0", "ocdbt.process_1"}
-    for mesh in ("data=8", ""):
-        state = restore(checkpoint, state_shapes(folder, mesh))
-        again = CheckpointStore(tmp_path / (mesh or "one"))
-        again.save(state, checkpoint.step, val_loss=None, elapsed=1.0, context={})
-        found = again.list()[-1]
-        assert saved_run.array_digests(found) == saved_run.array_digests(checkpoint)
-        assert (found.path / "weights.safetensors").read_bytes() == (
-            checkpoint.path / "weights.safetensors"
-        ).read_bytes()
-
-
 def test_a_run_moves_from_two_processes_to_one_and_back(folder: Path, two: Ended) -> None:
     """SIGTERM to process 1 saves one step in both. One process goes on, then two again: every step is there once, with
     the losses of the uninterrupted run."""
@@ -109,18 +92,6 @@ def test_a_run_moves_from_two_processes_to_one_and_back(folder: Path, two: Ended
     again = ended(pair(folder, "moved", "--resume"))
     assert again.status == (0, 0), again.errors
     np.testing.assert_allclose(records(folder, "moved"), records(folder, "two"), atol=5e-6, rtol=0)
-
-
-@pytest.mark.slow
-def test_two_tasks_of_slurm_as_two_processes(folder: Path, two: Ended) -> None:
-    """`--coordinator-address cluster` finds the processes by the variables of SLURM, and trains the same run."""
-    assert two.status == (0, 0)
-    job = free_job()
-    found = ended([start(folder, "tasks", i, 0, env=slurm(job, i), cluster=True) for i in range(2)])
-    assert found.status == (0, 0), found.errors
-    assert found.printed(1) == []
-    assert arrays(folder, "tasks") == arrays(folder, "two")
-    assert records(folder, "tasks") == records(folder, "two")
 
 
 def wait_for_step(run: Path, step: int, processes: Sequence[subprocess.Popen[str]] = ()) -> None:
@@ -186,24 +157,3 @@ def test_two_processes_resume_from_the_checkpoint_before_a_flipped_bit(folder: P
     assert f"resumed at step {checkpoint.step - 4}" in again.out[0]
     assert arrays(folder, "damaged") == arrays(folder, "two")
     assert [p.name for p in (folder / "damaged" / "checkpoints").glob("damaged_*")] == ["damaged_00000020"]
-
-
-@pytest.mark.slow
-def test_two_processes_tune_as_one(folder: Path) -> None:
-    """`sft --lora` of two processes: the losses of one process with the same mesh, and the frozen weights have the bits
-    of the run that is tuned."""
-    base, data = tuning.base_run(folder / "base"), tuning.write_conversations(folder / "chats.jsonl")
-    words = ["sft", "--run", str(base), "--data", str(data), "--lora", "4", "--steps", "6", "--batch-size", "8"]
-    words += ["--eval-every", "6", "--save-every", "6", "--train.log-every", "1", "--precision", "float32"]
-    port = free_port()
-    found = ended([start(folder, "tuned", index, port, words=words) for index in range(2)])
-    assert found.status == (0, 0), found.errors
-    assert [*found.lines(0), *found.lines(1)] == []
-    argv = [*words[1:], "--out", str(folder / "tuned1"), "--mesh", MESH]
-    assert main(lambda given: run_as("sft", given, "sft"), argv) == 0
-    losses = [loss for _, loss in records(folder, "tuned")]
-    np.testing.assert_allclose(losses, [loss for _, loss in records(folder, "tuned1")], atol=5e-6, rtol=0)
-    assert len(losses) == 6
-    tuned, before = arrays(folder, "tuned"), arrays(folder, "base/run")
-    params = {name: leaf for name, leaf in before.items() if name.startswith("params.")}
-    assert {name: tuned[name] for name in params} == params

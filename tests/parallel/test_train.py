@@ -63,20 +63,6 @@ def test_a_run_moves_between_meshes(text: Path) -> None:
     assert saved["execution"]["mesh"] == "data=8"
 
 
-def test_blocks_over_an_expert_axis_count_what_they_drop(text: Path) -> None:
-    """With half a device's fair share of rows, half or more of the choices are dropped: in the records and the sums. It
-    goes on with another factor and on one device, where nothing is dropped."""
-    flags = ("--dispatch", "blocks", "--routing.device-capacity-factor")
-    assert run(text, "blocks", *flags, "0.5", "--steps", "4", "--mesh", "fsdp=2,expert=4") == 0
-    assert run(text, "blocks", "--resume", *flags, "4", "--steps", "8", "--mesh", "data=1") == 0
-    drops = [record["drop_fraction"] for record in read_metrics(text / "blocks")["train"]]
-    assert min(drops[:4]) >= 0.5
-    assert drops[4:] == [0] * 4
-    summary = json.loads((text / "blocks" / "summary.json").read_text())
-    assert summary["train_drop_fraction"] == pytest.approx(np.mean(drops), rel=1e-6)
-    assert summary["val_drop_fraction"] == 0
-
-
 @pytest.mark.parametrize(("mesh", "places"), [("data=4", 4), ("data=4,expert=4", 16)])
 def test_a_mesh_of_other_devices_is_refused(
     mesh: str, places: int, text: Path, capsys: pytest.CaptureFixture[str]

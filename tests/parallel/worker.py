@@ -1,4 +1,4 @@
-"""`train.py`, or `moe-jax sft`, for tests of several processes: without the report and the long sample."""
+"""`train.py` for tests of several processes: without the report and the long sample."""
 
 import sys
 
@@ -10,5 +10,4 @@ session.SAMPLE_TOKENS = 8
 report.report_run = lambda files: ["no report"]
 
 if __name__ == "__main__":
-    command, argv = ("sft", sys.argv[2:]) if sys.argv[1] == "sft" else ("train", sys.argv[1:])
-    sys.exit(main(lambda given: run_as(command, given, "train.py"), argv))
+    sys.exit(main(lambda given: run_as("train", given, "train.py"), sys.argv[1:]))

@@ -13,7 +13,6 @@ from tests.support import saved_run
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMANDS = "python -m moe_jax"
-VERIFY_RESUME = "benchmarks/verify_resume.py"
 TIMES = frozenset({"tokens_per_second", "wall_seconds"})
 """Fields of a record that are times, and differ between any two runs."""
 

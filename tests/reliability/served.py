@@ -20,10 +20,6 @@ from moe_jax.runs.load import open_run
 from moe_jax.system.random_keys import Purpose, purpose_key
 from tests.reliability import runs
 
-NEAR = 1e-3
-"""A tie: two tokens whose scores (logit / temperature + random number) differ by less than this. Batched products may
-decide it the other way."""
-
 
 class Served(NamedTuple):
     """A server in a process."""
@@ -65,29 +61,18 @@ def start(run: Path, cache: Path, *flags: str) -> Served:
     return Served(process, found[1], run)
 
 
-class Generated(NamedTuple):
-    """A text as `generate` writes it."""
-
-    tokens: list[int]
-    ended: bool
-    """Whether the separator was drawn."""
-    draws: list[tuple[Any, ...]]
-    """What each token was drawn from: logits, settings, tokens seen, key. One more if the separator was drawn."""
-
-
 class Oracle:
-    """The texts of `generate`, drawn and appended token by token; and how near a tie was."""
+    """The texts of `generate`, drawn and appended token by token, and the probabilities of a text."""
 
     def __init__(self, run: Path) -> None:
         loaded = open_run(run)
         self.tokenizer, self._params, self.seq_len = loaded.tokenizer, loaded.params, loaded.config.model.seq_len
-        self.layers, self.top_k = loaded.config.model.layers, loaded.config.model.routing.top_k
         self._decoder = Decoder(loaded.writer, self.seq_len, self.tokenizer.vocab_size)
         self._append = jax.jit(partial(advance, loaded.writer))
         self._draw = jax.jit(partial(draw, self.tokenizer.vocab_size))
 
-    def generated(self, prompt: list[int], fields: dict[str, Any], number: int) -> Generated:
-        """Text `number` that a request asks for."""
+    def generated(self, prompt: list[int], fields: dict[str, Any], number: int) -> list[int]:
+        """The tokens of text `number` that a request asks for."""
         settings = Sampling(
             float(fields["temperature"]),
             int(fields["top_k"]),
@@ -96,14 +81,13 @@ class Oracle:
             float(fields["repetition_penalty"]),
         )
         key, stop = purpose_key(fields["seed"], Purpose.SAMPLE, number), self.tokenizer.separator_id
-        context, tokens, draws = prompt[-self.seq_len :], [], []
+        context, tokens = prompt[-self.seq_len :], []
         state: PromptState = self._decoder.read(self._params, context)
         seen = jnp.zeros(state.logits.shape, bool).at[0, np.array(prompt, np.int32)].set(True).at[0, stop].set(False)
         while len(tokens) < fields["max_tokens"]:
-            draws.append((state.logits, settings, seen, jax.random.fold_in(key, len(tokens))))
-            token = int(self._draw(*draws[-1])[0])
+            token = int(self._draw(state.logits, settings, seen, jax.random.fold_in(key, len(tokens)))[0])
             if token == stop:
-                return Generated(tokens, True, draws)
+                break
             tokens.append(token)
             context, seen = [*context, token], seen.at[0, token].set(True)
             if len(context) > self.seq_len:
@@ -111,12 +95,7 @@ class Oracle:
                 state = self._decoder.read(self._params, context)
             else:
                 state = self._append(self._params, state, np.array([token], np.int32))
-        return Generated(tokens, False, draws)
-
-    def was_near(self, draw: tuple[Any, ...], other: int) -> bool:
-        """Whether a token was a tie with another one: a change of the logits by NEAR lets the other win."""
-        logits, *rest = draw
-        return int(self._draw(logits.at[0, other].add(NEAR), *rest)[0]) == other
+        return tokens
 
     def logprob(self, logits: Any, token: int) -> float:
         """Of a token under the model's own distribution. `logits` [1, V]."""

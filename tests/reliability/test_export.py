@@ -2,9 +2,7 @@
 export of the same name removes what a killed one has left beside it."""
 
 import functools
-import random
 import shutil
-import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ from moe_jax.interop.export import export
 from moe_jax.interop.source import ExportSource, open_source
 from moe_jax.runs import arrays
 from tests.interop.saved import save
-from tests.reliability import runs, test_save
+from tests.reliability import test_save
 from tests.reliability.test_save import Snapshots, quota, refused
 
 pytestmark = pytest.mark.reliability
@@ -60,23 +58,3 @@ def test_a_full_disk_at_twenty_places(source: ExportSource, tmp_path: Path) -> N
         with quota(max(1, room)):
             assert refused(lambda folder=folder: export(source, "hf", "float32", folder / "out", ""))
         assert list(folder.iterdir()) == []
-
-
-@pytest.mark.slow
-def test_real_processes_killed_at_random(source: ExportSource, cache: Path, tmp_path: Path) -> None:
-    run, moments = source.checkpoint.path.parents[1], random.Random(0)
-    words = ["export", "--run", str(run), "--to", "hf", "--out", str(tmp_path / "out")]
-    begin = time.monotonic()
-    assert runs.complete(words, cache, runs.COMMANDS).returncode == 0
-    seconds, whole = time.monotonic() - begin, content(tmp_path / "out")
-    for _ in range(40):
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        process = runs.start(words, cache, runs.COMMANDS)
-        time.sleep(moments.uniform(0.6 * seconds, seconds))
-        process.kill()
-        process.communicate()
-        assert not (tmp_path / "out").exists() or content(tmp_path / "out") == whole
-    shutil.rmtree(tmp_path / "out", ignore_errors=True)
-    assert runs.complete(words, cache, runs.COMMANDS).returncode == 0
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
-    assert content(tmp_path / "out") == whole

@@ -1,9 +1,6 @@
-"""`benchmarks/verify_resume.py`: it passes at its earliest kill, and leaves nothing behind when it is stopped."""
+"""`benchmarks/verify_resume.py`: it passes wherever it kills."""
 
-import os
 import random
-import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,29 +31,3 @@ def test_it_passes_wherever_it_kills(
     printed = capsys.readouterr().out
     assert "PASS" in printed
     assert "from step None" not in printed
-
-
-def alive(process: int) -> bool:
-    """Whether a process is there and not merely waiting to be collected."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
-def test_a_signal_leaves_nothing_behind(
-    number: int, text: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """While its first run trains: that process is ended, and the scratch folder removed."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    process = runs.start(runs.flags(text, tmp_path / "unused"), cache, runs.VERIFY_RESUME)
-    while process.poll() is None and not (locks := [p for p in tmp_path.glob("*/whole/.lock") if p.read_text()]):
-        time.sleep(0.01)
-    child = int(locks[0].read_text().split()[0])
-    assert alive(child)
-    process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, err
-    assert not alive(child)
-    assert os.listdir(tmp_path) == []
