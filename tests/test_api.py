@@ -1,10 +1,6 @@
 """What a notebook does with a trained model: `moe_jax.load_run`, and the methods of `Run`."""
 
-import dataclasses
-import inspect
 import json
-import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -98,11 +94,6 @@ def test_generate_is_the_text_generator(settings: dict[str, Any], run: Run) -> N
         )
 
 
-def test_the_defaults_are_those_of_sampling() -> None:
-    given = {name: p.default for name, p in inspect.signature(Run.generate).parameters.items()}
-    assert {name: given[name] for name in Sampling._fields} == Sampling()._asdict()
-
-
 def test_logits_are_those_of_an_uncached_pass_row_by_row(run: Run) -> None:
     """Row i is the last row of a pass over the first i + 1 tokens alone, without padding."""
     tokens = [run.tokenizer.separator_id, *run.tokenizer.encode("a cat")]
@@ -123,11 +114,6 @@ def test_logits_are_those_of_an_uncached_pass_row_by_row(run: Run) -> None:
     assert run._programs.logits._cache_size() == 1
 
 
-def test_the_empty_text_has_the_row_after_the_separator(run: Run) -> None:
-    (row,) = run.logits("")
-    np.testing.assert_allclose(row, run.logits("a")[0], atol=2e-5)
-
-
 def test_evaluate_on_the_runs_own_text_gives_the_summarys_numbers(
     trained: tuple[Path, dict[str, Any]], run: Run
 ) -> None:
@@ -137,18 +123,6 @@ def test_evaluate_on_the_runs_own_text_gives_the_summarys_numbers(
     assert (scored.tokens, scored.drop_fraction) == (summary["val_tokens"], summary["val_drop_fraction"])
     assert scored.bytes / scored.tokens == summary["val_bytes_per_token"]
     assert json.loads((trained[0] / "summary.json").read_text()) == summary
-
-
-def test_evaluate_on_a_text_is_the_mean_of_its_logits(run: Run) -> None:
-    """The text has 12 tokens and 12 bytes; the separator at its end is predicted too. Spaces around it are removed."""
-    text = "the dog sat."
-    targets = [*run.tokenizer.encode(text), run.tokenizer.separator_id]
-    z = run.logits(text).astype(np.float64)
-    nats = np.log(np.exp(z).sum(1)) - z[np.arange(len(targets)), targets]
-    scored = run.evaluate(f"  {text}\n")
-    assert (scored.tokens, scored.bytes, scored.drop_fraction) == (13, 12, 0)
-    assert scored.loss == pytest.approx(nats.mean(), rel=1e-5)
-    assert scored.bits_per_byte == pytest.approx(nats.sum() / math.log(2) / 12, rel=1e-5)
 
 
 def test_an_expert_that_is_off_is_not_chosen_and_one_program_serves_all(run: Run) -> None:
@@ -164,20 +138,6 @@ def test_an_expert_that_is_off_is_not_chosen_and_one_program_serves_all(run: Run
     assert len(programs) == 1
     assert quiet._programs.logits._cache_size() == quiet._programs.trace._cache_size() == 1
     assert run.trace(PROMPT).expert_index.max() == 3, "the run itself is as before"
-
-
-@pytest.mark.slow
-def test_an_ablation_is_that_of_the_switches(run: Run) -> None:
-    """The losses are those of the logits of the switched run; the story with all experts is that of `generate`."""
-    found, targets = run.ablation(PROMPT), run.tokenizer.encode(PROMPT)
-    for layer, e in ((0, 1), (1, 3)):
-        z = run.switch_off(layer, e).logits(PROMPT)[:-1].astype(np.float64)
-        nats = np.log(np.exp(z).sum(1)) - z[np.arange(len(targets)), targets]
-        np.testing.assert_allclose(found.without[layer, e], nats, atol=1e-4)
-    assert (
-        found.story
-        == run.generate(found.prompt, max_tokens=len(run.tokenizer.encode(found.story)))[len(found.prompt) :]
-    )
 
 
 def test_switches_add_up_and_one_expert_can_be_forced(run: Run) -> None:
@@ -228,25 +188,6 @@ def test_errors_are_one_line_that_says_what_to_do(
     with pytest.raises(UserError, match="at most 16,384 can be shown") as caught:
         run.trace("a" * 16_384)
     one_line(caught.value)
-
-
-def test_a_run_is_shown_in_one_line(trained: tuple[Path, dict[str, Any]], run: Run) -> None:
-    parameters = sum(leaf.size for leaf in jax.tree.leaves(run.params))
-    assert re.fullmatch(
-        rf"<Run \S+, step 60: \d layers of width \d+, \d experts, {parameters:,} parameters>", repr(run)
-    )
-
-
-def test_a_run_whose_text_is_gone_says_so_and_scores_another(trained: tuple[Path, dict[str, Any]]) -> None:
-    run = moe_jax.load_run(trained[0])
-    gone = dataclasses.replace(run.config, data=dataclasses.replace(run.config.data, source="no/such/text.txt"))
-    moved = dataclasses.replace(run, config=gone)
-    with pytest.raises(
-        UserError, match=r"validation text is not at hand .*no/such/text\.txt.*give a text to score"
-    ) as caught:
-        moved.evaluate()
-    one_line(caught.value)
-    assert math.isfinite(moved.evaluate("a cat").loss)
 
 
 def test_a_dense_baseline_has_nothing_to_trace(tmp_path: Path) -> None:

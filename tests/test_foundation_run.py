@@ -146,15 +146,6 @@ def test_a_text_of_ones_own_is_scored(saved: Path, tmp_path: Path, capsys: pytes
     assert said["difference"] is None
 
 
-@pytest.mark.parametrize("damage", [b"", b"\xff" * 40, b"\x02\0\0\0\0\0\0\0{}", b"\x04\0\0\0\0\0\0\0null", b"\x40"])
-def test_damaged_weights_are_said_in_one_line(damage: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "weights.safetensors"
-    path.write_bytes(damage)
-    with pytest.raises(Problem) as caught:
-        weights.parameters_of(weights.read_safetensors(path), {"width": 2, "layers": 1, "tied_head": True})
-    assert "\n" not in str(caught.value)
-
-
 def test_bfloat16_is_read_exactly(tmp_path: Path) -> None:
     """Runs that are imported or trained in bfloat16 have such weights."""
     values = jax.random.normal(jax.random.key(0), (5, 3), "bfloat16")
@@ -182,19 +173,6 @@ def test_every_setting_of_a_model_is_read_refused_or_known_to_change_nothing() -
     weights.config_of(dataclasses.asdict(model), dataclasses.asdict(model.routing))
 
 
-@pytest.mark.parametrize("part", ["model", "routing"])
-def test_an_unknown_setting_is_refused_in_one_line(part: str) -> None:
-    settings: dict[str, dict] = {
-        "model": {"experts": 4, "heads": 2, "norm": "rmsnorm", "positions": "rope"},
-        "routing": {"top_k": 2},
-    }
-    weights.config_of(**settings)
-    settings[part]["group_limit"] = 2
-    with pytest.raises(Problem, match=r"config\.json sets group_limit, which foundation does not know") as caught:
-        weights.config_of(**settings)
-    assert "\n" not in str(caught.value)
-
-
 @pytest.mark.parametrize(
     ("section", "changes", "said"),
     [
@@ -214,14 +192,3 @@ def test_a_tuned_run_is_refused(
     with pytest.raises(Problem, match=said) as caught:
         by_hand.open_run(folder)
     assert "\n" not in str(caught.value)
-
-
-def test_an_imported_tokenizer_is_not_called_damaged(tmp_path: Path) -> None:
-    path = tmp_path / "tokenizer.json"
-    path.write_text('{"kind": "hf"}')
-    with pytest.raises(Problem, match="an imported tokenizer, which foundation does not read; choose a run with --tok"):
-        tokens.read_vocabulary(path)
-
-
-def test_the_folder_is_opened_without_moe_jax(saved: Path) -> None:
-    assert by_hand.open_run(saved).step == saved_run.STEP

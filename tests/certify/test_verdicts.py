@@ -1,25 +1,13 @@
 """When a certificate passes, worked by hand. No model is compiled."""
 
-import dataclasses
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from moe_jax.certify import arithmetic, causality
-from moe_jax.certify import model as all_claims
-from moe_jax.certify.arithmetic import step_arithmetic
 from moe_jax.certify.causality import PerturbationResult, count_changes
-from moe_jax.certify.formulas import step_products
 from moe_jax.certify.hlo import Dot, Program
-from moe_jax.config import RunConfig, TrainConfig
-from moe_jax.model.kernels import cross_entropy
-from moe_jax.training.programs import Programs
-from tests.support import tiny
-
-MODEL = tiny.config()
-
 
 # Causality
 
@@ -84,25 +72,6 @@ def test_every_position_is_changed_in_all_rows_but_one() -> None:
     assert ((new == before) | (new == other) | (new == np.roll(before, 1, axis=1))).all()
 
 
-def test_every_bit_of_an_output_counts() -> None:
-    """-0.0 equals 0.0, and a NaN does not equal itself. The bits say the opposite."""
-    a = np.array([[0.0, np.nan, 1.0, 2.0]], np.float32)[..., None]
-    b = np.array([[-0.0, np.nan, 1.0, np.nextafter(np.float32(2), np.float32(3))]], np.float32)[..., None]
-    assert (causality._bits(a) != causality._bits(b)).ravel().tolist() == [True, False, False, True]
-
-
-def test_how_many_positions_are_tried() -> None:
-    """Every position while that takes at most MOST_FLOPS operations; then evenly spaced ones."""
-    before, other = np.zeros((2, 2, 100), int)
-
-    def run(x: Any) -> Any:
-        return x[..., None], np.zeros(1)
-
-    tried = [causality.perturbed("", run, before, other, flops, 6).found for flops in (1e10, 1e11)]
-    assert [" at each of 100 positions" in tried[0], " at 10 of 100 positions" in tried[1]] == [True, True]
-    assert causality.spaced(0, 99, 10).tolist() == [0, 11, 22, 33, 44, 55, 66, 77, 88, 99]
-
-
 @pytest.mark.parametrize(("slots", "dropped", "passed"), [(4, 0.1, True), (4, 0.0, False), (None, 0.0, True)], ids=str)
 def test_a_capacity_must_be_tested_under_drops(
     slots: int | None, dropped: float, passed: bool, monkeypatch: pytest.MonkeyPatch
@@ -116,63 +85,8 @@ def test_a_capacity_must_be_tested_under_drops(
 # Arithmetic
 
 
-CONFIG = RunConfig(model=MODEL, train=TrainConfig(optimizer="muon"))
-PROGRAMS = Programs.of(CONFIG)
-NEEDED = step_products(CONFIG, 3)
-NAMES = ["attention within the step", "expert layers within the step", "head within the step", "the whole step"]
-
-
 def dot(flops: int, op_name: str = "", operands: str = "f32", precision: str = "highest") -> Dot:
     return Dot(op_name, operands, precision, flops, 1)
-
-
-def of_step(monkeypatch: pytest.MonkeyPatch, parts: dict[str, int], unnamed: int = 0, attention: str = "") -> list[str]:
-    """The claims that fail of a step of 3 sequences whose products are the `parts`."""
-    dots = [dot(flops, f"step/{part}/dot") for part, flops in parts.items()]
-    form: Any = SimpleNamespace(implementation=attention)
-    monkeypatch.setattr(Programs, "of", lambda _: dataclasses.replace(PROGRAMS, attention=form))
-    monkeypatch.setattr(Programs, "compiled_step", lambda *_: SimpleNamespace(as_text=lambda: "text"))
-    monkeypatch.setattr(arithmetic, "read_program", {"text": Program([*dots, dot(unnamed)])}.__getitem__)
-    *found, router = step_arithmetic(CONFIG, 3)
-    assert [c.name.removeprefix("arithmetic: ") for c in found] == NAMES
-    assert not router.passed
-    return [c.name.removeprefix("arithmetic: ") for c in found if not c.passed]
-
-
-@pytest.mark.parametrize("number", range(4))
-@pytest.mark.parametrize("more", [-1, 0, 1])
-def test_every_part_of_a_step_has_exactly_what_it_needs(
-    number: int, more: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    part = ["attention", "ffn", "head", "rest"][number]
-    failed = of_step(monkeypatch, NEEDED | {part: NEEDED[part] + more})
-    assert failed == ([] if more == 0 else ["the whole step"] if part == "rest" else [NAMES[number], "the whole step"])
-
-
-@pytest.mark.parametrize(("unnamed", "failed"), [(999, [NAMES[0], NAMES[3]]), (1000, []), (1001, [NAMES[3]])])
-def test_a_product_without_a_name_may_belong_to_any_part(
-    unnamed: int, failed: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert of_step(monkeypatch, NEEDED | {"attention": NEEDED["attention"] - 1000}, unnamed) == failed
-
-
-def test_the_head_is_padded_where_the_device_pads_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU multiplies 128 columns for a vocabulary of 13. A CPU pads the last block of a prime number of tokens: with
-    room for 5 of 23 tokens, 5 blocks of 5."""
-    padded = NEEDED | {"head": NEEDED["head"] * 128 // 13}
-    assert of_step(monkeypatch, padded) == [NAMES[2], NAMES[3]]
-    with monkeypatch.context() as m:
-        m.setattr(arithmetic.jax, "default_backend", lambda: "gpu")
-        assert of_step(m, padded) == []
-    monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", 5 * 13 * 4)
-    model = dataclasses.replace(MODEL, seq_len=23)
-    programs = dataclasses.replace(PROGRAMS, config=dataclasses.replace(CONFIG, model=model))
-    assert arithmetic.part_products(programs, 1)["head"] == 6 * 25 * 13 * model.width
-
-
-def test_a_step_in_the_forms_of_a_card_is_compared_with_their_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert of_step(monkeypatch, step_products(CONFIG, 3, cudnn=True), attention="cudnn") == []
-    assert NAMES[0] in of_step(monkeypatch, step_products(CONFIG, 3, cudnn=True))
 
 
 @pytest.mark.parametrize(
@@ -191,23 +105,3 @@ def test_the_precision_of_the_router(dots: list[Dot], passed: bool) -> None:
 
 
 # Which certificates a model gets
-
-
-def test_a_dense_model_has_no_certificates_of_experts(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("model_causality", "step_arithmetic"):
-        monkeypatch.setattr(all_claims, name, lambda *_, name=name: iter([name]))
-    for name in ("layer_causality", "writing_causality", "layer_arithmetic", "compilations"):
-        monkeypatch.setattr(all_claims, name, lambda *_, name=name: name)
-    params: Any = {"blocks": [{"ffn": None}]}
-    dense = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, dense="active"))
-    assert list(all_claims.certify(dense, params, 2)) == ["model_causality", "writing_causality", "compilations"]
-    assert list(all_claims.certify(CONFIG, params, 2)) == [
-        *(
-            "layer_causality",
-            "model_causality",
-            "writing_causality",
-            "layer_arithmetic",
-            "step_arithmetic",
-            "compilations",
-        ),
-    ]

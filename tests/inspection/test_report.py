@@ -18,7 +18,7 @@ from moe_jax.inspection.specialisation import log_likelihood_ratio, specialisati
 from moe_jax.inspection.trace import routing_trace
 from moe_jax.pages import digest
 from moe_jax.runs.load import open_run
-from tests.support import saved_run, short_form, tiny
+from tests.support import saved_run, tiny
 
 pytestmark = pytest.mark.runs
 
@@ -151,31 +151,6 @@ def test_a_planted_preference_is_the_only_one_found() -> None:
     assert [len(e["tokens"]) for e in found[0]] == [0, 0, 1, 0]
 
 
-def test_counts_of_the_planted_corpus() -> None:
-    corpus = planted()
-    data = corpus_data(corpus)
-    assert data["dead"] == [{"layer": 0, "expert": 3, "load": 0.0, "dead": True}]
-    assert sum(data["load"][0]) == pytest.approx(1, abs=1e-3)
-    assert data["entropy"] == [1.0]
-    together = np.array(data["together"][0])
-    np.testing.assert_array_equal(together, together.T)
-    assert np.triu(together, 1).sum() == corpus.tokens  # two choices make one pair a token
-    assert np.diag(together).sum() == 2 * corpus.tokens
-    by_factor = dict(zip(*data["drops_by_factor"].values(), strict=True))
-    # 64 pairs a window for three experts of 16 slots each: at least a quarter is dropped.
-    assert 0.25 <= by_factor[1.0][0] < 0.5
-    assert by_factor[4.0] == [0.0]
-
-
-def test_the_flow_follows_each_token() -> None:
-    """Three tokens, first choices 0 0 1 in a layer and 2 1 1 in the next."""
-    expert = np.array([[[[0], [0], [1]]], [[[2], [1], [1]]]])
-    config = tiny.config(vocab_size=4, seq_len=3, experts=3, top_k=1)
-    probs = np.full((2, 1, 3, 3), 1 / 3, np.float32)
-    corpus = count_routing(config, np.array([[0, 1, 2]]), probs, expert, np.ones(expert.shape, bool))
-    np.testing.assert_array_equal(corpus.flow, [[[0, 1, 1], [0, 1, 0], [0, 0, 0]]])
-
-
 def test_drops_counted_from_loads_are_those_that_happened(folder: Path) -> None:
     run = open_run(folder)
     corpus = corpus_routing.corpus_routing(run, np.random.default_rng(1).integers(0, 257, 5000))
@@ -184,19 +159,6 @@ def test_drops_counted_from_loads_are_those_that_happened(folder: Path) -> None:
     assert (corpus.drop_fraction(1.0) > 0.02).all()
     assert (corpus.drop_fraction(4.0) == 0).all()
     np.testing.assert_allclose(corpus_data(corpus)["drops"], corpus.drop_fraction(1.0), atol=0.00006)
-
-
-@pytest.mark.parametrize(("dispatch", "factor"), short_form([("capacity", 0.6), ("blocks", 0.6)], [("blocks", 0.6)]))
-def test_the_drops_of_a_run_are_those_of_its_dispatch(dispatch: str, factor: float, tmp_path: Path) -> None:
-    """A capacity factor that would drop is no word about a run without a capacity: neither drops nor a mark of its own
-    among the factors."""
-    run = open_run(saved_run.save_run(tmp_path, dispatch=dispatch, capacity_factor=factor))
-    corpus = corpus_routing.corpus_routing(run, np.random.default_rng(1).integers(0, 257, 1000))
-    data = corpus_data(corpus)
-    assert (corpus.drop_fraction(factor) > 0.02).all()
-    assert (np.array(data["drops"]) > 0).all() == (dispatch == "capacity")
-    assert (np.array(data["drops"]) == 0).all() == (dispatch != "capacity")
-    assert (0.6 in data["drops_by_factor"]["factor"]) == (dispatch == "capacity" and factor == 0.6)
 
 
 @pytest.mark.usefixtures("without_ablation")
@@ -226,14 +188,6 @@ def test_the_end_of_a_run_writes_pictures_and_report(folder: Path) -> None:
     assert {"loss.png", "loss.svg", "load.png", "evenness.svg", "routing.html"} <= names
 
 
-def test_a_dense_baseline_gets_pictures_and_a_reason(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    baseline = saved_run.save_run(tmp_path, dense="active")
-    lines = report_run(baseline)
-    assert lines[0].startswith("pictures: ")
-    assert "dense baseline" in lines[1]
-
-
 def test_a_page_is_made_of_its_data_alone(written: tuple[str, dict]) -> None:
     page, data = written
     assert render(data) == page
@@ -243,18 +197,6 @@ def test_a_page_is_made_of_its_data_alone(written: tuple[str, dict]) -> None:
     # A token that is markup, as a tokenizer of whole words might have one.
     hostile = render(data | {"text": data["text"] | {"pieces": [HOSTILE]}})
     assert hostile.count("<script") == hostile.count("</script") == 2
-
-
-@pytest.mark.usefixtures("without_ablation")
-def test_a_text_of_the_users_does_not_replace_the_runs_own_page(folder: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(folder, run)
-    own = run / "report" / "routing.html"
-    own.parent.mkdir(exist_ok=True)
-    own.write_text("the run's own")
-    assert run_command(["inspect", "--run", str(run), "--text", "a cat"]) == 0
-    assert own.read_text() == "the run's own"
-    assert data_in((run / "report" / "routing-of-a-text.html").read_text(encoding="utf-8"))["text"]["pieces"]
 
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable, Iterator
 
-from moe_jax.certify import Certificate
+from moe_jax.certify import Certificate, hlo
 from moe_jax.certify.arithmetic import layer_arithmetic, step_arithmetic
 from moe_jax.certify.causality import layer_causality, model_causality, writing_causality
 from moe_jax.certify.model import compilations, initial_params
@@ -14,7 +14,6 @@ from moe_jax.model import attention, transformer
 from moe_jax.model.kernels import cached_attention, causal_attention
 from moe_jax.model.moe import layer, router
 from moe_jax.model.transformer import abstract_model
-from moe_jax.certify import hlo
 from moe_jax.training import loss
 from tests.support.planting import Bug
 
