@@ -1,8 +1,6 @@
 """What a notebook does with a trained model: `moe_jax.load_run`, and the methods of `Run`."""
 
-import dataclasses
 import json
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -127,18 +125,6 @@ def test_evaluate_on_the_runs_own_text_gives_the_summarys_numbers(
     assert json.loads((trained[0] / "summary.json").read_text()) == summary
 
 
-def test_evaluate_on_a_text_is_the_mean_of_its_logits(run: Run) -> None:
-    """The text has 12 tokens and 12 bytes; the separator at its end is predicted too. Spaces around it are removed."""
-    text = "the dog sat."
-    targets = [*run.tokenizer.encode(text), run.tokenizer.separator_id]
-    z = run.logits(text).astype(np.float64)
-    nats = np.log(np.exp(z).sum(1)) - z[np.arange(len(targets)), targets]
-    scored = run.evaluate(f"  {text}\n")
-    assert (scored.tokens, scored.bytes, scored.drop_fraction) == (13, 12, 0)
-    assert scored.loss == pytest.approx(nats.mean(), rel=1e-5)
-    assert scored.bits_per_byte == pytest.approx(nats.sum() / math.log(2) / 12, rel=1e-5)
-
-
 def test_an_expert_that_is_off_is_not_chosen_and_one_program_serves_all(run: Run) -> None:
     programs = set()
     for layer, e in ((0, 1), (1, 3)):
@@ -202,18 +188,6 @@ def test_errors_are_one_line_that_says_what_to_do(
     with pytest.raises(UserError, match="at most 16,384 can be shown") as caught:
         run.trace("a" * 16_384)
     one_line(caught.value)
-
-
-def test_a_run_whose_text_is_gone_says_so_and_scores_another(trained: tuple[Path, dict[str, Any]]) -> None:
-    run = moe_jax.load_run(trained[0])
-    gone = dataclasses.replace(run.config, data=dataclasses.replace(run.config.data, source="no/such/text.txt"))
-    moved = dataclasses.replace(run, config=gone)
-    with pytest.raises(
-        UserError, match=r"validation text is not at hand .*no/such/text\.txt.*give a text to score"
-    ) as caught:
-        moved.evaluate()
-    one_line(caught.value)
-    assert math.isfinite(moved.evaluate("a cat").loss)
 
 
 def test_a_dense_baseline_has_nothing_to_trace(tmp_path: Path) -> None:

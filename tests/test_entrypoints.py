@@ -55,11 +55,6 @@ def train(out: Path, *argv: str) -> None:
     assert main(lambda given: run_as("train", given, "train.py"), ["--out", str(out), "--resume", *argv]) == 0
 
 
-def test_a_run_without_steps_left_says_so(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train(trained)
-    assert "already trained to step 4; --steps extends it" in capsys.readouterr().out
-
-
 def test_a_story_is_told(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["generate", "--run", str(trained), "--prompt", "the cat", "--max-tokens", "20", "--num-stories", "2"]
     assert main(run_command, [*command, "--seed", "3"]) == 0

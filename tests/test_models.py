@@ -1,8 +1,5 @@
 """The models of the package: small, each weight once, opened as any run is, and their folders left alone."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -51,15 +48,7 @@ def test_reading_leaves_no_file_in_the_package(capsys: pytest.CaptureFixture[str
     before = files(SHIPPED)
     for name in SCORES:
         assert run_command(["doctor", "--run", name]) == 0
-    assert "damaged" not in capsys.readouterr().out
+    assert capsys.readouterr().out.count(", 0 damaged") == len(SCORES)
     with pytest.raises(UserError, match=r"the run's validation text is not at hand .* give a text to score"):
         run_command(["evaluate", "--run", "stories"])
     assert files(SHIPPED) == before
-
-
-def test_a_model_opens_without_orbax(tmp_path: Path) -> None:
-    """Its import took a sixth of a start. The folder is empty: in that of the project there may be a run `nano`."""
-    code = "import sys, moe_jax; print(moe_jax.load_run('nano').config.out, 'orbax' in sys.modules)"
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.stdout.split() == ["nano", "False"], done.stderr

@@ -60,11 +60,3 @@ def test_there_is_a_reason_wherever_a_gradient_is_exactly_zero_and_nowhere_else(
 ) -> None:
     for row in case[1]["rows"]:
         assert {name for name in GRADIENTS if row[name] == 0} == set(row["why"]), row
-
-
-def test_the_second_of_two_equal_words_is_the_one_without_room(given: one_token.Example) -> None:
-    """Both have the same logits. Places are given in order."""
-    assert one_token.WORDS[0] == one_token.WORDS[3]
-    first, second = (one_token.state(given, token, 2, 0.5, 0.0)["rows"] for token in (0, 3))
-    assert [row["logit"] for row in first] == [row["logit"] for row in second]
-    assert [row["fate"] for row in first].count("kept") > [row["fate"] for row in second].count("kept")

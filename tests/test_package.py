@@ -58,28 +58,3 @@ def test_the_wheel_has_two_models(program: Path, tmp_path: Path) -> None:
     assert len(told.split()) > 10
     listed = [line.split()[0] for line in run(program, "runs", cwd=tmp_path).splitlines()[1:]]
     assert sorted(listed) == ["nano", "stories"]
-
-
-def test_the_wheel_has_the_page_of_the_server(program: Path) -> None:
-    """Every file that it is joined from, those that it shares with the report included."""
-    code = "from moe_jax.serving.page import document; print(len(document().html))"
-    assert int(run(program.parent / "python", "-c", code, cwd=program.parent)) > 40_000
-
-
-def test_a_plan_leaves_no_compiler_behind(tmp_path: Path) -> None:
-    """JAX imports each plugin of its environment. Without a card, one for cards prints a traceback."""
-    own = {"UV_PROJECT_ENVIRONMENT": str(tmp_path / "own"), "MOE_JAX_CACHE": str(tmp_path / "cache")}
-    look = ("uv", "run", "--quiet", "--no-default-groups", "python", "-c", "import jax; jax.devices()")
-    tiny = (
-        "--model.layers=1",
-        "--model.width=32",
-        "--model.seq-len=32",
-        "--train.batch-size=1",
-        "--data.tokenizer=byte",
-    )
-    plan = ("python", "benchmarks/record_plans.py", "--preset=nano", "--gpu=quadro-t1000-4gb", *tiny)
-    said = run("uv", "run", "--isolated", "--no-default-groups", "--extra", "gpu-plan", *plan, cwd=ROOT, **own)
-    assert json.loads(said.splitlines()[-1])["fits"]
-    environment = {k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "VIRTUAL_ENV")} | own
-    looked = subprocess.run(look, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert (looked.returncode, looked.stderr) == (0, "")

@@ -10,12 +10,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import described_gpu
+import jax
 import pytest
 import record_plans
-from described_gpu import GPUS, Target
+from described_gpu import GPUS, Target, compile_for_gpu
 
-from moe_jax.cli.main import main
-from moe_jax.config import ConfigError, RunConfig, TrainConfig
+from moe_jax.config import ConfigError, RunConfig, TrainConfig, UserError
 from moe_jax.config.presets import preset, with_vocabulary
 from moe_jax.model.costs import count_parameters
 from moe_jax.model.precision import choose_policy
@@ -48,16 +48,6 @@ def test_the_peaks_of_two_cards_by_hand() -> None:
     assert turing[4:] == (128e9, *[pytest.approx(2 * 14 * 64 * 1.455e9)] * 2)
 
 
-def test_the_compute_capability_is_read_from_its_own_block() -> None:
-    """The text leaves out a minor number of 0, and cuDNN's version has a major and a minor number too."""
-    cudnn = "dnn_version_info { major: 9 minor: 10 }"
-    assert Target("a100", f"{cudnn} cuda_compute_capability {{ major: 8 }} {cudnn}").compute_capability == "8.0"
-    assert Target("b200", f"cuda_compute_capability {{\n  major: 10\n}}\n{cudnn}").compute_capability == "10.0"
-    for text in (cudnn, f"cuda_compute_capability {{ minor: 5 }} {cudnn}"):
-        with pytest.raises(ConfigError, match=r"^--gpu x: its description has no major; the files in "):
-            _ = Target("x", text).compute_capability
-
-
 def test_a_target_is_a_name_or_a_file(tmp_path: Path) -> None:
     own = tmp_path / "own.txtpb"
     own.write_text((GPUS / "h100-80gb.txtpb").read_text(encoding="utf-8").replace("H100", "X100"), encoding="utf-8")
@@ -68,41 +58,15 @@ def test_a_target_is_a_name_or_a_file(tmp_path: Path) -> None:
             Target.load(name)
 
 
-def compiled(text: str) -> Any:
-    """A lowered program."""
-    return SimpleNamespace(compile=lambda compiler_options: SimpleNamespace(as_text=lambda: text))
+def test_a_missing_compiler_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(compiler_options: Any) -> None:
+        raise jax.errors.JaxRuntimeError("INTERNAL: No PTX compilation provider here")
 
-
-@pytest.mark.parametrize(("mib", "status"), [(100.0, 0), (5000.0, 1)])
-def test_the_script_prints_the_plan_that_fits(
-    mib: float, status: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(record_plans, "bound", lambda *_, most: mib)
-    asked = ["--preset", "nano", "--lora", "4", "--optimizer", "adamw", "--batch-size", "2"]
-    assert main(record_plans.run, asked) == status
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (result["fits"], result["train.batch_size"], result["train.optimizer"]) == (status == 0, 2, "adamw")
-
-
-@pytest.mark.parametrize(
-    ("mesh", "topology"),
-    [("data=1", "1x1x1"), ("expert=4", "1x1x4"), ("data=8", "1x1x8"), ("data=4,expert=4", "1x2x8")],
-)
-def test_the_cards_of_a_mesh_are_described_by_machines_of_eight(
-    mesh: str, topology: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    described: list[str] = []
-    step = SimpleNamespace(lower=lambda *_: "lowered")
-    programs = SimpleNamespace(layout=1, step=step, state_shapes="state", batch_shapes=max)
-    monkeypatch.setattr(described_gpu, "gpu_devices", lambda _, topology: described.append(topology) or ["cards"])
-    monkeypatch.setattr(described_gpu, "compile_for_gpu", lambda *_: "compiled")
-    monkeypatch.setattr(record_plans, "mesh_of", lambda text, devices: (text, devices))
-    monkeypatch.setattr(record_plans.Programs, "of", lambda *_, mesh: programs)
-    monkeypatch.setattr(record_plans, "program_mib", {"compiled": 7.0}.__getitem__)
-    assert record_plans.mesh_mib(CONFIG.on_mesh(mesh, 2), Target.load("rtx3060-12gb")) == 7
-    assert described == [topology]
-    with pytest.raises(ConfigError, match="mesh data=9: has 9 places; give at most 8, or a multiple"):
-        record_plans.mesh_mib(CONFIG.on_mesh("data=9", 2), Target.load("rtx3060-12gb"))
+    with pytest.raises(UserError, match=r"needs ptxas: .*--extra gpu-plan"):
+        compile_for_gpu(SimpleNamespace(compile=refuse), {})
+    monkeypatch.setattr(described_gpu, "has_cuda_plugin", lambda: False)
+    with pytest.raises(UserError, match=r"needs JAX's CUDA plugin: .*--extra gpu-plan"):
+        described_gpu.gpu_devices(Target.load("rtx3050-4gb"))
 
 
 # Compiled for described cards

@@ -6,28 +6,24 @@ import io
 import json
 import time
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
-from suites import command, dense_baselines, layer, serving
-from suites.dense_baselines import CostTable, flops_by_group
+from suites import command, layer
+from suites.dense_baselines import flops_by_group
 from suites.request import BenchmarkRequest
 
-from moe_jax.certify.formulas import expert_flops
+from moe_jax.certify.formulas import expert_flops, layer_flops
 from moe_jax.certify.hlo import read_program
 from moe_jax.cli.main import main
 from moe_jax.config import ExecutionConfig, ModelConfig, RoutingConfig, RunConfig, TrainConfig
 from moe_jax.model import precision
-from moe_jax.model.costs import Count
-from moe_jax.model.moe.layer import MoE
 from moe_jax.system import environment, machine
 from moe_jax.system.machine import Times, alternate
-from tests.support import short_form, tiny
+from tests.support import short_form
 
 
 def config(**changes) -> RunConfig:
@@ -55,6 +51,13 @@ def test_candidates_run_in_turn_and_warm_ups_do_not_count() -> None:
     assert min(times["b"].seconds) >= 0.002
     assert Times((1.0, 2.0, 3.0, 4.0)).median == 2.5
     assert Times((1.0, 2.0, 3.0, 4.0)).spread == pytest.approx((3.25 - 1.75) / 2.5)
+
+
+def test_bound_by_hand() -> None:
+    """T 16, K 2, E 4, cf 1.25: 10 slots. Two sequences: 2*4*10 rows of 2*3*16*24 operations, 32 tokens of 2*16*4."""
+    assert config().model.capacity == 10
+    assert layer_flops(config().model, 2) == 80 * 2304 + 32 * 128
+    assert layer_flops(config(shared_experts=1).model, 2) == (80 + 32) * 2304 + 32 * 128
 
 
 @pytest.mark.parametrize("changes", [{"activation": "gelu"}, {"shared_experts": 1}], ids=str)
@@ -89,40 +92,6 @@ def products(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     return {"a": 0.5, "b": 3.0}
 
 
-@pytest.mark.parametrize("cpu", [True, False])
-def test_the_train_suite(
-    cpu: bool, products: dict[str, float], console: Console, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Steps of 4, 2 and 8 s; 300, 600 and 1,200 operations at 300 a second. All run in turn on a CPU."""
-    monkeypatch.setattr(CostTable, "of", lambda *_: CostTable({"head": Count(1, 1, 1)}, {}, {}, 1.0))
-    monkeypatch.setattr(dense_baselines, "flops_by_group", lambda config, batch: {"a": 1e6 * batch, "b": 5e5})
-    monkeypatch.setattr(dense_baselines, "runs_on_cpu", lambda: cpu)
-    flops, seconds = {"none": 300, "active": 600, "total": 1200}, {"none": 4.0, "active": 2.0, "total": 8.0}
-
-    def of(given: Any, batch: int) -> Any:
-        assert batch == 2
-        return SimpleNamespace(active_flops=flops[given.model.dense], seconds=seconds[given.model.dense])
-
-    turns: list[tuple[list[float], int]] = []
-
-    def alternate(candidates: dict[str, Any], rounds: int) -> dict[str, Times]:
-        steps = {name: trainer.seconds for name, trainer in candidates.items() if name not in products}
-        turns.append((list(steps.values()), rounds))
-        return {name: Times((taken,)) for name, taken in {**steps, **products}.items()}
-
-    monkeypatch.setattr(dense_baselines.RandomTokenTrainer, "of", of)
-    monkeypatch.setattr(dense_baselines, "alternate", alternate)
-    found = dense_baselines.train(console, BenchmarkRequest(config(), 2, 9))
-    assert turns == ([([4.0, 2.0, 8.0], 4)] if cpu else [([4.0], 4), ([2.0], 4), ([8.0], 4)])
-    assert found["tokens_per_second"] == 32 / 4
-    assert found["share_of_matmul_peak"] == 0.25
-    assert (found["wall_over_dense_active"], found["dense_total_over_wall"]) == (2, 2)
-    assert found["models"]["dense-active"] == {"ms_per_step": 2000, "mflops_per_token": 2.5}
-    how = "all models in turn" if cpu else "one model after another"
-    for words in ("16 tokens/s", "dense, active parameters", "2.5 MFLOP a token", how):
-        assert words in printed(console)
-
-
 def test_the_formulas_by_hand() -> None:
     """T 16 is one block of queries, which read 16 keys. D 16, V 60, L 2. Blocks: 32 tokens, 2 of 4 experts each, are 64
     pairs in blocks of 16 rows, of which 4 come first and 63 // 16 follow: 112 rows of three products of 16 x 24."""
@@ -134,33 +103,6 @@ def test_the_formulas_by_hand() -> None:
     assert grouped["attention"] == 2 * (6 * (16 * 48 + 24 * 16) + 6 * 2 * 24 * 16)
     dense = flops_by_group(config(dense="active"), 2)
     assert dense["experts and router"] == 2 * 6 * 3 * 16 * 49  # an FFN as wide as two experts, and one for the router
-
-
-def test_the_layer_suite(products: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
-    """MoE in 6 s, without drops in 9; the plain dense layout in 4, the best in 3; all experts in 12."""
-    seconds = {"dense, plain": 4.0, "dense, best": 3.0, "dense, our matmul": 5.0, **products}
-    monkeypatch.setattr(layer, "dense_layouts", lambda _: {n: (print, None) for n in seconds if "dense" in n})
-    seconds |= {"MoE": 6.0, "MoE, no drops": 9.0, "all experts": 12.0}
-    monkeypatch.setattr(layer, "alternate", lambda candidates, rounds: {n: Times((seconds[n],)) for n in candidates})
-    monkeypatch.setattr(layer, "with_reused_output", lambda *_: None)
-    asked: list[tuple[str, str]] = []
-
-    def layer_function(model: ModelConfig, moe: type = MoE) -> tuple[Any, None]:
-        asked.append((model.routing.dispatch, moe.__name__))
-        return print, None
-
-    monkeypatch.setattr(layer, "layer_function", layer_function)
-    numbers, times = layer.benchmark_layer(config().model, 9)
-    assert asked == [("capacity", "MoE"), ("blocks", "MoE"), ("capacity", "AllExpertsMoE")]
-    assert numbers == {
-        "wall_over_dense_active": 1.5,
-        "wall_over_best_dense": 2.0,
-        "dropless_wall_over_best_dense": 3.0,
-        "dense_all_over_wall": 2.0,
-        "layer_share_of_matmul_peak": pytest.approx(3 * layer.active_flops(config().model, 8 * 16) / 6 / 300),
-        "matmul_flops_per_second": 300,
-    }
-    assert set(times) == set(seconds)
 
 
 def test_peers_without_their_extra_are_left_out_or_named(
@@ -206,19 +148,6 @@ def test_a_record_repeats_what_was_asked(
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"models": {}}
 
 
-@pytest.mark.slow
-def test_serve_counts_the_tokens_and_leaves_no_text_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "STREAMS", 2)
-    monkeypatch.setattr(serving, "TOKENS", 6)
-    made: list[serving.Bench] = []
-    true = serving.Bench
-    monkeypatch.setattr(serving, "Bench", lambda *given: made.append(true(*given)) or made[0])
-    small = dataclasses.replace(RunConfig(), model=tiny.config(vocab_size=300, seq_len=16))
-    numbers = serving.serve(Console(file=io.StringIO()), BenchmarkRequest(small, 1, 1))
-    assert all(value > 0 for value in numbers.values())
-    assert not made[0].many.running
-    assert not made[0].one.running
-    prompts = made[0].many.counts.prompt_tokens
-    assert (prompts > 0, prompts % serving.PROMPT_TOKENS) == (True, 0)
-    one = made[0].one.counts
-    assert 0 < one.generated_tokens <= 6 * one.texts, "a text has at most TOKENS tokens"
+def test_a_number_out_of_range_is_one_line_and_status_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command.run, ["moe", "--rounds", "0"]) == 2
+    assert capsys.readouterr().err == "error: --rounds 0: must be between 1 and 10,000\n"

@@ -6,20 +6,13 @@ from typing import get_args
 
 import jax
 import pytest
-from described_gpu import Target, back_ends, lower_for
 
-from moe_jax.certify.arithmetic import router_precision, step_arithmetic
+from moe_jax.certify.arithmetic import step_arithmetic
 from moe_jax.certify.causality import layer_causality, model_causality
-from moe_jax.certify.formulas import router_flops
-from moe_jax.certify.hlo import read_program
 from moe_jax.certify.model import certify, initial_params
 from moe_jax.model.transformer import create, split
-from moe_jax.training.programs import Programs
-from tests.support import planted_certify
 from tests.support.leaky import LeakyCapacity, Priority, ReversedChunks, leaky_moe
 from tests.support.planted_certify import run_config, small
-from tests.support.planting import Bug
-from tests.support.programs import compiled_for_gpu
 
 LEAKS = get_args(Priority)
 NIGHT = pytest.mark.slow
@@ -99,25 +92,6 @@ def test_the_step_costs_its_formula(changes: dict, train: dict, remat: bool) -> 
     assert [c for c in found if not c.passed] == []
     exact = [" 1.000000 x" in c.found for c in found[:3]]
     assert exact == ([False, True, True] if "kv_heads" in changes else [True, True, True])
-
-
-def _name(bug: Bug | None) -> str:
-    return bug.name if bug else "no bug"
-
-
-@pytest.mark.parametrize("back_end", ["triton", pytest.param("cublas", marks=NIGHT)])
-@pytest.mark.parametrize("bug", [None, *(b for b in planted_certify.BUGS if "router multiplies" in b.name)], ids=_name)
-@compiled_for_gpu
-def test_the_precision_of_the_router_on_a_card(bug: Bug | None, back_end: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the step that is compiled for an RTX 3050, which has TF32 and bfloat16."""
-    if bug:
-        bug.plant(monkeypatch)
-    config = run_config(small(layers=1, seq_len=128), "bfloat16")
-    programs = Programs.of(config, target := Target.load("rtx3050-4gb"))
-    lowered = lower_for(target, programs.step, programs.state_shapes, programs.batch_shapes(2))
-    program = read_program(lowered.compile(compiler_options=back_ends(target)[back_end]).as_text())
-    certificate = router_precision(program, 3 * router_flops(config.model, 2 * 128))
-    assert certificate.passed == (bug is None), certificate.found
 
 
 def test_a_model_that_drops_nothing_proves_nothing() -> None:

@@ -56,7 +56,7 @@ def test_a_wrong_answer_is_wrong_and_gets_a_reason(operation: str) -> None:
 def test_at_most_five_of_the_plausible_answers_are_not_understood() -> None:
     answers = [(body, finding.meaning) for operation in WRONG_ANSWERS for body, finding in findings(operation)]
     answers += [pair for number in WRONG_FUNCTIONS for pair in sentences(number)]
-    assert len(answers) >= 300
+    assert len(answers) >= 250
     assert all(text for _, text in answers)
     unexplained = [body for body, text in answers if UNEXPLAINED in text]
     assert len(unexplained) <= 5, "\n\n".join(unexplained)

@@ -113,6 +113,30 @@ def test_gates_of_unit_length_against_autodiff() -> None:
     np.testing.assert_allclose(ours, jax.grad(loss)(z), atol=1e-14)
 
 
+def test_balance_by_squared_shares_against_autodiff() -> None:
+    """Exercise 8.4, with shares that are counted from the choices."""
+    z = jax.random.normal(jax.random.key(2), (5, 6), jnp.float64)
+    f = router.choice_share(jnp.argsort(-z)[None, :, :2], 6, z.dtype)[0]
+
+    def loss(z: jax.Array) -> jax.Array:
+        return 6 * jnp.sum(f**2 * jnp.mean(jax.nn.softmax(z), axis=0))
+
+    np.testing.assert_allclose(EXERCISES["8.4"].solution(z, f), jax.grad(loss)(z), atol=1e-14)
+
+
+def test_weights_under_perplexity_against_autodiff() -> None:
+    """Exercise 13.2, from a perplexity that is computed from all tokens."""
+    counts, means = jnp.array([3, 1, 4]), jax.random.normal(jax.random.key(3), (3,), jnp.float64)
+    off = jax.random.normal(jax.random.key(4), (8,), jnp.float64)
+    own = jnp.repeat(jnp.arange(3), counts, total_repeat_length=8)
+    off -= (jnp.zeros(3).at[own].add(off) / counts)[own]  # each micro-batch keeps its mean
+
+    def perplexity(means: jax.Array) -> jax.Array:
+        return jnp.exp(jnp.mean(means[own] + off))
+
+    np.testing.assert_allclose(EXERCISES["13.2"].solution(means, counts), jax.grad(perplexity)(means), rtol=1e-14)
+
+
 def test_balance_by_sequence_against_batch_against_autodiff() -> None:
     """Exercise 13.3, with both losses of the chapter, from probabilities and choices."""
     probs = jax.nn.softmax(jax.random.normal(jax.random.key(5), (6, 7, 4), jnp.float64))
@@ -179,6 +203,18 @@ def sink(p_b: jax.Array, d_o: jax.Array, o: jax.Array) -> jax.Array:
 )
 def test_a_solution_is_what_autodiff_gives(number: str, answer: Callable[..., jax.Array]) -> None:
     assert exercises.check(number, answer) is True
+
+
+def test_a_fit_of_rows_is_the_best_one() -> None:
+    """Exercise 10.3: another r, up or down, has the larger divergence."""
+    g = jax.random.normal(jax.random.key(0), (3, 4))
+    r = EXERCISES["10.3"].solution(g)
+
+    def divergence(r: jax.Array) -> jax.Array:
+        return jnp.sum(g**2 * jnp.log(g**2 / r[:, None]) - g**2 + r[:, None])
+
+    assert all(divergence(r * factor) > divergence(r) for factor in (0.99, 1.01))
+    np.testing.assert_allclose(jax.grad(divergence)(r), 0.0, atol=1e-12)
 
 
 def test_only_another_answer_counts_as_another_try(capsys: pytest.CaptureFixture[str]) -> None:

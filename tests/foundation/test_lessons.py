@@ -2,8 +2,6 @@
 
 import math
 
-import jax
-import jax.numpy as jnp
 import pytest
 
 from foundation import train_by_hand
@@ -37,19 +35,3 @@ def test_the_stories_are_of_the_embedded_grammar_and_chapter_7_names_the_cost_of
     bits = sum(sample(0, "valid", i).bits for i in range(count))
     chapter = (train_by_hand.STORIES.parent / "notebooks/07_a_transformer_that_writes.py").read_text()
     assert f"GRAMMAR = {bits * math.log(2) / len(unseen):.3f} *" in chapter
-
-
-@pytest.mark.slow
-def test_the_curves_part_where_a_gradient_is_wrong() -> None:
-    lesson = train_by_hand
-    size = ModelSize(vocabulary=0, width=16, layers=1, experts=4, hidden=8)
-
-    def wrong(*args: object) -> tuple[jax.Array, dict]:
-        loss, grads = loss_and_gradient(*args)  # type: ignore[arg-type]
-        router = grads["blocks"][0]["moe"]["router"]
-        grads["blocks"][0]["moe"]["router"] = jnp.zeros_like(router)
-        return loss, grads
-
-    ours = lesson.train(wrong, 10, size, positions=24)
-    theirs = lesson.train(lesson.by_autodiff, 10, size, positions=24)
-    assert lesson.largest_difference(ours, theirs) > 1e-6

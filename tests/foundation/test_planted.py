@@ -1,20 +1,15 @@
 """Every planted bug is caught by the check that it names; a check that can't fail would be found here."""
 
-import importlib
 import inspect
 import itertools
 import types
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, suppress
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-import foundation
 from foundation import parity
-from foundation.challenges.mistakes import changed
-from foundation.challenges.planting import BUGS, Bug, exchanged, planted
+from foundation.challenges.planting import BUGS, Bug, planted
 from foundation.chapters import OPERATIONS
 from foundation.checks import checks_of
 from tests.foundation import test_foundation_forward
@@ -57,11 +52,6 @@ def raises(test: Callable[[], None]) -> bool:
     return False
 
 
-def operation_at(place: str) -> str:
-    """The operation whose forward or backward pass is at this place: softmax.softmax_backward is of softmax."""
-    return place.partition(".")[2].removesuffix("_forward").removesuffix("_backward")
-
-
 def one_bug_a_check() -> list[Any]:
     """All bugs. Those after the first of a check are for the night."""
     firsts = {bug.caught_by: bug for bug in reversed(BUGS)}.values()
@@ -72,33 +62,6 @@ def one_bug_a_check() -> list[Any]:
 def test_planted_bug_is_caught(bug: Bug) -> None:
     with planted(bug):
         assert fails(bug.caught_by), f"{bug.caught_by} did not notice: {bug.name}"
-
-
-def mistakes_of(operation: str) -> Iterator[AbstractContextManager[None]]:
-    """Everything that can be planted for an operation: its bugs, and small changes of the functions of its name."""
-    own = [bug for bug in BUGS if operation in (bug.caught_by, operation_at(bug.place))]
-    yield from map(planted, own)
-    names = (operation, f"{operation}_backward", f"{operation}_forward")
-    found = [getattr(module, name) for module in modules() for name in names if hasattr(module, name)]
-    for function in dict.fromkeys([*map(inspect.unwrap, found), *(bug.function for bug in own)]):
-        yield from (exchanged(function, tree) for _, tree in changed(function))
-
-
-def modules() -> list[types.ModuleType]:
-    stems = [path.stem for path in Path(foundation.__file__).parent.glob("*.py") if path.stem[0] != "_"]
-    return [importlib.import_module(f"foundation.{stem}") for stem in sorted(stems)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_every_row_of_the_table_fails_for_a_mistake(operation: str) -> None:
-    """Also those whose right numbers are all 0."""
-    rows = {check.name for check in checks_of(operation)}
-    for mistake in mistakes_of(operation):
-        if rows:
-            with mistake, suppress(Exception):  # some checks use the function for their inputs
-                rows -= {check.name for check in checks_of(operation) if check.name in rows and refuses(check)}
-    assert rows == set()
 
 
 def test_no_two_bugs_are_one() -> None:

@@ -15,9 +15,7 @@ from moe_jax.inspection.ablation import (
     Ablation,
     ablation,
     affordable,
-    one_off_at_a_time,
     prompt_of,
-    switched_losses,
 )
 from moe_jax.inspection.switches import switchable_graphdef, switched_off
 from moe_jax.model.transformer import merge
@@ -148,23 +146,6 @@ def test_stories_are_those_of_the_decoder_one_at_a_time() -> None:
     assert any(story != found.story for stories in found.stories for story in stories)
 
 
-KINDS = [{"top_k": 1}, {"experts": 2}, {"balancing": "bias"}]
-
-
-@pytest.mark.parametrize("changes", KINDS, ids=["K = 1", "K = E", "bias"])
-def test_other_routers_decide_so_too(changes: dict[str, Any]) -> None:
-    """With one choice, with no other expert left, and with a bias."""
-    run = opened(layers=1, **changes)
-    ids = tokens(run)
-    assert 2 * T < len(ids) < 3 * T
-    config = run.config.model
-    losses = switched_losses(run, ids, one_off_at_a_time(config.layers, config.experts, list(range(config.layers))))
-    np.testing.assert_allclose(losses[0], loss_oracle(run, ids, 0, None), atol=2e-4)
-    for row, (layer, e) in enumerate(np.ndindex(config.layers, config.experts), start=1):
-        np.testing.assert_allclose(losses[row], loss_oracle(run, ids, layer, e), atol=2e-4)
-    assert np.abs(losses[1:] - losses[0]).max() > 0.03
-
-
 def test_the_prompt_is_whole_words_of_the_first_text() -> None:
     tokenizer = opened().tokenizer
     ids = lambda text: np.array(tokenizer.encode(text))  # noqa: E731
@@ -188,20 +169,6 @@ def test_a_large_model_gets_fewer_layers_then_a_shorter_text_and_no_stories(monk
     ):
         monkeypatch.setattr(ablations, "MOST_FLOPS", tokens * token * 1.0001)
         assert affordable(config, 512) == expected
-
-
-def test_many_experts_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny.config(layers=9)
-    monkeypatch.setattr(ablations, "MOST_EXPERTS", 2 * config.experts + 1)
-    assert affordable(config, 16) == ([0, 8], 16, True)
-    monkeypatch.setattr(ablations, "MOST_EXPERTS", 1)
-    assert affordable(config, 16) == ([0], 16, True)
-
-
-def test_one_expert_is_off_at_a_time() -> None:
-    off = one_off_at_a_time(3, 2, [0, 2])
-    assert off.shape == (3, 5, 2)
-    assert [tuple(where.tolist()) for where in np.argwhere(off)] == [(0, 1, 0), (0, 2, 1), (2, 3, 0), (2, 4, 1)]
 
 
 def affordable_cost(config: Any) -> float:

@@ -1,14 +1,12 @@
 """The numbers of the report, worked by hand: thresholds, limits, what is thinned out and what is left out."""
 
 import dataclasses
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from scipy.stats import chi2
 
 from moe_jax.inspection import corpus_routing, report, trace
 from moe_jax.inspection import specialisation as specialised
@@ -140,21 +138,6 @@ def test_attention_weights_by_hand() -> None:
     assert found["weights"] == [[[[0, 100], [1, 50, 0, 50], [0, 96, 2, 2, 1, 2], [3, 50, 2, 30, 1, 19]]]]
 
 
-def test_curves_are_thinned_and_keep_both_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = [{"step": s, "split": "train", "loss": s / 10, "load": [[0.5, 0.5], [1, 0]]} for s in range(1, 11)]
-    lines.append({"step": 11, "split": "train"})  # of a step without a load
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    monkeypatch.setattr(report, "MOST_POINTS", 4)
-    found = report.training_curves(tmp_path, opened())
-    assert found["step"] == [1, 4, 7, 10]
-    assert found["loss"] == [0.1, 0.4, 0.7, 1.0]
-    assert found["spread"] == [[1] * 4, [0] * 4]
-    assert found["balance_loss"] == [None] * 4
-    assert found["traces"] == {"step": []}
-    (tmp_path / "metrics.jsonl").write_text("")
-    assert report.training_curves(tmp_path, opened())["spread"] == []
-
-
 def test_saved_traces_are_compared_with_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two choices a token: every second entry is a first choice. Of two tokens one is sent elsewhere, and then none."""
     experts = {10: [0, 9, 1, 9], 20: [0, 8, 2, 8], 30: [0, 7, 2, 7]}
@@ -168,13 +151,3 @@ def test_saved_traces_are_compared_with_the_one_before(tmp_path: Path, monkeypat
     assert found["shown"] == {"pieces": ["a", "b"], "step": [10, 20, 30], "first": [[[0, 1]], [[0, 2]], [[0, 2]]]}
     monkeypatch.setattr(report, "MOST_TRACES", 2)
     assert report._traces(tmp_path, opened())["shown"]["step"] == [10, 30]
-
-
-def test_preferences_are_corrected_for_the_number_of_tests(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two experts and two tokens that occur often enough are four tests; a rare third token is none."""
-    found = corpus([[30, 0, 1], [0, 30, 1]], [[31, 31]], [30, 30, 2])
-    least = chi2.sf(specialised.log_likelihood_ratio(*(np.array([n]) for n in (30, 31, 30)), 62)[0], 1)
-    monkeypatch.setattr(specialised, "SIGNIFICANCE", 0.999 * 4 * least)
-    assert sum(e["kinds"] for e in specialisation(found)[0]) == 0
-    monkeypatch.setattr(specialised, "SIGNIFICANCE", 1.001 * 4 * least)
-    assert [e["kinds"] for e in specialisation(found)[0]] == [1, 1]

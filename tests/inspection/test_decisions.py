@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from moe_jax.cli.main import run_command
-from moe_jax.config import ConfigError, UserError
+from moe_jax.config import ConfigError
 from moe_jax.inspection import decisions as module
 from moe_jax.inspection.decisions import Decisions, count_decisions, decisions, write_decisions
 from moe_jax.model.moe.layer import Mode
@@ -87,17 +87,6 @@ def test_what_is_written(tmp_path: Path) -> None:
     assert counts.kinds == ["a", "b"]
     assert counts.by_kind[1].sum() == 11 * MODEL.layers * MODEL.routing.top_k
     assert [p.name for p in out.parent.iterdir()] == [out.name]
-
-
-def test_an_error_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def breaks(run: LoadedRun, tokens: np.ndarray) -> Iterator[Decisions]:
-        yield forward()[0]
-        raise UserError("broken")
-
-    monkeypatch.setattr(module, "decisions", breaks)
-    with pytest.raises(UserError, match="broken"):
-        write_decisions(opened(), [("a", TOKENS.tolist())], tmp_path / "t.npz")
-    assert not list(tmp_path.iterdir())
 
 
 def test_the_files_of_a_folder_are_kinds(tmp_path: Path) -> None:

@@ -13,12 +13,12 @@ from moe_jax.config import ConfigError, UserError
 from moe_jax.data.tokenizers import token_pieces
 from moe_jax.inspection import corpus_routing, report
 from moe_jax.inspection.corpus_routing import corpus_data, count_routing
-from moe_jax.inspection.report import report_run, write_report
-from moe_jax.inspection.specialisation import log_likelihood_ratio
+from moe_jax.inspection.report import render, report_run, write_report
+from moe_jax.inspection.specialisation import log_likelihood_ratio, specialisation
 from moe_jax.inspection.trace import routing_trace
 from moe_jax.pages import digest
 from moe_jax.runs.load import open_run
-from tests.support import saved_run, short_form, tiny
+from tests.support import saved_run, tiny
 
 pytestmark = pytest.mark.runs
 
@@ -127,13 +127,28 @@ def test_g2_by_hand() -> None:
     assert found[2] == pytest.approx(2 * (2 * 10 * math.log(10 / 9.9) + 980 * math.log(980 / 980.1)))
 
 
-def test_the_flow_follows_each_token() -> None:
-    """Three tokens, first choices 0 0 1 in a layer and 2 1 1 in the next."""
-    expert = np.array([[[[0], [0], [1]]], [[[2], [1], [1]]]])
-    config = tiny.config(vocab_size=4, seq_len=3, experts=3, top_k=1)
-    probs = np.full((2, 1, 3, 3), 1 / 3, np.float32)
-    corpus = count_routing(config, np.array([[0, 1, 2]]), probs, expert, np.ones(expert.shape, bool))
-    np.testing.assert_array_equal(corpus.flow, [[[0, 1, 1], [0, 1, 0], [0, 0, 0]]])
+def planted(experts: int = 4, windows: int = 40, width: int = 32) -> corpus_routing.CorpusRouting:
+    """Random choices of two experts, but kind 5 always chooses expert 2 first; expert 3 is chosen by nothing."""
+    rng = np.random.default_rng(0)
+    stream = rng.integers(0, 10, (windows, width))
+    first = rng.integers(0, 3, (1, windows, width))
+    first[0][stream == 5] = 2
+    second = (first + rng.integers(1, 3, first.shape)) % 3
+    expert = np.stack([first, second], axis=-1)
+    probs = np.full((1, windows, width, experts), 1 / experts, np.float32)
+    config = tiny.config(vocab_size=10, seq_len=width, layers=1, experts=experts, top_k=2, capacity_factor=1.0)
+    return count_routing(config, stream, probs, expert, np.ones(expert.shape, bool))
+
+
+def test_a_planted_preference_is_the_only_one_found() -> None:
+    corpus = planted()
+    found = specialisation(corpus)
+    (entry,) = found[0][2]["tokens"]
+    assert entry["id"] == 5
+    assert entry["here"] == entry["all"] == corpus.token_counts[5] == corpus.by_token[0, 2, 5]
+    assert entry["times"] == pytest.approx(1280 / corpus.together[0, 2, 2], abs=0.01)
+    assert entry["g2"] > 20
+    assert [len(e["tokens"]) for e in found[0]] == [0, 0, 1, 0]
 
 
 def test_drops_counted_from_loads_are_those_that_happened(folder: Path) -> None:
@@ -144,19 +159,6 @@ def test_drops_counted_from_loads_are_those_that_happened(folder: Path) -> None:
     assert (corpus.drop_fraction(1.0) > 0.02).all()
     assert (corpus.drop_fraction(4.0) == 0).all()
     np.testing.assert_allclose(corpus_data(corpus)["drops"], corpus.drop_fraction(1.0), atol=0.00006)
-
-
-@pytest.mark.parametrize(("dispatch", "factor"), short_form([("capacity", 0.6), ("blocks", 0.6)], [("blocks", 0.6)]))
-def test_the_drops_of_a_run_are_those_of_its_dispatch(dispatch: str, factor: float, tmp_path: Path) -> None:
-    """A capacity factor that would drop is no word about a run without a capacity: neither drops nor a mark of its own
-    among the factors."""
-    run = open_run(saved_run.save_run(tmp_path, dispatch=dispatch, capacity_factor=factor))
-    corpus = corpus_routing.corpus_routing(run, np.random.default_rng(1).integers(0, 257, 1000))
-    data = corpus_data(corpus)
-    assert (corpus.drop_fraction(factor) > 0.02).all()
-    assert (np.array(data["drops"]) > 0).all() == (dispatch == "capacity")
-    assert (np.array(data["drops"]) == 0).all() == (dispatch != "capacity")
-    assert (0.6 in data["drops_by_factor"]["factor"]) == (dispatch == "capacity" and factor == 0.6)
 
 
 @pytest.mark.usefixtures("without_ablation")
@@ -186,24 +188,15 @@ def test_the_end_of_a_run_writes_pictures_and_report(folder: Path) -> None:
     assert {"loss.png", "loss.svg", "load.png", "evenness.svg", "routing.html"} <= names
 
 
-def test_a_dense_baseline_gets_pictures_and_a_reason(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    baseline = saved_run.save_run(tmp_path, dense="active")
-    lines = report_run(baseline)
-    assert lines[0].startswith("pictures: ")
-    assert "dense baseline" in lines[1]
-
-
-@pytest.mark.usefixtures("without_ablation")
-def test_a_text_of_the_users_does_not_replace_the_runs_own_page(folder: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(folder, run)
-    own = run / "report" / "routing.html"
-    own.parent.mkdir(exist_ok=True)
-    own.write_text("the run's own")
-    assert run_command(["inspect", "--run", str(run), "--text", "a cat"]) == 0
-    assert own.read_text() == "the run's own"
-    assert data_in((run / "report" / "routing-of-a-text.html").read_text(encoding="utf-8"))["text"]["pieces"]
+def test_a_page_is_made_of_its_data_alone(written: tuple[str, dict]) -> None:
+    page, data = written
+    assert render(data) == page
+    other = data | {"run": data["run"] | {"name": "<b>{{data}}"}}
+    assert "&lt;b&gt;{{data}}" in render(other)
+    assert data_in(render(other)) == other
+    # A token that is markup, as a tokenizer of whole words might have one.
+    hostile = render(data | {"text": data["text"] | {"pieces": [HOSTILE]}})
+    assert hostile.count("<script") == hostile.count("</script") == 2
 
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:

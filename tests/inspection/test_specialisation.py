@@ -1,6 +1,5 @@
 """Groups of tokens in plain words, and which expert is for which."""
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -28,13 +27,6 @@ from tests.support import tiny
 )
 def test_groups_by_letters(piece: str, group: str) -> None:
     assert group_of(piece) == group
-
-
-def test_separators_and_cut_characters_are_told_by_their_ids() -> None:
-    tokenizer = opened().tokenizer
-    ids = np.array([tokenizer.separator_id, 0xC3, ord("a"), ord(".")])
-    expected = ["separators", "parts of characters", "parts of words", "punctuation"]
-    assert specialisation.token_groups(tokenizer, ids) == expected
 
 
 KINDS, EXPERTS = 1000, 16
@@ -71,20 +63,6 @@ def test_experts_chosen_by_a_hash_are_for_no_group(preferences: Callable) -> Non
     """Each kind has its experts, but no group has: what a test of occurrences sees is its few frequent kinds."""
     found = [preferences(routed_by_kind(hashed(seed), seed)) for seed in range(8)]
     assert sum(bool(expert) for experts in found for expert in experts) <= 1
-
-
-def test_one_frequent_kind_makes_no_group(preferences: Callable) -> None:
-    """Six in seven of a group's occurrences are of one kind, and choose expert 3; its other kinds go anywhere."""
-    corpus = routed_by_kind(hashed(0), 0)
-    (members,) = np.nonzero(GROUPS == 3)
-    frequent = members[0]
-    added = 6 * int(corpus.token_counts[members].sum())
-    counts, by_token = corpus.token_counts.copy(), corpus.by_token.copy()
-    counts[frequent] += added
-    by_token[0, 3, frequent] += added
-    corpus = dataclasses.replace(corpus, token_counts=counts, by_token=by_token, tokens=corpus.tokens + added)
-    assert by_token[0, 3, members].sum() / counts[members].sum() > 0.85
-    assert "group 3" not in {group["name"] for group in preferences(corpus)[3]}
 
 
 def test_a_group_whose_kinds_agree_is_found_with_its_counts(preferences: Callable) -> None:

@@ -2,20 +2,18 @@
 
 import dataclasses
 import functools
-import re
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from suites.all_experts import AllExpertsMoE
 
 from moe_jax.config import TrainConfig, UserError
-from moe_jax.inference.traced_pass import TracedStep, check_routed
+from moe_jax.inference.traced_pass import TracedStep
 from moe_jax.inspection.trace import make_trace_step, trace_tokens
-from moe_jax.model.moe.layer import Mode, MoE
-from moe_jax.model.transformer import Forms, abstract_model, merge
+from moe_jax.model.moe.layer import Mode
+from moe_jax.model.transformer import merge
 from moe_jax.runs.load import LoadedRun
 from moe_jax.training.optimizers.factory import make_optimizer
 from moe_jax.training.state import initial_state
@@ -84,33 +82,6 @@ def test_a_longer_text_changes_nothing_before_it_and_padding_does_not_show() -> 
         np.testing.assert_array_equal(part.loss[:-1], whole.loss[: length - 1])
         (attention,) = part.attention
         np.testing.assert_allclose(attention.sum(-1), 1, rtol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("dispatch", "moe"), [("blocks", MoE), ("capacity", AllExpertsMoE)], ids=["blocks", "all experts"]
-)
-def test_a_dropless_dispatch_keeps_all(dispatch: str, moe: type[MoE]) -> None:
-    graphdef, _ = abstract_model(MODEL.with_routing(dispatch=dispatch), Forms(moe=moe))
-    trace = make_trace_step(graphdef)(tiny.build(MODEL)[1], tiny.tokens(1, tiny.T + 1)).decisions
-    assert np.asarray(trace.keep).all()
-
-
-def test_a_dense_baseline_is_refused() -> None:
-    with pytest.raises(UserError, match="dense baseline"):
-        check_routed(dataclasses.replace(MODEL, dense="active"))
-
-
-def test_what_a_notebook_shows_is_escaped() -> None:
-    trace = dataclasses.replace(trace_tokens(opened(), tiny.tokens(2), traced()), pieces=["<script>", "&"])
-    shown = trace._repr_html_()
-    assert "<script>" not in shown
-    assert "&lt;script&gt;" in shown
-    assert shown.count("&amp;") == MODEL.layers
-    key, *layers = shown.split("</p>")[:-1]
-    colours = {number: colour for colour, number in re.findall(r'background:([^;"]+)[^>]*>(\d+)</span>', key)}
-    assert sorted(colours) == [str(e) for e in range(MODEL.experts)]
-    for e, colour in re.findall(r'title="expert (\d+)" style="background:([^"]+)"', "".join(layers)):
-        assert colours[e] == colour
 
 
 def test_the_likeliest_next_tokens_are_those_of_the_logits() -> None:

@@ -6,20 +6,15 @@ import math
 import jax
 import pytest
 from flax import nnx
-from suites.all_experts import AllExpertsMoE
 
-from moe_jax.certify.arithmetic import layer_function
-from moe_jax.certify.formulas import expert_flops, multiplied_rows, step_products
-from moe_jax.certify.hlo import read_program
+from moe_jax.certify.formulas import step_products
 from moe_jax.config import ExecutionConfig, ModelConfig, RunConfig, TrainConfig
 from moe_jax.config.presets import preset
 from moe_jax.model.costs import Count, count_parameters, muon_flops, totals, training_flops
-from moe_jax.model.moe.layer import MoE
 from moe_jax.model.transformer import create, split
 from moe_jax.runs.checkpoint import named_leaves
 from moe_jax.training.optimizers.factory import muon_labels
 from tests.support import tiny
-from tests.support.one_hot import OneHotMoE
 
 
 def stored(config: ModelConfig) -> int:
@@ -84,24 +79,6 @@ def test_the_published_size() -> None:
     run = dataclasses.replace(preset("seed-158m"), model=config)
     # 4 sequences of 256 tokens in each of 8 micro-batches; 2 operations forward and 4 backward for each entry.
     assert training_flops(run, 3) == 6 * multiplied * 3 * 4 * 8 * 256
-
-
-@pytest.mark.parametrize("name", ["capacity", "blocks", "one-hot", "all experts"])
-def test_rows_that_each_dispatch_multiplies(name: str) -> None:
-    """Of 3 sequences of 64 tokens with 2 of 4 experts each, 384 pairs, by hand.
-
-    capacity, one-hot: 16 slots of 4 experts in 3 sequences. blocks: of 128 rows, 4 first ones and 383 // 128 more. all
-    experts: 192 tokens, 4 times. The program's products of experts have 2 operations a row and entry of three 8 x 6
-    matrices; the products of the masks, which only one-hot has, do not count as the experts'.
-    """
-    rows = {"capacity": 192, "one-hot": 192, "blocks": 6 * 128, "all experts": 768}[name]
-    config = tiny.config(seq_len=64, experts=4, dispatch="blocks" if name == "blocks" else "capacity")
-    moe = {"one-hot": OneHotMoE, "all experts": AllExpertsMoE}.get(name, MoE)
-    if name != "all experts":  # the formula knows the two dispatches of a configuration, and one-hot has their rows
-        assert multiplied_rows(config, 3) == rows
-    layer, params = layer_function(config, moe)
-    program = jax.jit(layer).lower(params, jax.numpy.zeros((3, 64, 8))).compile().as_text()
-    assert read_program(program).flops_of("experts") == 2 * rows * 3 * 8 * 6 == expert_flops(config, rows)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])

@@ -10,22 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from described_gpu import Target, back_ends, lower_for
 
-from moe_jax.certify.hlo import read_program
 from moe_jax.config import DataConfig, ExecutionConfig, RunConfig, TrainConfig
 from moe_jax.inference.decode import NOTHING_GIVEN
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.moe.router import route, router_logits
-from moe_jax.model.precision import Card, choose_policy, dot_precision
+from moe_jax.model.precision import Card, choose_policy
 from moe_jax.training.programs import Programs
 from tests.support import short_form, tiny
-from tests.support.programs import compiled_for_gpu, products
-
-
-def test_dot_precision() -> None:
-    assert [dot_precision(t) for t in ("float64", "float32")] == [jax.lax.Precision.HIGHEST] * 2
-    assert [dot_precision(t) for t in ("bfloat16", "float16")] == [None, None]
+from tests.support.programs import products
 
 
 def run_config(compute_dtype: str, dispatch: str = "capacity") -> RunConfig:
@@ -78,19 +71,6 @@ def test_every_program_of_a_run(compute_dtype: str, dispatch: str) -> None:
             assert len(wide) == 2 * (3 if name == "step" else 1), name
             # Decoding multiplies single rows, where the weights lie: on a CPU the library has no part in it.
             assert (len(found) > len(wide)) == (name != "decoding"), name
-
-
-@pytest.mark.parametrize("back_end", short_form(["triton", "cublas"], ["cublas"]))
-@compiled_for_gpu
-def test_the_program_compiled_for_a_gpu(back_end: str) -> None:
-    """An RTX 3050, which has TF32: no product of float32 numbers is left at the default precision."""
-    programs = Programs.of(run_config("float32"), target := Target.load("rtx3050-4gb"))
-    batch = jax.ShapeDtypeStruct((1, 2, tiny.T + 1), "int32")
-    lowered = lower_for(target, programs.step, programs.state_shapes, batch)
-    program = lowered.compile(compiler_options=back_ends(target)[back_end])
-    dots = read_program(program.as_text()).dots
-    assert len(dots) > 20
-    assert {(dot.operand_dtype, dot.precision) for dot in dots} == {("f32", "highest")}
 
 
 # Which matrix units a device has

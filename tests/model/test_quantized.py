@@ -118,13 +118,6 @@ def test_groups_of_rows(bits: int) -> None:
     assert tiny.relative_error(y, x @ values[[0, 1, 1]]) < 1e-6
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_columns_are_rows_of_an_embedding(bits: int) -> None:
-    matrix, values = random_matrix(bits, 64, 10)
-    ids = np.array([[3, 9], [0, 3]])
-    np.testing.assert_array_equal(matrix.columns(jnp.asarray(ids)), values.T[ids].astype(np.float32))
-
-
 def test_codes_in_tiles_stand_for_the_same_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
     """Five tiles of four outputs, and eight groups, two in each stream: the matrix, its columns, and every form of its
     product. Matrices that do not fall into tiles stay as they are."""
@@ -163,56 +156,6 @@ def test_a_product_of_one_row_writes_no_converted_matrix(bits: int, expert: bool
         program = jax.jit(quantized_matmul).lower(x[None], matrix)
     codes = matrix.codes.nbytes // (2 if expert else 1)
     assert program.compile().memory_analysis().temp_size_in_bytes < (2 if expert else 1) * codes
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_which_products_read_the_codes_in_place(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of FEW_ROWS rows at most. Summed by groups are codes of 4 bits, and more outputs than MANY, unless their rows
-    would take each other's place in the cache."""
-    taken: list[str] = []
-
-    def noted(name: str) -> None:
-        form = getattr(kernels, name)
-        monkeypatch.setattr(kernels, name, lambda *given: taken.append(name) or form(*given))
-
-    for name in ("_few_rows", "_sum_of_groups"):
-        noted(name)
-    monkeypatch.setattr(kernels, "MANY", 2047)
-
-    def forms(count: int, outputs: int, experts: int = 0) -> list[str]:
-        taken.clear()
-        shape = (*([experts] if experts else []), 64, outputs)
-        matrix = jax.eval_shape(lambda w: module.rounded(w, "int8" if bits == 8 else "int4"), jnp.zeros(shape))
-        x = jax.ShapeDtypeStruct((64,) if experts else (count, 64), jnp.float32)
-        if experts:
-            jax.eval_shape(vector_product, x, matrix, jax.ShapeDtypeStruct((), jnp.int32))
-        else:
-            jax.eval_shape(quantized_matmul, x, matrix)
-        return list(taken)
-
-    assert forms(kernels.FEW_ROWS, 2049) == ["_few_rows", "_sum_of_groups"]
-    of_4_bits = ["_sum_of_groups"] if bits == 4 else []
-    assert forms(kernels.FEW_ROWS, 2047) == forms(1, 2047) == ["_few_rows", *of_4_bits]
-    assert forms(1, 2048) == forms(2, 2048) == forms(2, 3072) == ["_few_rows", *of_4_bits]
-    assert forms(1, 2049, experts=2) == of_4_bits
-    assert forms(kernels.FEW_ROWS + 1, 4096) == []
-
-
-@pytest.mark.parametrize("bits", BITS)
-def test_products_in_a_loop_write_no_converted_matrix(bits: int) -> None:
-    """Nor does the program before the loop. So a loop that writes eight tokens reads the codes eight times."""
-    matrix, _ = random_matrix(bits, 64, 64)
-    matrix = jax.tree.map(lambda part: jnp.tile(part, 16), matrix)
-    head, _ = random_matrix(bits, 64, 1024)
-
-    def eight(x: jax.Array, matrix: QuantizedMatrix, head: QuantizedMatrix) -> jax.Array:
-        def token(_: object, x: jax.Array) -> jax.Array:
-            return quantized_matmul(x, head)[:, :64] + quantized_matmul(x, matrix)[:, :64]
-
-        return jax.lax.fori_loop(0, 8, token, x)
-
-    program = jax.jit(eight).lower(rows(1, 64), matrix, head).compile()
-    assert program.memory_analysis().temp_size_in_bytes < head.codes.nbytes + matrix.codes.nbytes
 
 
 # Rounding: against NumPy, at its edges, and through the whole model

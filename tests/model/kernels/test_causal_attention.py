@@ -26,6 +26,7 @@ from moe_jax.model.kernels import (
 )
 from moe_jax.model.kernels.causal_attention import causal_attention
 from moe_jax.model.kernels.library_attention import AttentionForm, choose_attention, failure
+from moe_jax.model.kernels.processor import split_heads
 from moe_jax.model.precision import Card
 from tests.support import plain_kernels
 
@@ -50,16 +51,6 @@ def test_scores_that_are_computed_and_kept_by_hand() -> None:
     assert query_blocks(257) == [(0, 128), (128, 256), (256, 257)]
 
 
-def test_from_which_length_on_weights_are_computed_twice() -> None:
-    """The recomputing form has a loop (`scan`), the other one has none."""
-
-    def traced(length: int) -> str:
-        shape = jax.ShapeDtypeStruct((1, 1, length, 2), jnp.float32)
-        return str(jax.make_jaxpr(causal_attention)(shape, shape, shape))
-
-    assert [" scan[" in traced(length) for length in (LONGEST_KEPT, LONGEST_KEPT + 1)] == [False, True]
-
-
 def test_long_sequences_keep_no_weights() -> None:
     """The compiled program's memory for as many tokens in sequences four times as long. Kept weights would take four
     times as much; here a block's scores do, of which the compiler may hold one more."""
@@ -72,22 +63,6 @@ def test_long_sequences_keep_no_weights() -> None:
         return analysis.temp_size_in_bytes
 
     assert temporary(1, 8192) < 1.3 * temporary(4, 2048)
-
-
-@pytest.mark.parametrize("implementation", ["blocked", "recomputed"])
-def test_dropout_needs_a_rate_and_a_key(implementation: str) -> None:
-    query, key, value = jnp.asarray(np.random.default_rng(0).normal(size=(3, 1, 2, 140, 4)), jnp.float32)
-
-    def attend(*dropout) -> np.ndarray:
-        return np.asarray(causal_attention(query, key, value, *dropout, implementation=implementation))
-
-    plain = attend()
-    assert (attend(0.5, None) == plain).all()
-    assert (attend(0.0, jax.random.split(jax.random.key(0), 1)) == plain).all()
-    one, again, other = (attend(0.5, jax.random.split(jax.random.key(seed), 1)) for seed in (0, 0, 1))
-    assert (one == again).all()
-    assert (one[:, :, :128] != other[:, :, :128]).any()
-    assert (one[:, :, 128:] != other[:, :, 128:]).any()
 
 
 def test_narrow_operands_give_narrow_results() -> None:
@@ -106,6 +81,18 @@ def test_narrow_operands_give_narrow_results() -> None:
             assert one.dtype == jnp.bfloat16
             error = np.linalg.norm(np.asarray(one, np.float32) - other) / np.linalg.norm(other)
             assert error < 6 * 2**-8
+
+
+@pytest.mark.parametrize("key_heads", [2, 4])
+def test_the_gradient_of_the_heads_is_their_concatenation(key_heads: int) -> None:
+    """As numbers, and in the program, where padded arrays would be slow on a CPU."""
+    heads = 4 + 2 * key_heads
+    qkv = jnp.arange(2 * 3 * heads * 5, dtype=jnp.float32).reshape(2, 3, heads, 5)
+    parts, pull = jax.vjp(lambda qkv: split_heads(qkv, 4), qkv)
+    assert [part.shape[2] for part in parts] == [4, key_heads, key_heads]
+    np.testing.assert_array_equal(jnp.concatenate(parts, axis=2), qkv)
+    np.testing.assert_array_equal(pull(parts)[0], qkv)
+    assert "stablehlo.pad" not in jax.jit(pull).lower(parts).as_text()
 
 
 # The choice between cuDNN's attention and this project's own form

@@ -102,7 +102,9 @@ def decisions(shape: Shape, logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return chosen, kept
 
 
-def check(case: tuple[Shape, tuple[np.ndarray, ...], np.ndarray]) -> None:
+@settings(max_examples=100, deadline=None)
+@given(cases())
+def test_layer_against_loops(case: tuple[Shape, tuple[np.ndarray, ...], np.ndarray]) -> None:
     shape, operands, cotangent = case
     with jax.enable_x64(True):
         ours, plain = compiled(shape)
@@ -117,9 +119,3 @@ def check(case: tuple[Shape, tuple[np.ndarray, ...], np.ndarray]) -> None:
         lost = kept.sum(-1) == 0
         assert (np.asarray(y)[lost] == 0).all()
         assert (np.asarray(gradients[0])[lost] == 0).all()
-
-
-@settings(max_examples=100, deadline=None)
-@given(cases())
-def test_layer_against_loops(case) -> None:
-    check(case)

@@ -140,17 +140,6 @@ def test_an_invalid_token_of_a_small_batch_gives_nan_and_changes_no_other(skip: 
     assert dropped == jnp.float32(1 / 3)
 
 
-@pytest.mark.parametrize("wanted", [[], [2], [0, 3], [0, 1, 2, 3]], ids=str)
-def test_only_rows_that_are_wanted_are_computed(wanted: list[int]) -> None:
-    """The others are left 0. With all of them the bits are those without the choice."""
-    layer = create(layer_config(), jax.random.key(0)).blocks[0].ffn
-    rows = jnp.asarray(np.random.default_rng(3).normal(size=(4, D)), jnp.float32)
-    expert, chosen = jnp.array([1, 0, 1, 2]), np.isin(np.arange(4), wanted)
-    all_rows = jax.jit(lambda rows: layer.experts.apply_per_token(rows, expert))(rows)
-    some = jax.jit(lambda rows: layer.experts.apply_per_token(rows, expert, jnp.asarray(chosen)))(rows)
-    np.testing.assert_array_equal(some, np.where(chosen[:, None], all_rows, 0))
-
-
 def test_pairs_at_once_as_on_a_gpu_are_pairs_in_turn(float64: None) -> None:
     """Three pairs, two of them of one expert."""
     layer = create(layer_config(), jax.random.key(0)).blocks[0].ffn
