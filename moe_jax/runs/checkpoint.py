@@ -193,13 +193,15 @@ class CheckpointStore:
 
 @contextmanager
 def _saving(final: Path) -> Iterator[None]:
-    """Turn an error of the file system into one line. What was written is removed by the next save."""
+    """Turn an error of the file system into one line, and remove what was written: it would fill the disk."""
     try:
         yield
     except Exception as error:
         cause = disk_cause(error)
         if cause is None:
             raise
+        for draft in final.parent.glob(f"{final.name}.*"):
+            shutil.rmtree(draft, ignore_errors=True)
         raise UserError(
             f"{final}: the checkpoint could not be saved ({cause}); the earlier checkpoints are complete: "
             "fix that and go on with --resume"
