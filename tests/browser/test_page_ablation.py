@@ -55,54 +55,6 @@ def test_the_page_begins_with_the_expert_that_is_missed_most(ablated: Opened) ->
     assert ablated.page.locator('.cell[aria-pressed="true"]').inner_text() == "+0.250"
 
 
-def test_a_text_that_is_predicted_worse_than_by_guessing_misses_no_expert(
-    browser: Any, written: Path, tmp_path: Path
-) -> None:
-    """The mean loss is a little above ln of the vocabulary size, the loss of a guess among equally likely tokens."""
-    from moe_jax.inspection.report import render
-
-    data = json.loads(page_data(written))
-    guess = math.log(data["model"]["vocab_size"])
-    for over, lost in ((0.01, True), (-0.01, False)):
-        data["text"]["loss"] = [guess + over] * len(data["text"]["loss"])
-        data["ablation"]["mean"][0][0] = 9.0
-        path = tmp_path / "page.html"
-        path.write_text(render(data), encoding="utf-8")
-        opened = Opened(browser, path)
-        for name in ("#found", "#off-said"):
-            assert ("worse than guessing" in text(opened, name)) == lost
-            assert ("misses expert" in text(opened, name) or "No single expert" in text(opened, name)) != lost
-            assert ("bad" in (opened.page.locator(name).get_attribute("class") or "")) == lost
-        opened.page.close()
-
-
-def test_the_text_is_shaded_where_the_loss_changes(ablated: Opened) -> None:
-    nodes = ablated.page.locator("#off-tokens .o")
-    grounds = nodes.evaluate_all("(nodes) => nodes.map((n) => getComputedStyle(n).backgroundColor)")
-    plain = max(set(grounds), key=grounds.count)
-    assert [i for i, ground in enumerate(grounds) if ground != plain] == [21, 41]
-    assert grounds[21] != grounds[41]
-    nodes.nth(21).hover()
-    assert "chance 50 % → 10 %\nloss +1.61 nats" in text(ablated, "#tip")
-    worst = ablated.page.locator("#off-worst li")
-    assert worst.count() == 1
-    assert "50 %→10 %" in worst.inner_text().replace("\u00a0", " ").replace("\n", "")
-    facts = text(ablated, "#off-facts")
-    assert "1 token\nby more than 0.1 nats, of" in facts
-
-
-def test_the_stories_stand_side_by_side_with_the_first_difference(ablated: Opened) -> None:
-    stories = ablated.page.locator("#off-stories .story")
-    assert [s.replace("\u00a0", " ") for s in stories.all_inner_texts()] == ["a red hat", "a red shoe, blue hat"]
-    assert stories.locator(".same").all_inner_texts() == ["red ", "red "]
-    assert ablated.page.locator("[data-first-difference]").count() == 2
-    boxes = [stories.nth(n).bounding_box() for n in range(2)]
-    assert boxes[0]["y"] == boxes[1]["y"]
-    press(ablated, 1, 3)
-    assert ablated.page.locator("[data-first-difference]").count() == 0
-    assert "the same, word for word" in text(ablated, "#off-stories")
-
-
 def test_cells_arrows_and_the_slider_choose_the_expert(ablated: Opened) -> None:
     press(ablated, 0, 1)
     assert ablated.page.locator("#layer").input_value() == "0"

@@ -6,14 +6,7 @@ from typing import Any
 
 import pytest
 
-from moe_jax.pages import page_file
 from tests.browser.opened import LAYERS, E, K, Opened, page_data
-
-
-def test_whole_numbers_have_commas(opened: Opened) -> None:
-    numbers = [0, 7, 999, 1000, 12_345, 999_999, 1_234_567, 10**12, -1000, -999]
-    script = page_file("moe_jax.pages", "parts/build.js")
-    assert opened.page.evaluate(f"() => {{ {script}; return {numbers}.map(whole); }}") == [f"{n:,}" for n in numbers]
 
 
 def test_what_experts_prefer_is_named_with_counts(opened: Opened) -> None:
@@ -29,17 +22,6 @@ def test_what_experts_prefer_is_named_with_counts(opened: Opened) -> None:
     tip = opened.page.locator("#tip").inner_text()
     assert f"{token['here']:,} of its {token['all']:,}" in tip
     assert f"{token['g2']}".rstrip("0").rstrip(".") in tip
-
-
-def test_attention_of_the_chosen_token(opened: Opened) -> None:
-    opened.page.locator('.t[data-i="5"]').click()
-    opened.draw_everything()
-    heads = opened.page.locator("#attention-figure .head")
-    for h in range(heads.count()):
-        flat = opened.data["attention"]["weights"][0][h][5]
-        shown = heads.nth(h).locator("li span:last-child").all_inner_texts()
-        assert shown == [f"{w} %" for w in flat[1::2]]
-    assert heads.count() == 2
 
 
 def test_a_sentence_at_the_top_says_what_the_experts_specialise_in(browser: Any, written: Path, tmp_path: Path) -> None:
@@ -87,31 +69,6 @@ def test_the_card_of_an_expert_lights_its_tokens(opened: Opened) -> None:
     lit = [i for i, t in enumerate(opened.tokens()) if "lit" in t["classes"].split()]
     assert lit == [i for i in range(len(opened.tokens())) if 3 in [opened.expert(0, i, k) for k in range(K)]]
     assert opened.page.locator('#legend [aria-pressed="true"]').inner_text() == "3"
-
-
-def test_the_saved_traces_are_painted_in_the_colours_of_their_experts(opened: Opened) -> None:
-    opened.draw_everything()
-    shown = opened.data["training"]["traces"]["shown"]
-    assert shown["step"] == [20, 40]
-    for layer in range(LAYERS):
-        opened.page.locator("#layer").fill(str(layer))
-        opened.page.locator("#training").scroll_into_view_if_needed()
-        canvas = opened.page.locator(f'canvas[aria-label*="evaluations, layer {layer}"]')
-        canvas.wait_for()
-        painted = canvas.evaluate(
-            """(canvas, [rows, columns]) => [...Array(rows).keys()].map((r) => [...Array(columns).keys()].map((c) =>
-            'rgb(' + [...canvas.getContext('2d').getImageData((c + 0.5) * canvas.width / columns,
-            (r + 0.5) * canvas.height / rows, 1, 1).data].slice(0, 3).join(', ') + ')'))""",
-            [len(shown["step"]), len(shown["pieces"])],
-        )
-        colours = [opened.colour(f"var(--e{e})") for e in range(E)]
-        assert painted == [[colours[e] for e in step[layer]] for step in shown["first"]]
-    opened.page.locator('canvas[aria-label*="evaluations, layer"]').focus()
-    opened.page.keyboard.press("ArrowRight")
-    opened.page.keyboard.press("ArrowDown")
-    tip = opened.page.locator("#tip").inner_text()
-    assert tip.startswith("Step 40: ")
-    assert tip.endswith(f"(token 2) chose expert {shown['first'][1][LAYERS - 1][1]}")
 
 
 CELL = """(canvas, [rows, columns, r, c]) => [...canvas.getContext('2d').getImageData(

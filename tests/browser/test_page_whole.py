@@ -144,22 +144,6 @@ def test_on_a_phone_the_card_leaves_the_token_in_view_and_the_other_sections_fre
     opened.page.close()
 
 
-def test_on_paper_everything_is_there(browser: Any, written: Path) -> None:
-    opened = Opened(browser, written)
-    opened.page.emulate_media(media="print")
-    opened.page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
-    for name in ("#controls", "#counts"):  # what a reader of paper cannot use
-        assert not opened.page.locator(name).first.is_visible(), name
-    for name in ("#load svg", "#flow-figure svg", "#slots svg", "#training-figures svg", "#off-stories .story"):
-        assert opened.page.locator(name).first.is_visible(), name
-    for heading in ("h2", "h3", "figcaption", ".explain"):  # no heading is left at the foot of a page
-        after = "(nodes) => nodes.map((n) => getComputedStyle(n).breakAfter)"
-        assert set(opened.page.locator(f"main {heading}").evaluate_all(after)) == {"avoid"}, heading
-    box = opened.page.locator("#tokens").evaluate("(box) => [box.scrollHeight, box.clientHeight]")
-    assert box[0] <= box[1] + 1
-    opened.page.close()
-
-
 @pytest.mark.parametrize("dispatch", ["capacity", "blocks"])
 def test_a_page_speaks_of_slots_and_drops_only_where_there_is_a_capacity(
     browser: Any, tmp_path: Path, dispatch: str

@@ -2,12 +2,11 @@
 
 import re
 from collections import Counter
-from typing import Any
 
 import pytest
 
 from tests.browser.served import Served
-from tests.support.stand_in_server import LAYERS, MODEL, E, K, StandIn, experts_of, gates_of, logprob_of, probability
+from tests.support.stand_in_server import LAYERS, E, K, experts_of, gates_of, logprob_of, probability
 
 READ = ["Once", " upon", " a", " time"]
 WRITTEN = [" there", " was", " a", " dragon", ".", " It", " had", " 7", " hats"]
@@ -126,18 +125,6 @@ def test_going_on_from_another_token_sends_the_ids_up_to_it_and_keeps_the_former
     assert "17 tokens" in former.inner_text()  # the other one can be had back, too
 
 
-def test_again_with_the_next_seed_keeps_what_was_given(served: Served) -> None:
-    served.page.locator("#seed").fill("41")
-    served.write()
-    ids = served.ids()
-    served.press("#again")
-    assert served.says.asked[-1][1]["seed"] == 42
-    assert served.says.asked[-1][1]["prompt"] == [0, *ids[: len(READ)]]
-    assert served.shown_pieces() == READ + WRITTEN
-    served.page.locator("#temperature").fill("0")
-    assert not served.page.locator("#again").is_visible()  # every seed gives the same text
-
-
 def test_each_text_has_a_seed_of_its_own_unless_one_is_entered(served: Served) -> None:
     """It is shown with the text, and going on takes it again."""
     for seed in ("", "", "41"):
@@ -150,35 +137,6 @@ def test_each_text_has_a_seed_of_its_own_unless_one_is_entered(served: Served) -
     assert served.page.locator("#speed").inner_text().endswith("seed 41")
     shown = served.page.locator("#former .size").all_inner_texts()
     assert [line.partition("seed ")[2] for line in shown] == [str(second), str(first)]
-
-
-def test_enter_writes_and_a_reload_keeps_what_was_typed(served: Served) -> None:
-    page = served.page
-    assert page.evaluate("document.activeElement.id") == "prompt"
-    page.keyboard.type("Once")
-    page.keyboard.press("Shift+Enter")
-    page.keyboard.type("upon")
-    assert served.says.asked == []
-    page.keyboard.press("Enter")
-    served.finished()
-    assert served.says.asked[0][1]["prompt"] == page.locator("#prompt").input_value() == "Once\nupon"
-    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    page.locator("#copy").click()
-    page.locator("#copy", has_text="Copied").wait_for()
-    assert page.evaluate("navigator.clipboard.readText()").startswith("Once\nupon there was a dragon.")
-    page.reload()
-    served.ready()
-    assert page.locator("#prompt").input_value() == "Once\nupon"
-
-
-def test_a_text_longer_than_the_context_goes_on_without_an_echo(browser: Any, says: StandIn) -> None:
-    """A server echoes no more than the context."""
-    says.model = MODEL | {"context": 8}
-    served = Served(browser, says).ready().write(length=5)
-    served.press("#go-on")
-    assert [body["echo"] for _, body in says.asked] == [True, False]
-    assert served.shown_pieces() == READ + WRITTEN[:5] + WRITTEN[:5]
-    served.page.close()
 
 
 def test_stop_ends_the_request_and_keeps_what_was_written(served: Served) -> None:
@@ -215,13 +173,3 @@ def test_no_text_becomes_markup(served: Served) -> None:
     marks = served.page.locator("#tokens .t.mark").all_inner_texts()
     assert marks == ["<F0 9F>"]
     assert served.said == []
-
-
-def test_colours_by_probability(served: Served) -> None:
-    """The shade is the surprise in nats, full at 8."""
-    served.write()
-    served.page.locator("#colour").select_option("surprise")
-    shades = served.page.locator("#tokens .t").evaluate_all("(all) => all.map((t) => t.style.getPropertyValue('--v'))")
-    expected = [min(-logprob_of(token) / 8, 1) for token in served.ids()]
-    assert [float(shade) for shade in shades] == pytest.approx(expected, abs=0.0006)
-    assert "the probability that the model gave" in served.page.locator("#legend").inner_text()

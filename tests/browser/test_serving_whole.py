@@ -6,17 +6,9 @@ import pytest
 
 from tests.browser.contrast import CONTRAST
 from tests.browser.served import Served
-from tests.support.stand_in_server import MODEL, E, StandIn
+from tests.support.stand_in_server import MODEL, StandIn
 
 WRITTEN = [" there", " was", " a", " dragon", ".", " It", " had", " 7", " hats"]
-
-
-PARTS = """() => {
-    window.parts = []; // chips that were added, of each task of the page
-    new MutationObserver((all) => {
-        window.parts.push(all.flatMap((m) => [...m.addedNodes]).filter((n) => n.classList?.contains('t')).length);
-    }).observe(document.getElementById('tokens'), { childList: true, subtree: true });
-}"""
 
 
 def focused(page: Any) -> str:
@@ -115,21 +107,6 @@ def test_on_a_phone_the_theme_stays_in_view_and_saving_takes_no_row(browser: Any
     served.page.close()
 
 
-def test_two_thousand_tokens_come_in_many_small_parts(served: Served) -> None:
-    """Even if all come in one event. Cards are made when they are wanted, and paragraphs out of sight are not drawn."""
-    served.says.burst = 2000
-    served.page.evaluate(PARTS)
-    served.write(length=2000)
-    parts = served.page.evaluate("window.parts")
-    assert sum(parts) == len(served.pieces()) == 2004
-    assert max(parts) <= 64
-    assert served.page.locator("#card .other").count() == 0
-    drawn = "(all) => all.map((p) => [p.childElementCount, getComputedStyle(p).contentVisibility])"
-    paragraphs = served.page.locator("#tokens p").evaluate_all(drawn)
-    assert max(size for size, _ in paragraphs) <= 240
-    assert {kind for _, kind in paragraphs} == {"auto"}
-
-
 def test_a_conversation(browser: Any, says: StandIn) -> None:
     """Messages go out as they were said and written; an answer can be gone on from; a new one begins empty."""
     says.model = MODEL | {"chat": True}
@@ -162,18 +139,6 @@ def test_a_conversation(browser: Any, says: StandIn) -> None:
     served.page.locator("#former button").nth(1).click()
     served.page.locator(".said", has_text="dragons").wait_for()
     served.page.close()
-
-
-def test_a_model_without_experts_is_shaded_by_probability(browser: Any, says: StandIn) -> None:
-    says.model = MODEL | {"experts": 0, "expert_layers": [], "experts_per_token": 0}
-    served = Served(browser, says).ready().write()
-    assert says.asked[-1][1]["routed_experts"] is False
-    for name in ("#layer", "#loads", "#colour", "#barcode"):
-        assert not served.page.locator(name).is_visible(), name
-    assert served.page.locator("#tokens.shaded").count() == 1
-    assert served.said == []
-    served.page.close()
-    assert E == 8  # the case above would have shown bars
 
 
 def test_the_newest_token_stays_in_sight_until_the_reader_scrolls_up(served: Served) -> None:

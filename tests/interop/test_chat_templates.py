@@ -3,8 +3,6 @@ one."""
 
 import functools
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +10,10 @@ import numpy as np
 import pytest
 
 from moe_jax.config import UserError
-from moe_jax.data.chat_templates import ChatTemplate, template_in
+from moe_jax.data.chat_templates import template_in
 from moe_jax.data.chats import answer_prompt, encode_chats
 from moe_jax.data.documents import Message
 from moe_jax.data.tokenizers import Tokenizer, imported_tokenizer, load_tokenizer
-from moe_jax.inference.chat import RoleChat
-from moe_jax.inference.decode import TextGenerator
-from moe_jax.inference.sampling import Sampling
 from moe_jax.interop.pretrained import Pretrained
 from moe_jax.interop.tokenizers import tokenizer_files
 from moe_jax.runs.load import open_run
@@ -210,28 +205,3 @@ def test_a_tuned_run_asks_and_answers_in_the_template(tmp_path: Path) -> None:
     body = {"messages": [message._asdict() for message in CHAT[:2]]}
     assert card.to_dict()["moe_jax"]["chat"]
     assert ChatCompletion(json.dumps(body).encode(), card).texts[0].prompt == answer_prompt(tokenizer, CHAT[:2])
-
-
-class Yes(TextGenerator):
-    """Answers every question."""
-
-    def __init__(self) -> None:
-        self.tokenizer = opened(STRICT)
-
-    def continuation(self, *arguments: Any, **settings: Any) -> Iterator[str]:
-        return iter(["yes"])
-
-
-def test_the_oldest_turns_are_left_out_by_pairs() -> None:
-    """A template that wants users first takes what is left of a long conversation."""
-    chat = RoleChat(Yes(), Sampling(), seed=0, limit=8, context=60)
-    for question in ("a dragon", "a cat", "a cake", "two cakes", "naive"):
-        assert "".join(chat.reply(question)) == "yes"
-    assert len(chat._prompt("more")) <= 52
-
-
-def test_without_jinja2_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    template = ChatTemplate(CHATML, made("qwen"), "", end_of(made("qwen")))
-    with pytest.raises(UserError, match="needs jinja2, which is missing; run `uv run --extra templates moe-jax"):
-        template.render(CHAT)

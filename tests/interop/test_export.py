@@ -3,9 +3,6 @@
 import dataclasses
 import errno
 import json
-import os
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +19,10 @@ from moe_jax.interop import html
 from moe_jax.interop.architectures import architecture_of
 from moe_jax.interop.config_json import config_json
 from moe_jax.interop.export import export
-from moe_jax.interop.gguf_file import CONTROL, NORMAL, _kind, _rule, gguf_vocabulary
+from moe_jax.interop.gguf_file import CONTROL, NORMAL, _kind, gguf_vocabulary
 from moe_jax.interop.source import embedding, open_source
 from tests.interop.saved import save
 from tests.support.commands import refused as refused_command
-from tests.support.hf_tokenizers import BYTE_LEVEL, made
 
 
 @pytest.fixture(scope="module")
@@ -227,16 +223,6 @@ def test_gguf_pads_the_vocabulary_and_keeps_rows_that_no_block_fills(run: Path) 
     assert _kind("blk.0.ffn_gate_inp.weight", np.zeros((2, 64)), "bfloat16") == gguf.GGMLQuantizationType.F32
 
 
-def test_llama_cpp_gets_the_name_of_an_imported_rule() -> None:
-    """Only of a rule that it knows. `use_regex` is true where an old file leaves it out."""
-    names = {"gpt2": "gpt-2", "olmo": "gpt-2", "smollm": "smollm", "qwen": "qwen2", "llama3": "llama-bpe"}
-    assert {kind: _rule(json.loads(made(kind))["pre_tokenizer"]) for kind in BYTE_LEVEL} == names
-    assert _rule({"type": "ByteLevel", "add_prefix_space": False}) == "gpt-2"
-    for other in (None, {"type": "ByteLevel", "use_regex": False}, json.loads(made("metaspace"))["pre_tokenizer"]):
-        with pytest.raises(UserError, match="cpp has no name for the rule"):
-            _rule(other)
-
-
 def test_plain_safetensors_have_our_names_and_values(run: Path, tmp_path: Path) -> None:
     assert command("--run", str(run), "--out", str(tmp_path / "out"), "--to", "safetensors") == 0
     found, source = load_file(tmp_path / "out" / "model.safetensors"), open_source(run)
@@ -275,13 +261,6 @@ def test_a_full_disk_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(Path, "mkdir", lambda p, **given: full() if p.suffix == ".partial" else mkdir(p, **given))
     with pytest.raises(UserError, match=r"the disk is full\); nothing was exported"):
         export(open_source(run), "hf", "float32", tmp_path / "deep" / "out", "")
-
-
-def test_ctrl_c_leaves_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "model_card", lambda *_: os.kill(os.getpid(), signal.SIGINT) or time.sleep(1) or "")
-    with pytest.raises(KeyboardInterrupt):
-        export(open_source(run), "hf", "float32", tmp_path / "out", "")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_page_is_whole_or_absent_and_a_run_that_it_cannot_hold_is_refused(

@@ -98,18 +98,6 @@ def test_fields_that_change_nothing_are_accepted(folder: Path) -> None:
     read(folder)
 
 
-def test_a_window_shorter_than_the_context_bounds_the_context(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    for changes, longest in (
-        ({"sliding_window": 24}, 24),
-        ({"sliding_window": 24, "use_sliding_window": False}, 64),
-        ({"sliding_window": 24, "use_sliding_window": False, "layer_types": ["full_attention"] * 2}, 64),
-        ({"sliding_window": 9, "use_sliding_window": False, "layer_types": ["sliding_attention"] * 2}, 9),
-    ):
-        (folder / "config.json").write_text(json.dumps(config | changes))
-        assert Pretrained.open(folder, "--init-from").shape.model.seq_len == longest
-
-
 LEFT_OUT = {
     "llama": (1e-6, 1e4, 8, 8, None),
     "qwen3": (1e-6, 1e4, 32, 128, None),
@@ -211,12 +199,6 @@ def test_the_base_of_the_rotation_may_stand_in_its_own_object(field: str, folder
         assert read_shape(folder, "--init-from").model.rope_theta == theta
 
 
-def test_the_first_of_several_ends_of_text_is_the_separator(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": [256, 7]}))
-    assert Pretrained.open(folder, "--init-from").tokenizer.separator_id == 256
-
-
 @pytest.mark.parametrize(
     "content", [b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"model_type": "llama", "rms_norm_eps": NaN}']
 )
@@ -261,12 +243,6 @@ def test_unknown_kinds_of_tokenizers(name: str, folder: Path) -> None:
     change, said = TOKENIZERS[name]
     edit_tokenizer(folder, change)
     refused(folder, said)
-
-
-@pytest.mark.parametrize("content", [b"{", b"\xff", b'{"model": {"vocab": {}}}'])
-def test_a_tokenizer_that_is_none(content: bytes, folder: Path) -> None:
-    (folder / "tokenizer.json").write_bytes(content)
-    refused(folder, "tokenizer.json")
 
 
 def test_a_folder_without_a_tokenizer_or_an_end_of_text(folder: Path) -> None:

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import verify_resume
 
 import moe_jax
 from moe_jax.config import RunConfig
@@ -175,11 +174,3 @@ def test_the_library_and_an_export_take_the_run(
     saved = load_config(place / "run")
     assert saved is not None
     assert again.model == dataclasses.replace(saved.model, seq_len=32)
-
-
-def test_a_short_run_for_the_test_of_resuming_names_the_folder(place: Path) -> None:
-    for flag in ("--init-from", "--upcycle"):
-        config = parsed(flag, "hf", "--seq-len", "32")
-        found = parsed(*verify_resume.short_flags(config), "--out", "x")
-        assert (found.init_from, found.upcycle) == (config.init_from, config.upcycle)
-        assert found.model == config.model

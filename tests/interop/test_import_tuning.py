@@ -12,8 +12,7 @@ from moe_jax.interop.export import export
 from moe_jax.interop.pretrained import Pretrained
 from moe_jax.interop.source import open_source
 from moe_jax.model.costs import adapter_parameters
-from moe_jax.runs.load import find_checkpoint, open_run
-from moe_jax.training import initial_weights
+from moe_jax.runs.load import open_run
 from moe_jax.training.run import finish, take_steps
 from moe_jax.training.session import Session
 from moe_jax.training.start import IMPORTED_LR
@@ -90,13 +89,6 @@ def test_the_template_gives_our_ids(place: Path, tmp_path: Path) -> None:
     ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     harmless = Message("user", "Who ate </ s>the cake?")
     assert ids == answer_prompt(session.data.store.tokenizer, [harmless])
-
-
-def test_a_tuned_import_is_tuned_once_more(place: Path) -> None:
-    """What the public model took to train is not known, and stays so."""
-    session, _ = tune(place, "--lora", "2")
-    run = find_checkpoint(session.folder.path)
-    assert initial_weights._origin("tuned_from", "", run.checkpoint, run.config)["training_flops"] is None
 
 
 def test_one_origin_at_a_time(place: Path) -> None:

@@ -24,7 +24,6 @@ from moe_jax.interop.source import open_source
 from moe_jax.model.quantized import in_tiles, quantize
 from moe_jax.model.transformer import abstract_model
 from moe_jax.runs.arrays import named_leaves
-from moe_jax.runs.load import open_run
 from tests.interop import public_shapes
 from tests.interop.made import byte_tokenizer
 from tests.reliability import runs
@@ -90,16 +89,6 @@ def test_the_weights_are_those_of_the_folder_rounded(name: str, form: Form, tmp_
     assert np.isfinite(run.logits("Once upon a time")).all()
 
 
-def test_parts_of_a_tensor_give_the_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts of a few rows, the last one smaller."""
-    model = opened(published(tmp_path / "hf"))
-    import_run(model, "int4", 40, tmp_path / "whole")
-    monkeypatch.setattr("moe_jax.interop.pretrained.PART_VALUES", 64 * 7)
-    import_run(model, "int4", 40, tmp_path / "parts")
-    one, parts = (open_run(tmp_path / name).checkpoint.weights_digest for name in ("whole", "parts"))
-    assert one == parts
-
-
 def test_unquantised_weights_go_back(tmp_path: Path) -> None:
     folder = published(tmp_path / "hf")
     import_run(opened(folder), "bfloat16", 40, tmp_path / "run")
@@ -124,13 +113,6 @@ def test_a_value_that_is_not_finite_is_named(tmp_path: Path) -> None:
             import_run(opened(folder), form, 40, tmp_path / "run")
         assert "\n" not in str(failure.value)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
-
-
-def test_an_odd_number_of_inputs_asks_for_int8(tmp_path: Path) -> None:
-    folder = published(tmp_path / "hf", intermediate_size=33)
-    with pytest.raises(UserError, match=r"w_out: has 33 inputs, .* take int8"):
-        import_run(opened(folder), "int4", 40, tmp_path / "run")
-    import_run(opened(folder), "int8", 40, tmp_path / "run")
 
 
 def test_a_disk_that_fills_is_one_line_and_leaves_nothing(tmp_path: Path) -> None:

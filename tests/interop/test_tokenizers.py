@@ -19,7 +19,7 @@ from moe_jax.interop import gguf_file
 from moe_jax.interop.architectures import architecture_of
 from moe_jax.interop.export import export
 from moe_jax.interop.source import ExportSource, open_source
-from moe_jax.interop.tokenizers import _last_pair, jinja, merges, ollama, spelled, tokenizer_json
+from moe_jax.interop.tokenizers import jinja, merges, ollama, tokenizer_json
 from tests.interop.llama_cpp import LlamaCpp, LlamaServer
 from tests.interop.saved import save
 
@@ -73,22 +73,6 @@ def test_gpt2_is_spelled_with_its_own_merges() -> None:
     theirs = tokenizers.Tokenizer.from_str(json.dumps(tokenizer_json(ours)))
     for text in ("Once upon a time, there was a dragon.", "  Don't\n\n stop 1234 'll'VE", "日本 😀 naïve\x00\x7f"):
         assert theirs.encode(text).ids == [ours.separator_id, *ours.encode(text)]
-
-
-@pytest.mark.parametrize(
-    ("word", "pair"), [("ab", ("a", "b")), ("abc", ("ab", "c")), ("cab", ("c", "ab")), ("abcab", ("abc", "ab"))]
-)
-def test_the_last_pair_of_an_entry_by_hand(word: str, pair: tuple[str, str]) -> None:
-    """abcab: `ab` is the lowest, and merges twice: ab c ab. Then abc is lower than cab: abc ab."""
-    words = ["a", "b", "c", "ab", "bc", "abc", "cab", "abcab"]
-    assert _last_pair(word, {entry: rank for rank, entry in enumerate(words)}) == pair
-
-
-def test_the_alphabet_spells_bytes_as_gpt2_does() -> None:
-    words = spelled(train_tokenizer(DataConfig(tokenizer="byte")))
-    assert [words[ord(c)] for c in "A! \n\t"] == ["A", "!", "Ġ", "Ċ", "ĉ"]
-    assert len(set(words)) == 257
-    assert words[256] == SEPARATOR
 
 
 _OPENED: dict[tuple[str, Path], object] = {}
