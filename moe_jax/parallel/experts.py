@@ -65,19 +65,13 @@ def exchange(
     return jax.lax.all_to_all(experts(sent(rows), sent(gate)), AXIS, split_axis=1, concat_axis=0, tiled=True)
 
 
-@dataclass(frozen=True)
-class Exchanged:
+class Exchanged(Capacity):
     """A dispatch by capacity whose experts lie on several devices."""
 
-    local: Capacity
-
     def apply(
-        self, x: Float[Array, "B T D"], routing: Routing, experts: Experts
+        self, x: Float[Array, "B T D"], routing: Routing, experts: Callable[..., Array]
     ) -> tuple[Float[Array, "B T D"], Float[Array, " B"]]:
-        return self.local.apply(x, routing, partial(exchange, lambda rows, gate: experts(rows, gate=gate)))
-
-    def trace(self, routing: Routing) -> QueuedPairs:
-        return self.local.trace(routing)
+        return super().apply(x, routing, partial(exchange, lambda rows, gate: experts(rows, gate=gate)))
 
 
 @dataclass(frozen=True)
@@ -137,7 +131,7 @@ class ExpertParallelMoE(MoE):
     def dispatch_for(self, mode: Mode, batch: int, tokens: int) -> Dispatch:
         dispatch = super().dispatch_for(mode, batch, tokens)
         if isinstance(dispatch, Capacity):
-            return Exchanged(dispatch)
+            return Exchanged(dispatch.slots)
         if mode is not Mode.TRAIN or not isinstance(dispatch, Blocks):
             raise ValueError(f"{mode}: this layer is for training; other passes use the plain one")
         policy, devices = self.routing, jax.lax.axis_size(AXIS)

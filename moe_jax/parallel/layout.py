@@ -75,30 +75,24 @@ def leaf_name(path: jax.tree_util.KeyPath) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def logical_axes(name: str) -> tuple[str, ...]:
-    """The logical axes of a parameter or of an adapter. Empty for an array that is not in the table.
+def mesh_axes(name: str) -> tuple[str | None, ...]:
+    """The mesh axis over which each axis of a parameter or of an adapter is sharded. Empty for an array that is not in
+    the table.
 
     An adapter of a matrix `[*E, D, F]` is a `[*E, D, R]` and b `[*E, R, F]` (`model/low_rank.py`).
     """
     *_, group, end, last = ("", "", *name.split("."))
-    if not end.endswith(SUFFIX):
-        return LOGICAL_AXES.get(f"{end}.{last}" if end else last, ())
-    axes = LOGICAL_AXES[f"{group}.{end.removesuffix(SUFFIX)}"]
-    return (*axes[:-1], "rank") if last == "a" else (*axes[:-2], "rank", axes[-1])
-
-
-def mesh_axes(name: str) -> tuple[str | None, ...]:
-    """The mesh axis over which each axis of a parameter is sharded. Empty for an array that is not in the table."""
-    return tuple(MESH_AXES.get(axis) for axis in logical_axes(name))
+    adapted = end.endswith(SUFFIX)
+    matrix = f"{group}.{end.removesuffix(SUFFIX)}" if adapted else f"{end}.{last}" if end else last
+    axes = LOGICAL_AXES.get(matrix, ())
+    if adapted:
+        axes = (*axes[:-1], "rank") if last == "a" else (*axes[:-2], "rank", axes[-1])
+    return tuple(MESH_AXES.get(axis) for axis in axes)
 
 
 def parameter_spec(name: str, mesh: Mesh) -> PartitionSpec:
     """Where the parameter of this name lies. A mesh axis of one device is left out."""
     return PartitionSpec(*(axis if axis and mesh.shape[axis] > 1 else None for axis in mesh_axes(name)))
-
-
-def without_fsdp(spec: PartitionSpec) -> PartitionSpec:
-    return PartitionSpec(*(None if axis == "fsdp" else axis for axis in spec))
 
 
 @dataclass(frozen=True)
@@ -120,7 +114,10 @@ class Layout:
         paths = jax.tree_util.tree_leaves_with_path(params) + jax.tree_util.tree_leaves_with_path(adapters)
         specs = {leaf_name(path): parameter_spec(leaf_name(path), mesh) for path, _ in paths}
         whole = {leaf_name(path): flag for path, flag in jax.tree_util.tree_leaves_with_path(whole_matrices)}
-        updates = {name: without_fsdp(specs[name]) if flag else specs[name] for name, flag in whole.items()}
+        updates = {
+            name: PartitionSpec(*(None if needs_whole and axis == "fsdp" else axis for axis in specs[name]))
+            for name, needs_whole in whole.items()
+        }
         return cls(mesh, specs, updates)
 
     @property

@@ -103,21 +103,15 @@ def barrier() -> None:
         multihost_utils.sync_global_devices("moe_jax")
 
 
-def exchange_texts(text: str) -> list[str]:
-    """The texts that all processes give, in their order. All must call this together."""
-    if not is_multi_process():
-        return [text]
-    own = np.frombuffer(text.encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(own.size))
-    padded = multihost_utils.process_allgather(np.pad(own, (0, int(sizes.max()) - own.size)))
-    return [row[:size].tobytes().decode() for row, size in zip(padded, sizes, strict=True)]
-
-
 def agree_on(facts: Mapping[str, Any]) -> None:
-    """Raise ConfigError in every process unless all give the same values. A name is shown to the user."""
+    """Raise ConfigError in every process unless all give the same values. All must call this together. A name is shown
+    to the user."""
     if not is_multi_process():
         return
-    everyone = [json.loads(text) for text in exchange_texts(json.dumps(facts))]
+    own = np.frombuffer(json.dumps(facts).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(own.size))
+    padded = multihost_utils.process_allgather(np.pad(own, (0, int(sizes.max()) - own.size)))
+    everyone = [json.loads(row[:size].tobytes()) for row, size in zip(padded, sizes, strict=True)]
     for name, expected in everyone[0].items():
         for index, values in enumerate(everyone):
             if values.get(name) != expected:

@@ -14,11 +14,9 @@ from moe_jax.parallel.layout import (
     LOGICAL_AXES,
     Layout,
     leaf_name,
-    logical_axes,
     mesh_axes,
     mesh_of,
     parameter_spec,
-    without_fsdp,
 )
 from moe_jax.training.optimizers.factory import make_optimizer, needs_whole_matrices
 from moe_jax.training.state import initial_state
@@ -134,14 +132,12 @@ def test_blocks_of_8_bit_moments_are_cut_over_experts() -> None:
 
 def test_the_axes_of_adapters() -> None:
     """Of a matrix [D, F]: a is [D, R], b is [R, F]. Of experts [E, D, F] the first axis stays."""
-    found = {name: logical_axes(f"blocks.0.{name}") for name in ("attention.qkv_lora.a", "attention.qkv_lora.b")}
-    assert found == {"attention.qkv_lora.a": ("width", "rank"), "attention.qkv_lora.b": ("rank", "heads")}
-    assert logical_axes("blocks.1.ffn.experts.w_out_lora.a") == ("expert", "hidden", "rank")
-    assert logical_axes("blocks.1.ffn.experts.w_out_lora.b") == ("expert", "rank", "width")
-    assert logical_axes("embedding") == ("vocabulary", "width")
-    assert logical_axes("blocks.1.ffn.router") == logical_axes("norm.scale") == ()
+    assert mesh_axes("blocks.0.attention.qkv_lora.a") == ("fsdp", None)
+    assert mesh_axes("blocks.0.attention.qkv_lora.b") == (None, None)
+    assert mesh_axes("blocks.1.ffn.experts.w_out_lora.a") == ("expert", None, None)
     assert mesh_axes("blocks.1.ffn.experts.w_out_lora.b") == ("expert", None, "fsdp")
-    assert without_fsdp(P("expert", "fsdp", None)) == P("expert", None, None)
+    assert mesh_axes("embedding") == (None, "fsdp")
+    assert mesh_axes("blocks.1.ffn.router") == mesh_axes("norm.scale") == ()
 
 
 def test_a_leaf_of_a_state_belongs_to_the_longest_name() -> None:
