@@ -69,11 +69,11 @@ def cpu_bfloat16_units() -> str:
     """The units with which this processor multiplies bfloat16 faster than float32: "AMX" or "AVX-512 BF16".
 
     "" if there are none, or Linux's /proc/cpuinfo is missing, or a race shows that they are not faster
-    (`system.machine.gain`), as they are not on an Intel Xeon whose AMX is hidden.
+    (`system.machine.bfloat16_gain`), as they are not on an Intel Xeon whose AMX is hidden.
     """
     flags = machine.processor_flags()
     units = "AMX" if "amx_bf16" in flags else "AVX-512 BF16" if "avx512_bf16" in flags else ""
-    return units if units and machine.gain("bfloat16", jax.devices("cpu")[0], units) >= LEAST_GAIN else ""
+    return units if units and machine.bfloat16_gain(units) >= LEAST_GAIN else ""
 
 
 _COMPUTED = ("float32", "bfloat16", "float16")

@@ -134,29 +134,25 @@ def matmul_rate(dtype: str, size: int = 1024, repeats: int = 5) -> float:
 
 
 @cache
-def gain(narrow: str, device: Any, units: str = "") -> float:
-    """How many times as fast a `jax.Device` of this machine multiplies matrices of the dtype `narrow` as of float32.
+def bfloat16_gain(units: str) -> float:
+    """How many times as fast this processor multiplies matrices of bfloat16 as of float32, with these matrix units.
 
-    The medians of ROUNDS turns count. The result is kept in the cache folder. It is measured again for another device,
-    other matrix `units` of a processor, another number of cores or another jaxlib.
+    The medians of ROUNDS turns count, of the time of all its cores. Other programs on the same cores hardly change it:
+    beside four programs on two cores, the clock once gave a ratio of 1.02, and this time 1.90 as on a quiet machine.
+    The result is kept in the cache folder. It is measured again for another processor, other units, another number of
+    cores or another jaxlib.
     """
-    name = f"{processor()}, {units}" if device.platform == "cpu" else device.device_kind
-    parts = [narrow, name, str(usable_cores()), importlib.metadata.version("jaxlib")]
-    return cached_json("races", parts, lambda: _measured(narrow, device))
+    parts = [processor(), units, str(usable_cores()), importlib.metadata.version("jaxlib")]
+    return cached_json("races", parts, _measured_gain)
 
 
-def _measured(narrow: str, device: Any) -> float:
-    """On a CPU by the time of all its cores. Other programs on the same cores hardly change it: beside four programs on
-    two cores, the clock once gave a ratio of 1.02, and this time 1.90 as on a quiet machine."""
-    on_cpu = device.platform == "cpu"
-    size = SIZE if on_cpu else LARGE_SIZE
-
+def _measured_gain() -> float:
     def timed(run: Callable[[], Any]) -> Measured:
         begin = time.process_time()
         jax.block_until_ready(run())
         return Measured(time.process_time() - begin)
 
-    with jax.default_device(device):
-        runs = {dtype: matmuls(dtype, (size,))[f"matmul {size}"][0] for dtype in ("float32", narrow)}
-        times = alternate({dtype: partial(timed, run) for dtype, run in runs.items()} if on_cpu else runs, ROUNDS)
-    return times["float32"].median / times[narrow].median
+    with jax.default_device(jax.devices("cpu")[0]):
+        products = {dtype: matmuls(dtype, (SIZE,))[f"matmul {SIZE}"][0] for dtype in ("float32", "bfloat16")}
+        times = alternate({dtype: partial(timed, run) for dtype, run in products.items()}, ROUNDS)
+    return times["float32"].median / times["bfloat16"].median

@@ -131,6 +131,14 @@ def flip_a_bit(path: Path) -> None:
     path.write_bytes(data)
 
 
+def edit_manifest(run: Path, name: str = NAME, /, **context: object) -> None:
+    """Change the context in the manifest of a checkpoint, with a right digest."""
+    path = run / "checkpoints" / name / manifest.NAME
+    document = json.loads(path.read_text())
+    document["context"] |= context
+    manifest.write(path.parent, document)
+
+
 def newest(run: Path) -> Checkpoint:
     """The newest checkpoint of a run, whose files are undamaged."""
     checkpoint = CheckpointStore(run).list()[-1]

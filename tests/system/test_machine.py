@@ -1,10 +1,8 @@
 """What a record says of the machine, and the race of two precisions: what it measures, and what it keeps."""
 
-import contextlib
 import platform
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -70,31 +68,29 @@ def races(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     return run
 
 
-def again(narrow: str = "bfloat16", units: str = "AMX") -> float:
+def again(units: str = "AMX") -> float:
     """The gain as another process finds it."""
-    machine.gain.cache_clear()
-    return machine.gain(narrow, CPU, units)
+    machine.bfloat16_gain.cache_clear()
+    return machine.bfloat16_gain(units)
 
 
 def test_medians_count_and_are_kept_for_one_machine(races: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [again(), again(), machine.gain("bfloat16", CPU, "AMX")] == [2.0] * 3
+    assert [again(), again(), machine.bfloat16_gain("AMX")] == [2.0] * 3
     assert races == [["float32", "bfloat16"]]
     again(units="AVX-512 BF16")
     again()  # the first one is still kept
-    again("float16")
     monkeypatch.setattr(machine, "processor", lambda: "another")
     again()
     monkeypatch.setattr(machine, "usable_cores", lambda: 3)
     again()
     monkeypatch.setattr(machine.importlib.metadata, "version", lambda _: "9")
     assert [again(), again()] == [2.0] * 2
-    assert len(races) == 6
+    assert len(races) == 5
 
 
-def test_a_processor_is_timed_by_its_own_time_and_a_card_by_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products of 8 rows, with clocks that say which of them was read."""
+def test_a_processor_is_timed_by_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products of 8 rows, with a clock that says that it was read."""
     monkeypatch.setattr(machine, "SIZE", 8)
-    monkeypatch.setattr(machine, "LARGE_SIZE", 16)
     seen: dict[str, list[Any]] = {}
 
     def alternate(candidates: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Times]:
@@ -104,12 +100,6 @@ def test_a_processor_is_timed_by_its_own_time_and_a_card_by_the_clock(monkeypatc
     monkeypatch.setattr(machine, "alternate", alternate)
     ticks = iter(range(100))
     monkeypatch.setattr(machine.time, "process_time", lambda: next(ticks))
-    assert machine._measured("bfloat16", CPU) == 1
+    assert machine._measured_gain() == 1
     assert list(seen) == ["float32", "bfloat16"]
     assert all(isinstance(time, Measured) and time == 1 for runs in seen.values() for time in runs)
-    monkeypatch.setattr(machine.jax, "default_device", lambda _: contextlib.nullcontext())
-    machine._measured("float16", SimpleNamespace(platform="gpu", device_kind="a card"))
-    assert [(str(runs[0].dtype), runs[0].shape) for dtype, runs in seen.items() if dtype != "bfloat16"] == [
-        ("float32", (16, 16)),
-        ("float16", (16, 16)),
-    ]

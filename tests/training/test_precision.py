@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -115,8 +114,8 @@ def test_the_precision_follows_the_device_and_says_why(
     monkeypatch.setattr(precision.machine, "CPU_INFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(
         precision.machine,
-        "gain",
-        lambda narrow, device, units: 0.74 if vendor == "GenuineIntel" and units != "AMX" else 2.0,
+        "bfloat16_gain",
+        lambda units: 0.74 if vendor == "GenuineIntel" and units != "AMX" else 2.0,
     )
     device = type("Device", (), {"platform": platform, "compute_capability": capability, "device_kind": "a card"})()
     policy = choose_policy("auto", device)
@@ -126,19 +125,3 @@ def test_the_precision_follows_the_device_and_says_why(
     assert choose_policy("float32", device).compute == "float32"
     assert writing_policy("auto", device).compute == ("float32" if platform == "cpu" else compute)
     assert writing_policy("bfloat16", device).compute == "bfloat16"
-
-
-def test_a_card_whose_float16_is_not_faster_computes_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A card of this machine races. This one has tensor cores by its name and number, and they do not help."""
-    card = type("Device", (), {"platform": "gpu", "compute_capability": "7.5", "device_kind": "a card"})()
-    asked: list[tuple[Any, ...]] = []
-    for gain, compute in ((1.19, "float32"), (1.21, "float16")):
-        monkeypatch.setattr(precision.machine, "gain", lambda *given, gain=gain: asked.append(given) or gain)
-        monkeypatch.setattr(precision.jax, "Device", type(card))
-        policy = choose_policy("auto", card)
-        assert policy.compute == compute
-        assert ("no faster in a race" in policy.reason) == (compute == "float32")
-    assert asked == [("float16", card)] * 2
-    monkeypatch.setattr(precision.jax, "Device", int)  # a described card cannot race
-    assert choose_policy("auto", card).compute == "float16"
-    assert len(asked) == 2
