@@ -89,16 +89,3 @@ def test_the_numbers_are_those_of_the_data(opened: Opened) -> None:
         expected = 100 * math.exp(-(data["loss"][i] + change[i]) / 100)
         assert float(fall.removesuffix(" %")) == pytest.approx(expected, abs=0.51 if expected >= 9.95 else 0.051)
     assert opened.said == []
-
-
-def test_without_an_ablation_the_reason_is_said(browser: Any, written: Path, tmp_path: Path) -> None:
-    from moe_jax.inspection.report import render
-
-    data = json.loads(page_data(written)) | {"ablation": None, "ablation_missing": "There is one expert."}
-    path = tmp_path / "page.html"
-    path.write_text(render(data), encoding="utf-8")
-    opened = Opened(browser, path)
-    opened.draw_everything()
-    assert text(opened, "#ablation") == "Switch an expert off\n\nThere is one expert."
-    assert opened.said == []
-    opened.page.close()

@@ -79,23 +79,6 @@ def twenty_experts(written: Path, folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("width", [1280, 390])
-def test_the_highlighted_tab_is_the_section_in_view(browser: Any, written: Path, tmp_path: Path, width: int) -> None:
-    """After a press on the tab, also where the section is short or near the end; back at the top; and at the end."""
-    for path in (written, twenty_experts(written, tmp_path)):
-        opened = Opened(browser, path, viewport={"width": width, "height": 900}, reduced_motion="reduce")
-        tabs = opened.page.locator(".tabs a")
-        found = "[...document.querySelectorAll('.tabs a[aria-current]')]"
-        lit = f"(name) => {found}.map((a) => a.innerText).join() === name"
-        for tab in [*tabs.all(), tabs.first, tabs.nth(5)]:
-            tab.click()
-            opened.page.wait_for_function(lit, arg=tab.inner_text())
-        for place, name in (("0", "Text"), ("document.documentElement.scrollHeight", "Your text"), ("0", "Text")):
-            opened.page.evaluate(f"history.replaceState(null, '', '#text'); location.hash = ''; scrollTo(0, {place})")
-            opened.page.wait_for_function(lit, arg=name)
-        opened.page.close()
-
-
 def test_on_a_phone_all_chips_and_all_layers_are_reached(browser: Any, written: Path, tmp_path: Path) -> None:
     """Of twenty experts and of twelve layers: each is under the finger after a scroll of its own box."""
     phone = {"viewport": {"width": 390, "height": 800}}
@@ -161,64 +144,5 @@ def test_a_page_speaks_of_slots_and_drops_only_where_there_is_a_capacity(
     assert ("what found no room" in text("#lead")) == limited
     assert ("capacity line" in text("#load")) == limited
     assert ("this run: 1.2" in opened.page.locator("#factors").text_content()) == limited
-    assert opened.said == []
-    opened.page.close()
-
-
-def many_experts(written: Path, folder: Path, experts: int = 24) -> Path:
-    """The report as of a model with so many experts; each token chooses experts 5 apart."""
-    data = json.loads(page_data(written))
-    n, corpus = len(data["text"]["pieces"]), data["corpus"]
-    data["model"]["experts"] = experts
-    for layer in range(LAYERS):
-        chosen = [(i // K + 5 * (i % K) + 3 * layer) % experts for i in range(n * K)]
-        data["routing"]["expert"][layer] = chosen
-        data["routing"]["prob"][layer] = [
-            4000 if e in chosen[i * K : i * K + K] else 9 for i in range(n) for e in range(experts)
-        ]
-    empty = {"tokens": [], "kinds": 0, "share": 0.0, "groups": []}
-    data["specialisation"] = [[empty] * experts for _ in range(LAYERS)]
-    word = {"text": " cat", "id": 1, "here": 5, "all": 8, "times": 4.0, "g2": 90.0}
-    data["specialisation"][1][20] = empty | {"tokens": [word], "kinds": 1, "share": 0.5}
-    corpus["load"] = [[0.0] * 12 + [1 / 12] * (experts - 12)] * LAYERS
-    corpus["dead"] = [{"layer": la, "expert": e, "load": 0.0, "dead": True} for la in range(LAYERS) for e in range(12)]
-    corpus["together"] = [[[1] * experts] * experts] * LAYERS
-    corpus["flow"] = [[[i * experts + j for j in range(experts)] for i in range(experts)]] * (LAYERS - 1)
-    data["ablation"] |= {name: [row * 6 for row in data["ablation"][name]] for name in ("mean", "change", "stories")}
-    data["training"] |= {"step": [], "traces": {"step": []}}
-    path = folder / "many.html"
-    path.write_text(render(data), encoding="utf-8")
-    return path
-
-
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "dark"), (390, "light")])
-def test_a_page_of_many_experts_stays_readable(
-    browser: Any, written: Path, tmp_path: Path, width: int, scheme: str
-) -> None:
-    """One expert is lit at first; lists are summed up; cards and bands are few; nothing overflows."""
-    view = {"viewport": {"width": width, "height": 900}, "color_scheme": scheme}
-    opened = Opened(browser, many_experts(written, tmp_path), **view)
-    lit = [i for i, t in enumerate(opened.tokens()) if "lit" in t["classes"].split()]
-    chosen = opened.data["routing"]["expert"][0]
-    busiest = max(range(24), key=chosen.count)  # no kind of token has an expert
-    assert opened.page.locator('#legend [aria-pressed="true"]').inner_text() == str(busiest)
-    assert lit == [i for i in range(len(opened.tokens())) if busiest in chosen[i * K : i * K + K]]
-    opened.draw_everything()
-    verdict = opened.page.locator("#verdict").inner_text()
-    assert f"24 of {24 * LAYERS} experts; most in layer 0, 12 of its 24." in verdict
-    assert verdict.count("expert 1 ") == 0
-    opened.page.locator("#layer").fill("1")
-    opened.page.locator("#specialists").scroll_into_view_if_needed()
-    opened.page.locator("#other-specialists summary", has_text="layer 1").click()
-    opened.page.locator("#other-specialists .specialist").last.wait_for()
-    names = opened.page.locator(".specialist h4 button")
-    assert names.first.inner_text() == "Expert 20"
-    assert opened.page.locator("#specialists .specialist").count() == 12
-    assert sorted(names.all_inner_texts()) == sorted(f"Expert {e}" for e in range(24))
-    bands = opened.page.locator("#flow-figure .band").evaluate_all("(all) => all.map((b) => b.dataset.way)")
-    assert sorted(24 * int(way.split(",")[1]) + int(way.split(",")[2]) for way in bands) == [*range(448, 576)]
-    assert "up to 128 between two layers" in opened.page.locator("#flow-figure").inner_text()
-    assert opened.page.evaluate("document.documentElement.scrollWidth") == width
-    assert opened.page.evaluate(CONTRAST) == []
     assert opened.said == []
     opened.page.close()

@@ -5,10 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_jax.pages import digest
-from tests.browser.contrast import CONTRAST
 from tests.browser.opened import Watched
 from tests.browser.served import Served
-from tests.support.stand_in_server import MODEL, StandIn
 
 HOSTILE = "</script><script>window.ran=1</script>"
 
@@ -59,19 +57,6 @@ def test_a_saved_text_opens_offline_and_shows_the_same(served: Served, browser: 
     saved.page.close()
 
 
-def test_a_saved_text_has_no_control_that_needs_a_server(served: Served, browser: Any, tmp_path: Path) -> None:
-    served.page.locator("#seed").fill("1")
-    saved = Saved(browser, save(served.write(), tmp_path))
-    for name in ("#composer", "#write", "#again", "#save", "#former", "#key", "#card button.other"):
-        assert saved.page.locator(name).count() == 0, name
-    saved.page.locator('.t[data-i="6"]').click()
-    assert saved.page.locator("#card .other").count() >= 5
-    assert saved.page.locator("#card button.other").count() == 0
-    assert "temperature 0.8, seed 1" in saved.page.locator("#foot").inner_text()
-    assert saved.page.evaluate(CONTRAST) == []
-    saved.page.close()
-
-
 def test_the_policy_of_the_saved_file_is_its_own_script_and_no_network(served: Served, tmp_path: Path) -> None:
     text = save(served.write(), tmp_path).read_text(encoding="utf-8")
     (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)
@@ -80,13 +65,3 @@ def test_the_policy_of_the_saved_file_is_its_own_script_and_no_network(served: S
     assert "connect-src 'none'" in policy
     assert "unsafe" not in policy
     assert text.count("<script") == text.count("</script") == 2
-
-
-def test_a_conversation_is_saved_with_what_was_said(browser: Any, says: StandIn, tmp_path: Path) -> None:
-    says.model = MODEL | {"chat": True}
-    served = Served(browser, says).ready().write("A story, please <b>")
-    saved = Saved(browser, save(served, tmp_path))
-    assert saved.page.locator(".said").inner_text() == "A story, please <b>"
-    assert saved.page.locator("#tokens").inner_text() == served.page.locator("#tokens").inner_text()
-    saved.page.close()
-    served.page.close()

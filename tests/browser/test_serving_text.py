@@ -1,12 +1,9 @@
 """The server's page in a real browser: what streams in, how it is coloured, what a card says, and going on from it."""
 
-import re
-from collections import Counter
-
 import pytest
 
 from tests.browser.served import Served
-from tests.support.stand_in_server import LAYERS, E, K, experts_of, gates_of, logprob_of, probability
+from tests.support.stand_in_server import LAYERS, experts_of, gates_of, logprob_of, probability
 
 READ = ["Once", " upon", " a", " time"]
 WRITTEN = [" there", " was", " a", " dragon", ".", " It", " had", " 7", " hats"]
@@ -21,10 +18,6 @@ HOSTILE = [
     "{{style}}",
     "\n",
 ]
-
-
-def share(text: str) -> int:
-    return int(re.sub(r"\D", "", text))
 
 
 def test_tokens_stream_in_with_the_colours_of_the_experts_that_were_sent(served: Served) -> None:
@@ -51,28 +44,6 @@ def test_tokens_stream_in_with_the_colours_of_the_experts_that_were_sent(served:
     }
     assert served.said == []
     assert {url.split("/v1")[0].rstrip("/") + "/" for url in served.asked} == {served.says.url}
-
-
-def test_the_bars_hold_the_shares_of_the_choices(served: Served) -> None:
-    """Counted here once more: every choice of every token whose experts are known, K each."""
-    served.write(length=40)
-    ids = served.ids()[:-1]
-    for layer in range(LAYERS):
-        served.page.locator("#layer").fill(str(layer))
-        counts = Counter(e for token in ids for e in experts_of(token)[layer])
-        bars = served.page.locator("#loads button")
-        assert bars.count() == E
-        for e in range(E):
-            exact = counts[e] / (K * len(ids))
-            assert abs(share(bars.nth(e).locator(".share").inner_text()) - 100 * exact) <= 0.51
-            name = bars.nth(e).get_attribute("aria-label")
-            assert name.startswith(f"Expert {e}, ")
-            assert "the even share is 13" in name  # 100 / 8 = 12.5
-            top = max(2 / E, max(counts.values()) / (K * len(ids)))
-            shown = float(bars.nth(e).evaluate("(n) => n.style.getPropertyValue('--share')")[:-1])
-            assert shown == pytest.approx(100 * exact / top)
-    even = float(served.page.locator("#loads").evaluate("(n) => n.style.getPropertyValue('--even')")[:-1])
-    assert even == pytest.approx(100 / E / top)
 
 
 @pytest.mark.parametrize("reach", ["hover", "focus"])

@@ -90,23 +90,6 @@ def test_nothing_is_wider_than_the_window(browser: Any, says: StandIn, width: in
     served.page.close()
 
 
-def test_on_a_phone_the_theme_stays_in_view_and_saving_takes_no_row(browser: Any, says: StandIn) -> None:
-    """The theme's button covers no expert, wherever the page is."""
-    served = Served(browser, says, viewport={"width": 390, "height": 844}, reduced_motion="reduce").ready()
-    served.write(length=200)
-    box = "(node) => { const b = node.getBoundingClientRect(); return [b.top, b.bottom]; }"
-    colour, save = (served.page.locator(name).evaluate(box) for name in ("#colour", "#save"))
-    assert colour[0] < save[1]
-    assert save[0] < colour[1]
-    for place in (0, 100_000):
-        served.page.evaluate(f"document.documentElement.scrollTop = {place}")
-        top, bottom = served.page.locator("#theme").evaluate(box)
-        assert 0 <= top < bottom <= served.page.locator("#loads").evaluate(box)[0]
-    served.page.locator("#theme").click()
-    assert served.page.evaluate("document.documentElement.dataset.theme") == "dark"
-    served.page.close()
-
-
 def test_a_conversation(browser: Any, says: StandIn) -> None:
     """Messages go out as they were said and written; an answer can be gone on from; a new one begins empty."""
     says.model = MODEL | {"chat": True}
@@ -139,18 +122,3 @@ def test_a_conversation(browser: Any, says: StandIn) -> None:
     served.page.locator("#former button").nth(1).click()
     served.page.locator(".said", has_text="dragons").wait_for()
     served.page.close()
-
-
-def test_the_newest_token_stays_in_sight_until_the_reader_scrolls_up(served: Served) -> None:
-    served.write(length=600)
-    box = served.page.locator("#tokens")
-    below = "(box) => box.scrollHeight - box.clientHeight - box.scrollTop"
-    assert box.evaluate(below) < 40
-    served.says.pause = 0.01
-    served.page.locator("#length").fill("100")
-    served.page.locator("#go-on").click()
-    served.page.locator("#tokens.writing").wait_for()
-    box.evaluate("(box) => { box.scrollTop = 0; }")
-    served.finished()
-    assert box.evaluate("(box) => box.scrollTop") == 0
-    assert box.evaluate(below) > 40

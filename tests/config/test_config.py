@@ -201,21 +201,6 @@ def test_flags() -> None:
     assert long_flag(config.model.routing, "top_k") == "--routing.top-k"
 
 
-def test_run_folder_of_baselines() -> None:
-    config = preset("nano")
-    assert config.run_dir == "runs/nano"
-    dense = dataclasses.replace(config, model=dataclasses.replace(config.model, dense="active"))
-    assert dense.run_dir == "runs/nano-dense-active"
-    assert dataclasses.replace(dense, out="x").run_dir == "x"
-
-
-def test_a_run_on_own_text_is_named_after_it() -> None:
-    for source, folder in (("a/tales.jsonl.gz", "runs/tales"), ("some/books/", "runs/books"), ("/", "runs/nano")):
-        config = preset("nano").override({("data", "source"): source})
-        assert config.run_dir == folder
-        assert dataclasses.replace(config, base="runs/x").run_dir == "runs/nano-tuned"
-
-
 def test_a_folder_holds_a_run_once_it_has_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(preset("nano").to_dict()))
     (tmp_path / "checkpoints" / "tmp_00000005_99").mkdir(parents=True)

@@ -18,7 +18,7 @@ from moe_jax.training.session import Session
 from moe_jax.training.start import IMPORTED_LR
 from tests.interop.made import llama
 from tests.support import saved_run, tiny, tuning
-from tests.support.commands import refusal, sft_settings
+from tests.support.commands import sft_settings
 
 pytestmark = pytest.mark.runs
 
@@ -89,9 +89,3 @@ def test_the_template_gives_our_ids(place: Path, tmp_path: Path) -> None:
     ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     harmless = Message("user", "Who ate </ s>the cake?")
     assert ids == answer_prompt(session.data.store.tokenizer, [harmless])
-
-
-def test_one_origin_at_a_time(place: Path) -> None:
-    argv = ["--run", str(place / "none"), "--init-from", str(place / "hf"), "--data", str(place / "chats.jsonl")]
-    assert "--run" in refusal(sft_settings, *argv)
-    assert not (place / "none").exists()

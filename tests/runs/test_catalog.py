@@ -47,19 +47,6 @@ def test_without_a_name_the_newest_run_and_one_line_says_which(capsys: pytest.Ca
     assert capsys.readouterr() == ("", "no --run: this is runs/new, the newest run in runs\n")
 
 
-def test_the_list(capsys: pytest.CaptureFixture[str]) -> None:
-    make_run(Path("runs/begun"), 1_000_000_000)
-    make_run(Path("runs/mine"), 1_000_000_100, preset="nano", steps=40, val_bits_per_byte=1.25, params_total=1234)
-    Path("runs/mine/checkpoints/step_00000001/weights").write_bytes(bytes(2_345_678))
-    assert main(run_command, ["runs"]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert lines[0] == ["name", "preset", "steps", "bits/byte", "parameters", "MB", "when"]
-    assert lines[1][:6] == ["mine", "nano", "40", "1.2500", "1,234", "2.3"]
-    assert lines[2][:6] == ["begun", "-", "1", "-", "-", "0.0"]
-    assert lines[3] == ["nano", "nano", "(int8)", "900", "-", "1,511,488", "0.0", "comes", "with", "moe-jax"]
-    assert [line[0] for line in lines] == ["name", "mine", "begun", "nano", "stories"]
-
-
 def test_no_command_shows_the_commands_and_the_version_is_that_of_the_package(capsys) -> None:
     assert main(run_command, []) == 2
     assert "  chat  " in capsys.readouterr().out

@@ -4,10 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from moe_jax.runs import records
-from moe_jax.runs.records import last_train_record, load_entropy, read_metrics, read_snapshots, read_summary
+from moe_jax.runs.records import last_train_record, read_metrics, read_snapshots
 
 
 def line(**record: Any) -> bytes:
@@ -24,16 +22,6 @@ def test_records_are_sorted_by_split_and_what_a_crash_leaves_is_left_out(tmp_pat
         "val": [{"split": "val", "step": 2}],
     }
     assert last_train_record(tmp_path) == {"split": "train", "step": 3}
-
-
-def test_the_entropy_of_a_load() -> None:
-    assert load_entropy(np.array([[1, 1, 1, 1], [3, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]])).tolist() == [1, 0, 0.5, 0]
-
-
-def test_a_summary_and_none(tmp_path: Path) -> None:
-    assert read_summary(tmp_path) == {}
-    (tmp_path / records.SUMMARY).write_text('{"preset": "nano", "val_loss": NaN}')
-    assert read_summary(tmp_path) == {"preset": "nano", "val_loss": None}
 
 
 def test_snapshots_come_back_earliest_first(tmp_path: Path) -> None:

@@ -5,13 +5,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import pytest
 
 from moe_jax.system import machine
-from moe_jax.system.machine import Measured, Times, processor
+from moe_jax.system.machine import Times, processor
 
-CPU = jax.devices("cpu")[0]
 TWO_CORES = """processor\t: 0
 cpu family\t: 25
 model\t\t: 17
@@ -86,20 +84,3 @@ def test_medians_count_and_are_kept_for_one_machine(races: list[list[str]], monk
     monkeypatch.setattr(machine.importlib.metadata, "version", lambda _: "9")
     assert [again(), again()] == [2.0] * 2
     assert len(races) == 5
-
-
-def test_a_processor_is_timed_by_its_own_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products of 8 rows, with a clock that says that it was read."""
-    monkeypatch.setattr(machine, "SIZE", 8)
-    seen: dict[str, list[Any]] = {}
-
-    def alternate(candidates: dict[str, Callable[[], Any]], rounds: int) -> dict[str, Times]:
-        seen.update({dtype: [run() for _ in range(rounds)] for dtype, run in candidates.items()})
-        return {dtype: Times((1.0,)) for dtype in candidates}
-
-    monkeypatch.setattr(machine, "alternate", alternate)
-    ticks = iter(range(100))
-    monkeypatch.setattr(machine.time, "process_time", lambda: next(ticks))
-    assert machine._measured_gain() == 1
-    assert list(seen) == ["float32", "bfloat16"]
-    assert all(isinstance(time, Measured) and time == 1 for runs in seen.values() for time in runs)

@@ -13,7 +13,6 @@ import pytest
 
 from moe_jax.config import RunConfig, TrainConfig, UserError
 from moe_jax.runs.records import last_train_record
-from moe_jax.system.terminal import rich_console
 from moe_jax.training import logging
 from moe_jax.training.logging import StepLogger
 from moe_jax.training.state import STARVED_STEPS, RunCounters
@@ -161,28 +160,3 @@ def test_a_pause_does_not_count(clock: list[float], tmp_path: Path) -> None:
 
 
 # The terminal
-
-
-@pytest.mark.parametrize(("width", "last"), [(200, "50.0% dropped"), (40, None), (12, None)])
-def test_the_bar_shows_the_step_whole_on_any_terminal(
-    width: int,
-    last: str | None,
-    tmp_path: Path,
-    clock: list[float],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """On a narrow terminal the facts are cut at their end."""
-    narrow = rich_console(force_terminal=True, width=width, color_system=None)
-    monkeypatch.setattr(logging, "rich_console", lambda: narrow)
-    seen = Seen(tmp_path, steps=900, log_every=180)
-    with seen.logger:
-        clock[0] = 4
-        seen.add(180)
-        seen.logger.flush()
-        assert seen.logger._bar is not None
-        seen.logger._bar.refresh()
-    line = capsys.readouterr().out.split("\n")[-2].split("\r")[-1].removeprefix("\x1b[2K")
-    assert "180/900" in line
-    assert len(line) <= width
-    assert last is None or line.rstrip().endswith(last)
