@@ -63,14 +63,6 @@ def test_a_sentence_at_the_top_says_what_the_experts_specialise_in(browser: Any,
     opened.page.close()
 
 
-def test_the_card_of_an_expert_lights_its_tokens(opened: Opened) -> None:
-    opened.draw_everything()
-    opened.page.locator(".specialist h4 button").nth(3).click()
-    lit = [i for i, t in enumerate(opened.tokens()) if "lit" in t["classes"].split()]
-    assert lit == [i for i in range(len(opened.tokens())) if 3 in [opened.expert(0, i, k) for k in range(K)]]
-    assert opened.page.locator('#legend [aria-pressed="true"]').inner_text() == "3"
-
-
 CELL = """(canvas, [rows, columns, r, c]) => [...canvas.getContext('2d').getImageData(
     Math.floor((c + 0.4) * canvas.width / columns), Math.floor((r + 0.4) * canvas.height / rows), 1, 1).data]"""
 

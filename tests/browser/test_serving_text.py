@@ -96,20 +96,6 @@ def test_going_on_from_another_token_sends_the_ids_up_to_it_and_keeps_the_former
     assert "17 tokens" in former.inner_text()  # the other one can be had back, too
 
 
-def test_each_text_has_a_seed_of_its_own_unless_one_is_entered(served: Served) -> None:
-    """It is shown with the text, and going on takes it again."""
-    for seed in ("", "", "41"):
-        served.page.locator("#seed").fill(seed)
-        served.write()
-        served.press("#go-on")
-    first, on, second, _, entered, _ = (body["seed"] for _, body in served.says.asked)
-    assert first == on != second
-    assert entered == 41
-    assert served.page.locator("#speed").inner_text().endswith("seed 41")
-    shown = served.page.locator("#former .size").all_inner_texts()
-    assert [line.partition("seed ")[2] for line in shown] == [str(second), str(first)]
-
-
 def test_stop_ends_the_request_and_keeps_what_was_written(served: Served) -> None:
     served.says.pause = 0.05
     served.page.locator("#length").fill("4000")

@@ -25,6 +25,7 @@ from foundation import (
     norms,
     positions,
     preferences,
+    router,
     softmax,
 )
 
@@ -263,3 +264,32 @@ def test_k1_as_a_loss_pulls_nowhere_and_all_three_estimators_have_their_means() 
     np.testing.assert_allclose(jnp.sum(pi * -jnp.log(rho)), kl, **TIGHT)
     np.testing.assert_allclose(jnp.sum(pi * (rho - 1.0 - jnp.log(rho))), kl, **TIGHT)
     assert abs(float(jnp.sum(pi * jnp.log(rho) ** 2 / 2)) - float(kl)) > 0.01 * float(kl)
+
+
+def test_gates_of_top_1_are_p_and_of_top_2_sum_to_one() -> None:
+    x, kernel = normal(32, 1, 5, 4), normal(33, 4, 6)
+    p = jax.nn.softmax(x @ kernel)
+    top1, _ = router.router_forward(x, kernel, 1)
+    np.testing.assert_allclose(top1.gates[..., 0], p.max(axis=-1), **TIGHT)
+    best = jnp.sort(p, axis=-1)[..., ::-1][..., :2]
+    for renormalise, gates in ((True, best / best.sum(axis=-1, keepdims=True)), (False, best)):
+        top2, _ = router.router_forward(x, kernel, 2, renormalise)
+        np.testing.assert_allclose(top2.gates, gates, **TIGHT)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_balance_loss_is_one_at_perfect_balance(top_k: int) -> None:
+    # Token t prefers experts t, t+1, ... (mod 4) by logits that are a rotation of each other.
+    logits = jnp.stack([jnp.roll(jnp.array([4.0, 3.0, 2.0, 1.0]), t) for t in range(4)])
+    routing, _ = router.router_forward(jnp.eye(4)[None], logits, top_k)
+    np.testing.assert_allclose(routing.balance, 1.0, **TIGHT)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "total", "top_k", "factor", "places"),
+    [(8, 4, 2, 1.0, 4), (8, 4, 2, 1.25, 5), (100, 10, 10, 1.1, 100), (100, 10, 1, 1.1, 11), (8, 4, 1, 0.01, 1),
+     (3, 8, 1, 1.0, 1), (8, 4, 2, 9.0, 8), (1000, 10, 1, 1.1, 110)],
+)  # fmt: skip
+def test_capacity_table(tokens: int, total: int, top_k: int, factor: float, places: int) -> None:
+    # 1.1 x 1000 / 10 is 110; in binary floating point it is a little more, and would round up to 111.
+    assert moe.capacity(tokens, total, top_k, factor) == places

@@ -165,9 +165,7 @@ def test_drops_counted_from_loads_are_those_that_happened(folder: Path) -> None:
 def test_without_its_text_the_run_is_shown_on_a_given_one(folder: Path, tmp_path: Path) -> None:
     alone = tmp_path / "run"
     shutil.copytree(folder, alone)
-    document = json.loads((alone / "config.json").read_text())
-    document["data"]["source"] = str(tmp_path / "gone.txt")
-    (alone / "config.json").write_text(json.dumps(document))
+    saved_run.edit_config(alone, "data", source=str(tmp_path / "gone.txt"))
     with pytest.raises(UserError, match="--text"):
         write_report(alone, tmp_path / "page.html")
     data = data_in(write_report(alone, tmp_path / "page.html", text="a cat").read_text(encoding="utf-8"))

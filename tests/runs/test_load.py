@@ -28,13 +28,6 @@ from tests.support.saved_run import NAME, flip_a_bit, largest_file
 CONFIG = RunConfig(model=tiny.config())
 
 
-def edit_config(run: Path, section: str, **changes: object) -> None:
-    """Change the configuration in the manifest of the checkpoint, with a right digest."""
-    document = RunConfig.to_dict(saved_config(CheckpointStore(run).at(saved_run.STEP)))
-    document[section] |= changes
-    saved_run.edit_manifest(run, config=document)
-
-
 def test_the_parameters_are_the_saved_ones(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = open_run(str(copied))
     assert run.checkpoint.step == saved_run.STEP
@@ -71,7 +64,7 @@ def test_texts_are_written_in_float32_on_a_processor_with_units_for_bfloat16(
         return merge(graphdef, params)(tokens, Mode.EVALUATE)[0]
 
     for chosen, scored, written in (("auto", "bfloat16", "float32"), ("bfloat16", "bfloat16", "bfloat16")):
-        edit_config(copied, "execution", compute_dtype=chosen)
+        saved_run.edit_config(copied, "execution", compute_dtype=chosen)
         run = open_run(copied)
         for graphdef, name in ((run.graphdef, scored), (run.writer, written)):
             assert jax.eval_shape(partial(hidden, graphdef), run.params).dtype.name == name
@@ -87,7 +80,7 @@ def test_the_validation_text_is_the_runs_or_the_change_is_said(copied: Path, tmp
     assert warning == ""
     other = tmp_path / "other.txt"
     other.write_text("<|endoftext|>".join(f"Another story, number {i}." for i in range(60)))
-    edit_config(copied, "data", source=str(other))
+    saved_run.edit_config(copied, "data", source=str(other))
     _, warning = open_run(copied).validation_text(progress=False)
     assert warning.startswith(f"--data {other}: has changed since the run was trained; ")
 

@@ -20,7 +20,7 @@ from moe_jax.model.precision import choose_policy
 from moe_jax.runs import manifest
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore, restore, stored_shapes, verify
 from moe_jax.runs.folder import RunFolder
-from moe_jax.runs.load import LoadedRun
+from moe_jax.runs.load import LoadedRun, saved_config
 from moe_jax.training.evaluate import make_tracer
 from moe_jax.training.optimizers.factory import make_optimizer
 from moe_jax.training.session import Session
@@ -137,6 +137,13 @@ def edit_manifest(run: Path, name: str = NAME, /, **context: object) -> None:
     document = json.loads(path.read_text())
     document["context"] |= context
     manifest.write(path.parent, document)
+
+
+def edit_config(run: Path, section: str, **changes: object) -> None:
+    """Change the configuration in the manifest of the checkpoint, with a right digest."""
+    document = saved_config(CheckpointStore(run).at(STEP)).to_dict()
+    document[section] |= changes
+    edit_manifest(run, config=document)
 
 
 def newest(run: Path) -> Checkpoint:

@@ -99,9 +99,7 @@ def test_without_the_text_the_run_is_made_and_not_scored(
 ) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
-    config = json.loads((copy / "config.json").read_text())
-    config["data"]["source"] = str(tmp_path / "gone.txt")
-    (copy / "config.json").write_text(json.dumps(config))
+    saved_run.edit_config(copy, "data", source=str(tmp_path / "gone.txt"))
     assert run_command(["quantize", "--run", str(copy), "--to", "int8"]) == 0
     said = capsys.readouterr().out
     assert "not scored: " in said
@@ -124,9 +122,7 @@ def test_a_tuned_run_is_scored_on_the_answers_only(run: Path, tmp_path: Path) ->
     shutil.copytree(run, copy)
     turns = [{"role": "user", "content": "Who is there?"}, {"role": "assistant", "content": "A cat."}]
     chats.write_text(f"{json.dumps({'messages': turns})}\n" * 60)
-    config = json.loads((copy / "config.json").read_text())
-    config["data"] |= {"source": str(chats), "format": "chat"}
-    (copy / "config.json").write_text(json.dumps(config))
+    saved_run.edit_config(copy, "data", source=str(chats), format="chat")
     assert run_command(["quantize", "--run", str(copy), "--to", "int8"]) == 0
     chat_count = open_run(copy).validation_text()[0].valid.documents
     summary = read_summary(tmp_path / "copy-int8")
