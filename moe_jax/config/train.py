@@ -13,7 +13,7 @@ DataFormat = Literal["text", "chat"]
 Role = Literal["system", "user", "assistant"]
 """Who speaks in a conversation."""
 
-NAMED_CORPORA = ("stories", "tinystories", "pg19")
+NAMED_CORPORA = ("stories", "tinystories", "wikitext", "pg19")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class DataConfig(Section):
     section_name: ClassVar[str] = "data"
 
     source: str = setting("stories", "--data")
-    """`stories` (embedded), `tinystories`, `pg19`, or a file or folder of your own."""
+    """`stories` (embedded), `tinystories`, `wikitext`, `pg19`, or a file or folder of your own."""
     tokenizer: TokenizerKind = setting("bpe", "--tokenizer", kept=ALWAYS)
     """`gpt2`, `bpe` (byte-level, trained on the training text), `byte`, or `hf`: the tokenizer of the Hugging Face
     folder in --init-from or --upcycle."""

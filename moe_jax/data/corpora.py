@@ -1,6 +1,6 @@
 """Corpora: every source of text as two splits of documents, `train` and `valid`.
 
-The sources are the embedded stories (`synthetic/`), two public data sets of the Hugging Face hub, which are streamed
+The sources are the embedded stories (`synthetic/`), three public data sets of the Hugging Face hub, which are streamed
 at pinned revisions, and the user's own files:
 
 - Of a single file, the last 5 % of the documents, and at least one, are the validation split. A text file with a single
@@ -17,6 +17,7 @@ that makes a `Corpus`, a branch in `open_corpus`, and a name.
 Importing this module imports neither jax nor numpy, so that `check_source` can answer before jax is loaded.
 """
 
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -115,6 +116,7 @@ class HubSource(NamedTuple):
 
 HUB = {
     "tinystories": HubSource("roneneldan/TinyStories", None, "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"),
+    "wikitext": HubSource("Salesforce/wikitext", "wikitext-103-raw-v1", "b08601e04326c79dfdd32d625aee71d232d685c3"),
     # deepmind/pg19 is a loading script, which datasets no longer runs. This is the same text as Parquet.
     "pg19": HubSource("emozilla/pg19", None, "c021754c8e01c5b1cc83a1f549c1f97fbbb756b8"),
 }
@@ -124,7 +126,8 @@ HUB = {
 def _of_the_hub(name: str) -> Corpus:
     def documents(split: SplitName) -> Iterator[str]:
         rows = _rows(name, "train" if split == "train" else "validation")
-        return (document for text in rows for document in divided(text))
+        texts = articles(rows) if name == "wikitext" else rows
+        return (document for text in texts for document in divided(text))
 
     def fingerprint() -> str:
         import xxhash
@@ -149,6 +152,26 @@ def _rows(name: str, split: str) -> Iterator[str]:
             f"{name}: no network, or the hub cannot be reached ({cause}); "
             "use --data stories, or a folder with train.txt and valid.txt"
         ) from None
+
+
+_HEADING = re.compile(r" = [^=].* = \n?")
+
+
+def articles(lines: Iterable[str]) -> Iterator[str]:
+    """WikiText's lines, joined into articles.
+
+    An article begins at a heading ` = Title = ` after a blank line. The headings of its sections have two or more
+    equals signs on each side (` = = Section = = `).
+    """
+    article: list[str] = []
+    blank = True
+    for line in lines:
+        if blank and article and _HEADING.fullmatch(line):
+            yield "".join(article)
+            article = []
+        article.append(line)
+        blank = not line.strip()
+    yield "".join(article)
 
 
 # Files

@@ -20,7 +20,7 @@ from moe_jax.model.transformer import Forms, Params, abstract_adapted, abstract_
 from moe_jax.parallel.layout import Layout
 from moe_jax.parallel.processes import gather_to_host
 from moe_jax.runs.arrays import named_leaves
-from moe_jax.runs.catalog import holds_run, missing_run
+from moe_jax.runs.catalog import holds_run, load_config, missing_run
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointStore, doctor_of, restore
 from moe_jax.runs.manifest import CheckpointCorrupted
 
@@ -157,7 +157,7 @@ class FoundCheckpoint(NamedTuple):
 
 def find_checkpoint(path: Path, step: int | None = None, flag: str = "--run") -> FoundCheckpoint:
     """The best checkpoint of a run, or the checkpoint of a step. No array is read. The configuration is that of the
-    checkpoint's manifest, which has a digest, and not of config.json.
+    checkpoint's manifest, which has a digest. Only the path of the text is that of config.json.
 
     Raises UserError where the folder holds no run, or the checkpoint is damaged or belongs to another tokenizer.
     """
@@ -167,7 +167,9 @@ def find_checkpoint(path: Path, step: int | None = None, flag: str = "--run") ->
     checkpoint = store.best() if step is None else store.at(step)
     if checkpoint is None:
         raise UserError(f"{flag} {path}: every checkpoint is damaged; {doctor_of(path)} says how")
-    config = saved_config(checkpoint)
+    config, newest = saved_config(checkpoint), load_config(path)
+    if newest is not None:  # the text may have moved since this checkpoint was saved
+        config = config.override({("data", "source"): newest.data.source})
     return FoundCheckpoint(config, load_run_tokenizer(path, checkpoint, config.model), checkpoint)
 
 

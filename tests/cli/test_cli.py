@@ -206,11 +206,6 @@ def test_presets_are_where_settings_start_from() -> None:
     assert config.train.beta2 == preset("seed-158m").train.beta2
 
 
-def test_of_a_flag_given_twice_the_last_counts() -> None:
-    config, _ = train_settings("--preset", "seed-158m", "--preset=story-cpu", "--data", "stories", "--out", "nowhere")
-    assert config.model == preset("story-cpu").model
-
-
 # What a run starts from
 
 

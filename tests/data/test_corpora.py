@@ -132,7 +132,11 @@ def test_one_row_cannot_be_split(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "form", "said"),
     [
-        ("tinystory", "text", "tinystory: must be an existing file or folder, or one of stories, tinystories, pg19$"),
+        (
+            "tinystory",
+            "text",
+            "tinystory: must be an existing file or folder, or one of stories, tinystories, wikitext, pg19$",
+        ),
         ("/dev/null", "text", "/dev/null: must be an existing file or folder"),
         ("stories", "chat", "must be an existing file or folder of conversations"),
         ("empty", "text", r"empty: must hold train\.txt or .* files and no valid file"),
@@ -199,8 +203,12 @@ def test_a_data_set_is_named_by_its_revision(split: Any, name: str, monkeypatch:
         assert requests == [(repository, configuration, options)]
 
 
-def test_rows_are_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_documents_but_for_wikitext(monkeypatch: pytest.MonkeyPatch) -> None:
     """A long one is divided."""
+    lines = ["\n", " = One = \n", " It is . \n", "\n", " = Two = \n", " = = Part = = \n"]
+    serve(monkeypatch, *lines)
+    assert list(hub("tinystories").documents("train")) == [line.strip() for line in lines if line.strip()]
+    assert list(hub("wikitext").documents("train")) == ["= One = \n It is .", "= Two = \n = = Part = ="]
     monkeypatch.setattr(documents, "_LONGEST", 32)
-    serve(monkeypatch, "a" * 50, " b\n", "\n")
+    serve(monkeypatch, "a" * 50, "b")
     assert list(hub("pg19").documents("train")) == ["a" * 32, "a" * 18, "b"]

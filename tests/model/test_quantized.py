@@ -266,3 +266,13 @@ def test_the_model_computes_with_the_rounded_weights(case: str, weights: Weights
         for params in (quantised, plain)
     ]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_a_wide_matrix_by_columns(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 4 columns of 10, of 6 inputs: the last block begins at column 6 and overlaps the one before."""
+    monkeypatch.setattr(kernels, "BLOCK", 4)
+    matrix, values = random_matrix(bits, 6, 10)
+    x = rows(kernels.FEW_ROWS + 1, 6)
+    y = jax.jit(lambda x, matrix: quantized_matmul(x, matrix))(x, matrix)
+    assert tiny.relative_error(y, x @ values) < 1e-6

@@ -1,6 +1,7 @@
 """A run is opened, or it is said why not. What a checkpoint belongs to is told by its manifest alone."""
 
 import copy
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -148,3 +149,14 @@ def test_fewer_experts_than_trained() -> None:
     for wrong in (0, -1, top_k + 1):
         with pytest.raises(ConfigError, match=f"--active {wrong}: must be from 1 to {top_k}"):
             with_fewer_experts(run, wrong)
+
+
+def test_of_config_json_only_the_path_of_the_text_counts(copied: Path) -> None:
+    """A text that has moved is named at a resume, and the best checkpoint may be an earlier one."""
+    document = json.loads((copied / "config.json").read_text())
+    document["data"]["source"] = "moved.txt"
+    document["train"]["steps"] = 7
+    (copied / "config.json").write_text(json.dumps(document))
+    config = open_run(copied).config
+    assert config.data.source == "moved.txt"
+    assert config.train == saved_config(CheckpointStore(copied).at(saved_run.STEP)).train

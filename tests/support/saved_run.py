@@ -140,9 +140,10 @@ def edit_manifest(run: Path, name: str = NAME, /, **context: object) -> None:
 
 
 def edit_config(run: Path, section: str, **changes: object) -> None:
-    """Change the configuration in the manifest of the checkpoint, with a right digest."""
+    """Change the configuration in config.json and in the manifest of the checkpoint, with a right digest."""
     document = saved_config(CheckpointStore(run).at(STEP)).to_dict()
     document[section] |= changes
+    (run / "config.json").write_text(json.dumps(document))
     edit_manifest(run, config=document)
 
 

@@ -53,14 +53,3 @@ def test_parameters_memory_and_time(printed: str) -> None:
     assert f"{flops:.2e} floating-point operations" in printed
     assert f"{duration(flops / 6e11)} to {duration(flops / 3e11)}" in printed
     assert "30% to 60% of 1,000 GFLOP/s" in printed
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        *((0.99, "under a second"), (1, "1 s"), (99.4, "99 s"), (100, "1.7 min"), (5999, "100.0 min")),
-        *((6000, "1.7 h"), (172_799, "48.0 h"), (172_800, "2.0 days")),
-    ],
-)
-def test_duration(seconds: float, text: str) -> None:
-    assert duration(seconds) == text

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,9 @@ from moe_jax.system.environment import MIB
 from moe_jax.training import fit as fitting
 from moe_jax.training.fit import Device, compiled_here, device_here, fit
 from moe_jax.training.plan import Plan, values_of, with_values
-from moe_jax.training.run import take_steps
+from moe_jax.training.run import FirstStepOutOfMemory, take_steps, train
 from moe_jax.training.session import Session
+from moe_jax.training.start import Start
 from tests.support import saved_run, tiny
 
 STEPS = 4
@@ -231,3 +233,34 @@ def test_after_a_step_without_memory_the_next_rung_is_taken(tmp_path: Path, pret
     last = dataclasses.replace(asked(tmp_path, remat=True), train=TrainConfig(batch_size=1, grad_accum=16))
     with pytest.raises(UserError, match=r"ran out of memory with 1 x 16 sequences with remat, .* no other setting"):
         fit(last, failed=last)
+
+
+def test_a_first_step_without_memory_takes_the_next_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The arrays of the first try are gone before those of the second are made. With --fit off the run ends."""
+    tries: list[weakref.ref[Session]] = []
+    opened = Session.open
+
+    def without_memory(*_: Any) -> Any:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    def open_session(*arguments: Any) -> Session:
+        assert all(earlier() is None for earlier in tries)
+        session = opened(*arguments)
+        if not tries:
+            saved_run.replace_step(session, without_memory)
+        tries.append(weakref.ref(session))
+        return session
+
+    monkeypatch.setattr(Session, "open", staticmethod(open_session))
+    with saved_run.quick_training(tmp_path / "cache", samples=False):
+        config = asked(tmp_path)
+        assert train(config, Start(config), lambda _: []) == 0
+        saved = RunConfig.from_dict(document(tmp_path))
+        assert (len(tries), setting(saved), len(losses(tmp_path))) == (2, (8, 4, True), STEPS)
+        assert "the first step ran out of memory; trying the next setting" in capsys.readouterr().out
+        del tries[:]
+        config = dataclasses.replace(asked(tmp_path, fit="off"), out=str(tmp_path / "other"))
+        with pytest.raises(FirstStepOutOfMemory, match="RESOURCE_EXHAUSTED"):
+            train(config, Start(config), lambda _: [])

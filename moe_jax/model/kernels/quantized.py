@@ -13,6 +13,8 @@ time: the copy of one expert fits the cache.
 """
 
 import math
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial, reduce
 
 import jax
@@ -22,10 +24,12 @@ from jaxtyping import Array, Float, Int
 
 from moe_jax.model.kernels.matmul import matmul, row_at, row_sum, vector_matmul
 from moe_jax.model.precision import at_least_float32, dot_precision
-from moe_jax.model.quantized import OFFSET, QuantizedMatrix, group_size
+from moe_jax.model.quantized import OFFSET, TILE, QuantizedMatrix, group_size
 
 FEW_ROWS = 4
 """Most rows of a product that reads the codes in place. With more, the matrix is converted first."""
+BLOCK = 4096
+"""Columns that are converted at once: a vocabulary head does not fit the cache."""
 MANY = 16384
 """Outputs of a matrix from which a product of few rows is worth several cores."""
 STREAMS = 4
@@ -73,9 +77,27 @@ def quantized_matmul(
     # The codes do not change, so XLA would convert those of all layers at once, or before a loop of many tokens. With
     # the barrier the conversion waits for x.
     x, matrix = jax.lax.optimization_barrier((x, matrix))
-    if len(x) > FEW_ROWS:
+    if len(x) <= FEW_ROWS:
+        return jax.lax.platform_dependent(x, matrix, cpu=in_place, default=converted)
+    if matrix.shape[-1] <= BLOCK:
         return converted(x, matrix)
-    return jax.lax.platform_dependent(x, matrix, cpu=in_place, default=converted)
+    return jax.lax.platform_dependent(x, matrix, cpu=partial(_by_columns, converted), default=converted)
+
+
+def _by_columns(product: Callable[[Array, QuantizedMatrix], Array], x: Array, matrix: QuantizedMatrix) -> Array:
+    """product(x, matrix), BLOCK columns at a time. The last block overlaps the one before it."""
+
+    def add_block(n: Array, y: Array) -> Array:
+        # Both functions bring a start that is too large back to the last possible one.
+        def columns(part: Array, size: int) -> Array:
+            return jax.lax.dynamic_slice_in_dim(part, n * size, size, axis=1)
+
+        codes = columns(matrix.tiles, BLOCK // TILE) if matrix.tiled else columns(matrix.codes, BLOCK)
+        block = replace(matrix, codes=codes.reshape(-1, BLOCK), scale=columns(matrix.scale, BLOCK))
+        return jax.lax.dynamic_update_slice_in_dim(y, product(x, block), n * BLOCK, axis=1)
+
+    y = jax.eval_shape(product, x, matrix)
+    return jax.lax.fori_loop(0, -(-matrix.shape[-1] // BLOCK), add_block, jnp.zeros(y.shape, y.dtype))
 
 
 def quantized_vectors_matmul(
