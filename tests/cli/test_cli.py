@@ -199,13 +199,6 @@ def test_short_names() -> None:
     assert train_settings("--deterministic", "--no-deterministic")[0] == train_settings()[0]
 
 
-def test_presets_are_where_settings_start_from() -> None:
-    config, _ = train_settings("--preset", "seed-158m", "--lr", "1e-3", "--data", "stories")
-    assert config.model == preset("seed-158m").model
-    assert config.train.lr == 1e-3
-    assert config.train.beta2 == preset("seed-158m").train.beta2
-
-
 # What a run starts from
 
 
