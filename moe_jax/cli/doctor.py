@@ -38,7 +38,7 @@ def doctor(run: str = "", gpu: bool = False, preset: PresetName = "seed-158m") -
         found = list(CheckpointStore(folder).examine())
     say(*(f"{path.name}  {damage or 'good'}" for path, damage in found))
     damaged = sum(damage is not None for _, damage in found)
-    say(f"{len(found)} checkpoints, {damaged} damaged")
+    say(f"{len(found)} checked, {damaged} damaged")
     return 1 if damaged else 0
 
 

@@ -48,7 +48,8 @@ def plan(preset: PresetName = "seed-158m", gpu: str = DEFAULT_GPU, json: Json = 
         say("this fits, by XLA's buffer plan; on the card, train with", command)
     else:
         say(f"no setting fits: take a smaller preset or another --gpu, or plan other settings with {RECORD}")
-    result = {"preset": preset, "gpu": card.name, "fits": fits, "total_mib": best.total, "budget_mib": card.budget}
+    mib = {"total_mib": round(best.total, 1), "budget_mib": round(card.budget, 1)}
+    result = {"preset": preset, "gpu": card.name, "fits": fits} | mib
     print_json(result | best.setting | {"precision": best.precision, "command": command}, json)
     return 0 if fits else 1
 
