@@ -44,10 +44,17 @@ class Instruction:
     text: str
 
     @property
-    def trip_count(self) -> int | None:
-        """How often a loop runs its body, as the compiler says. None if it does not, and for anything but a loop."""
-        known = _TRIPS.search(self.text) if self.opcode == "while" else None
-        return int(known[1]) if known else None
+    def passes(self) -> int:
+        """How often it executes what it calls: a loop its body as often as the compiler says, anything else once.
+
+        Raises ValueError for a loop of unknown length.
+        """
+        if self.opcode != "while":
+            return 1
+        known = _TRIPS.search(self.text)
+        if known is None:
+            raise ValueError(f"the number of passes of a loop is unknown: {self.text[:200]}")
+        return int(known[1])
 
     @property
     def op_name(self) -> str:
@@ -85,11 +92,6 @@ def parse(text: str | None) -> tuple[dict[str, Computation], str]:
     return computations, entry
 
 
-def instructions(text: str | None) -> list[Instruction]:
-    """All instructions, those within fusions included."""
-    return [i for computation in parse(text)[0].values() for i in computation.values()]
-
-
 def _instruction(text: str) -> Instruction | None:
     opcode = _OPCODE.match(text)
     if opcode is None:
@@ -107,14 +109,6 @@ def calls(instruction: Instruction) -> Iterator[tuple[str, str]]:
         targets += [(role, name.strip().lstrip("%")) for name in names.split(",")]
     opcode_calls = instruction.opcode in ("call", "async-start", "custom-call")
     return ((role, name) for role, name in targets if opcode_calls or role not in _SMALL_CALLS)
-
-
-def passes(instruction: Instruction) -> int:
-    """How often an instruction executes what it calls. Raises ValueError for a loop of unknown length."""
-    count = instruction.trip_count if instruction.opcode == "while" else 1
-    if count is None:
-        raise ValueError(f"the number of passes of a loop is unknown: {instruction.text[:200]}")
-    return count
 
 
 @dataclass(frozen=True)
@@ -227,7 +221,7 @@ def read_program(text: str | None) -> Program:
         for instruction in computations[name].values():
             for _, called in calls(instruction):
                 if called in computations:
-                    visit(called, times * passes(instruction))
+                    visit(called, times * instruction.passes)
 
     visit(entry, 1)
     called = [(computations[name], times) for name, times in runs.items()]
