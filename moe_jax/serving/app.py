@@ -55,6 +55,20 @@ class AccessPolicy:
             if scheme.lower() != "bearer" or not right:
                 raise ApiError(401, "the API key is missing or wrong; send Authorization: Bearer KEY", code="api_key")
 
+    def guard(self, app: ASGIApp) -> ASGIApp:
+        """The application, behind an answer to what is not allowed."""
+
+        async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+            answer = app
+            if scope["type"] == "http":
+                try:
+                    self.check(scope["method"], scope["path"], Headers(scope=scope))
+                except ApiError as error:
+                    answer = error_response(error)
+            await answer(scope, receive, send)
+
+        return guarded
+
 
 def _name(host: str) -> str:
     """The name of a Host header, without its port."""
@@ -62,22 +76,6 @@ def _name(host: str) -> str:
         return urlsplit(f"//{host}").hostname or ""
     except ValueError:
         return ""
-
-
-class AccessMiddleware:
-    """Answers what an `AccessPolicy` refuses. ASGI middleware."""
-
-    def __init__(self, app: ASGIApp, policy: AccessPolicy) -> None:
-        self._app, self._policy = app, policy
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = self._app
-        if scope["type"] == "http":
-            try:
-                self._policy.check(scope["method"], scope["path"], Headers(scope=scope))
-            except ApiError as error:
-                answer = error_response(error)
-        await answer(scope, receive, send)
 
 
 class Server:
@@ -94,7 +92,7 @@ class Server:
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/health", self.health),
         ]
-        middleware = [Middleware(AccessMiddleware, policy=policy)]
+        middleware = [Middleware(policy.guard)]
         if policy.origins:  # outermost, so that the pages of these sites can read refusals, too
             cors = {"allow_origins": policy.origins, "allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
             middleware.insert(0, Middleware(CORSMiddleware, **cors))
@@ -102,10 +100,10 @@ class Server:
         self.app = Starlette(routes=routes, middleware=middleware, exception_handlers=errors)
 
     async def page(self, request: Request) -> Response:
-        document = page.document()
-        headers = {"content-security-policy": document.policy, "referrer-policy": "no-referrer"}
+        html, security_policy = page.document()
+        headers = {"content-security-policy": security_policy, "referrer-policy": "no-referrer"}
         headers |= {"x-frame-options": "DENY", "cache-control": "no-cache", "x-content-type-options": "nosniff"}
-        return Response(document.html, headers=headers, media_type="text/html; charset=utf-8")
+        return Response(html, headers=headers, media_type="text/html; charset=utf-8")
 
     async def models(self, request: Request) -> Response:
         return json_response({"object": "list", "data": [self.card.to_dict()]})
