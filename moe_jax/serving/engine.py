@@ -96,7 +96,7 @@ class Engine:
         with self._changed:
             if self._stopping:
                 raise Stopping
-            if len(self._waiting) + len(requests) > self.queue + self.free:
+            if len(self._waiting) + len(requests) > self.queue + self.slots - self.busy:
                 raise QueueFull
             self._waiting.extend(requests)
             self._changed.notify()
@@ -125,10 +125,6 @@ class Engine:
     def busy(self) -> int:
         """Slots with a text."""
         return sum(row is not None for row in self._rows)
-
-    @property
-    def free(self) -> int:
-        return self.slots - self.busy
 
     @property
     def queued(self) -> int:
@@ -179,7 +175,7 @@ class Engine:
             wanted = [request for request in self._waiting if not request.cancelled]
             self.cancelled += len(self._waiting) - len(wanted)
             self._waiting = deque(wanted)
-            return self._waiting.popleft() if self._waiting and self.free else None
+            return self._waiting.popleft() if self._waiting and self.busy < self.slots else None
 
     def _admit(self, request: TextRequest) -> None:
         """Read a prompt, and put its text into a free slot."""

@@ -51,11 +51,7 @@ class WebServer(uvicorn.Server):
 def serve(web: WebServer, sock: socket.socket) -> None:
     """Serve until SIGTERM or Ctrl-C, and wait for the engine's last step: Python's end must not interrupt
     the device."""
-    # uvicorn sends itself the signal again at its end, for the handlers from before.
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        asyncio.run(web.serve([sock]))
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn sends itself the signal again at its end
+        signal.signal(number, lambda *_: None)
+    asyncio.run(web.serve([sock]))
     web.engine.stop()

@@ -83,9 +83,8 @@ class GenerationResponse:
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         parts: list[list[Event]] = [[] for _ in self._generation.texts]
         try:
-            async for news in self._news():
-                for index, event in news:
-                    parts[index].append(event)
+            async for index, event in self._news():
+                parts[index].append(event)
             response = json_response(await asyncio.to_thread(self._generation.whole, list(map(_joined, parts))))
         except ApiError as error:
             response = error_response(error)
@@ -93,28 +92,24 @@ class GenerationResponse:
 
     async def _stream(self) -> AsyncIterator[str]:
         try:
-            async for news in self._news():
-                yield "".join(_sse(self._generation.chunk(index, event)) for index, event in news)
-            last = self._generation.last_chunk()
-            tail = "" if last is None else _sse(last)
+            async for index, event in self._news():
+                yield _sse(self._generation.chunk(index, event))
+            if last := self._generation.last_chunk():
+                yield _sse(last)
         except ApiError as error:
-            tail = _sse(error.body())
-        yield tail + "data: [DONE]\n\n"
+            yield _sse(error.body())
+        yield "data: [DONE]\n\n"
 
-    async def _news(self) -> AsyncIterator[list[tuple[int, Event]]]:
-        """The texts' events, all that have come since the last time, until all texts have ended. Raises ApiError for a
-        text that does not end by itself."""
+    async def _news(self) -> AsyncIterator[tuple[int, Event]]:
+        """The texts' events, until all texts have ended. Raises ApiError for a text that does not end by itself."""
         left = len(self._generation.texts)
         while left:
-            news = [await self._events.get()]
-            while not self._events.empty():
-                news.append(self._events.get_nowait())
-            yield [(index, event) for index, event in news if event.finish not in _LOST]
-            for finish in (event.finish for _, event in news if event.finish is not None):
-                left -= 1
-                if finish in _LOST:
-                    status, message, code = _LOST[finish]
-                    raise ApiError(status, message, code=code)
+            index, event = await self._events.get()
+            if event.finish in _LOST:
+                status, message, code = _LOST[event.finish]
+                raise ApiError(status, message, code=code)
+            yield index, event
+            left -= event.finish is not None
 
 
 def _joined(events: list[Event]) -> Event:
