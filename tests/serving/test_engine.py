@@ -62,7 +62,7 @@ def test_after_compile_no_text_waits_for_a_compiler() -> None:
     assert (engine.busy, engine.queued, engine.cancelled) == (0, 0, 0)
 
     def compiled() -> list[int]:
-        programs = (decoder.prefill, decoder.step, decoder._place, decoder._refill, decoder._look)
+        programs = (decoder.prefill, decoder.step, decoder._place, decoder.refill, decoder._look)
         return [program._cache_size() for program in programs]  # pyright: ignore
 
     before = compiled()
