@@ -34,7 +34,7 @@ def chat(sampling: Annotated[SamplingArguments, tyro.conf.arg(name="")] = Sampli
     return 0
 
 
-def _begin(sampling: SamplingArguments, folder: str, person: bool) -> "conversation.Chat":
+def _begin(sampling: SamplingArguments, folder: Path, person: bool) -> "conversation.Chat":
     with working(loading(folder)):
         from moe_jax.inference.chat import Chat, RoleChat
         from moe_jax.inference.decode import SHORT_PROMPT
@@ -48,8 +48,8 @@ def _begin(sampling: SamplingArguments, folder: str, person: bool) -> "conversat
             import readline  # noqa: F401, gives `input` a history and the arrow keys
 
         what = "Ask" if tuned else "Type how a text begins"
-        say(f"{title(Path(folder))}, step {run.checkpoint.step}. {what}; /help lists the commands, Ctrl-D leaves.")
-        if opening := read_summary(Path(folder)).get("opening"):
+        say(f"{title(folder)}, step {run.checkpoint.step}. {what}; /help lists the commands, Ctrl-D leaves.")
+        if opening := read_summary(folder).get("opening"):
             say(f"try: {opening}")
     if not tuned:
         return Chat(generator, settings, seed=sampling.seed, limit=sampling.max_tokens)

@@ -24,11 +24,8 @@ StepNumber = Annotated[int | None, tyro.conf.arg(help="Step of the checkpoint to
 Active = Annotated[int, tyro.conf.arg(help=_ACTIVE)]
 Json = Annotated[bool, tyro.conf.arg(help="Print the result as JSON too.")]
 
-MOST_ACTIVE = 4096
-"""Most experts of any model, and so the bound of --active before a model is opened."""
 
-
-def checked_run(run: str, step: int | None = None) -> str:
+def checked_run(run: str, step: int | None = None) -> Path:
     """The folder of the run that --run names, or of the default one.
 
     Raises ConfigError unless it holds a complete checkpoint, and one of `step` if that is given.
@@ -39,7 +36,7 @@ def checked_run(run: str, step: int | None = None) -> str:
     steps = steps_in(folder / "checkpoints")
     if step is not None and step not in steps:
         raise ConfigError(f"--step {step}: {folder} has no such checkpoint; it has {', '.join(map(str, steps))}")
-    return str(folder)
+    return folder
 
 
 def check_range(flag: str, value: float, low: float, high: float) -> None:

@@ -18,7 +18,7 @@ def plot(run: tyro.conf.UseAppendAction[list[str]], out: str = "") -> int:
         run: Folder of a run. Repeat the flag to compare several.
         out: Folder for the pictures. Empty: RUN/report of the first run.
     """
-    runs = [Path(checked_run(name)) for name in run or [""]]
+    runs = [checked_run(name) for name in run or [""]]
     if out:
         check_out_folder("--out", out)
     environment.prepare_environment()

@@ -24,7 +24,7 @@ def quantize(
         to: int8: one scale for each output of a matrix. int4: one scale for each output and 32 inputs.
         out: The folder of the new run. Empty: the name of the run, with -int8 or -int4.
     """
-    folder = Path(checked_run(run, step))
+    folder = checked_run(run, step)
     target = Path(out) if out else folder.with_name(f"{folder.resolve().name}-{to}")
     check_out_folder("--out", target, new=True)
     environment.prepare_environment()

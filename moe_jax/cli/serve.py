@@ -1,7 +1,6 @@
 """`moe-jax serve`."""
 
 import importlib.util
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import tyro
@@ -34,7 +33,7 @@ def serve(
         api_key: Key that requests must send. None unless given.
         allow_origin: Another site whose pages may send requests, such as https://example.org. May be repeated.
     """
-    folder = Path(checked_run(run, step))
+    folder = checked_run(run, step)
     check_range("--port", port, 0, 65535)
     check_range("--slots", slots, 1, 256)
     _check_access(host, api_key, allow_origin)

@@ -121,5 +121,5 @@ def test_a_port_that_cannot_be_had_is_said_in_one_line(host: str) -> None:
 def test_settings_that_are_unsafe_are_refused(
     flags: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("moe_jax.cli.serve.checked_run", lambda *_: "run")
+    monkeypatch.setattr("moe_jax.cli.serve.checked_run", lambda *_: Path("run"))
     assert said in refused(["serve", *flags], capsys)
