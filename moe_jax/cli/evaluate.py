@@ -5,11 +5,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_jax.cli.options import Active, Json, RunName, StepNumber, checked_run, print_json
+from moe_jax.cli.options import Active, Json, RunName, StepNumber, checked_run, print_json, starting
 from moe_jax.config import DataConfig
 from moe_jax.runs.catalog import load_config, title
-from moe_jax.system import environment
-from moe_jax.system.terminal import say, working
+from moe_jax.system.terminal import say
 
 if TYPE_CHECKING:
     from moe_jax.config import DataFormat
@@ -29,8 +28,7 @@ def evaluate(run: RunName = "", step: StepNumber = None, data: str = "", active:
     """
     folder = checked_run(run, step)
     form = _form_of(folder, data) if data else "text"
-    environment.prepare_environment()
-    with working(f"loading {title(folder)}"):
+    with starting(f"loading {title(folder)}"):
         from moe_jax.data.baselines import corpus_baselines
         from moe_jax.data.corpora import scored_documents
         from moe_jax.data.token_store import token_stream

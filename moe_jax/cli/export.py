@@ -4,12 +4,10 @@ import os
 import shlex
 from pathlib import Path
 
-from moe_jax.cli.options import RunName, StepNumber, check_out_file, check_out_folder, checked_run
+from moe_jax.cli.options import RunName, StepNumber, check_out_file, check_out_folder, checked_run, starting
 from moe_jax.config import ConfigError
 from moe_jax.interop.architectures import ExportDtype, ExportTarget
 from moe_jax.runs.catalog import title
-from moe_jax.system import environment
-from moe_jax.system.terminal import working
 
 
 def export(
@@ -38,8 +36,7 @@ def export(
         if dtype == "q8_0" and to != "gguf":
             raise ConfigError(f"--dtype q8_0: for --to gguf only, and --to is {to}; use bfloat16")
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed, and a card may be busy with training
-    environment.prepare_environment()
-    with working(f"exporting {title(folder)}"):
+    with starting(f"exporting {title(folder)}"):
         if to == "html":
             from moe_jax.interop.html import write_html
 

@@ -2,6 +2,8 @@
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,8 +13,10 @@ from moe_jax.config import ConfigError, RunConfig
 from moe_jax.config.section import format_bound
 from moe_jax.model.costs import least_step_bytes
 from moe_jax.runs.catalog import holds_run, missing_run, run_or_default
+from moe_jax.system import environment
 from moe_jax.system.environment import GIB, machine_memory, runs_on_cpu
 from moe_jax.system.files import json_text, steps_in
+from moe_jax.system.terminal import working
 
 _RUN = (
     "Folder of a run; or its name in runs/, or a model that comes with moe-jax: nano, stories. Empty: the newest run "
@@ -86,6 +90,14 @@ def _check_writable(flag: str, path: Path) -> None:
     nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not os.access(nearest, os.W_OK) or (nearest != path and not nearest.is_dir()):
         raise ConfigError(f"{flag} {path}: {nearest} cannot be written; name another")
+
+
+@contextmanager
+def starting(what: str) -> Iterator[None]:
+    """Set the environment of jax, which is imported in the block, and show on a terminal what is done meanwhile."""
+    environment.prepare_environment()
+    with working(what):
+        yield
 
 
 def print_json(result: dict[str, Any], asked: bool) -> None:

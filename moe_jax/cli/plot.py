@@ -4,9 +4,8 @@ from pathlib import Path
 
 import tyro
 
-from moe_jax.cli.options import check_out_folder, checked_run
-from moe_jax.system import environment
-from moe_jax.system.terminal import say, working
+from moe_jax.cli.options import check_out_folder, checked_run, starting
+from moe_jax.system.terminal import say
 
 
 def plot(run: tyro.conf.UseAppendAction[list[str]], out: str = "") -> int:
@@ -21,8 +20,7 @@ def plot(run: tyro.conf.UseAppendAction[list[str]], out: str = "") -> int:
     runs = [checked_run(name) for name in run or [""]]
     if out:
         check_out_folder("--out", out)
-    environment.prepare_environment()
-    with working("sampling the pictures"):
+    with starting("sampling the pictures"):
         from moe_jax.plots import run_figures, save_figures
 
         figures = run_figures(runs)

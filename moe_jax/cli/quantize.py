@@ -4,10 +4,9 @@ import shlex
 from pathlib import Path
 from typing import Literal
 
-from moe_jax.cli.options import Json, RunName, StepNumber, check_out_folder, checked_run, print_json
+from moe_jax.cli.options import Json, RunName, StepNumber, check_out_folder, checked_run, print_json, starting
 from moe_jax.runs.catalog import title
-from moe_jax.system import environment
-from moe_jax.system.terminal import say, working
+from moe_jax.system.terminal import say
 
 
 def quantize(
@@ -27,8 +26,7 @@ def quantize(
     folder = checked_run(run, step)
     target = Path(out) if out else folder.with_name(f"{folder.resolve().name}-{to}")
     check_out_folder("--out", target, new=True)
-    environment.prepare_environment()
-    with working(f"loading {title(folder)}"):
+    with starting(f"loading {title(folder)}"):
         from moe_jax.training.quantize import quantize_run
     made = quantize_run(folder, to, target, step)
     say(f"{made.checkpoint}: {to}")

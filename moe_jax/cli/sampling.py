@@ -1,10 +1,11 @@
 """How `generate` and `chat` draw text: their parameters, and the model that is opened for them."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_jax.cli.options import Active, RunName, StepNumber, check_range, checked_run
+from moe_jax.cli.options import Active, RunName, StepNumber, check_range, checked_run, starting
 from moe_jax.runs.catalog import title
 
 if TYPE_CHECKING:
@@ -58,6 +59,6 @@ class SamplingArguments:
         return run, TextGenerator(run.writer, run.params, run.tokenizer, run.config.model.seq_len), settings
 
 
-def loading(folder: Path) -> str:
-    """What is said while the model is opened."""
-    return f"loading {title(folder)}; the first start compiles for some seconds"
+def loading(folder: Path) -> AbstractContextManager[None]:
+    """What the model is opened in."""
+    return starting(f"loading {title(folder)}; the first start compiles for some seconds")
