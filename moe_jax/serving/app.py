@@ -4,6 +4,7 @@ import asyncio
 import hmac
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -88,8 +89,8 @@ class Server:
         routes = [
             Route("/", self.page),
             Route("/v1/models", self.models),
-            Route("/v1/completions", self.completions, methods=["POST"]),
-            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/completions", partial(self.generation, Completion), methods=["POST"]),
+            Route("/v1/chat/completions", partial(self.generation, ChatCompletion), methods=["POST"]),
             Route("/health", self.health),
         ]
         middleware = [Middleware(policy.guard)]
@@ -108,14 +109,10 @@ class Server:
     async def models(self, request: Request) -> Response:
         return json_response({"object": "list", "data": [self.card.to_dict()]})
 
-    async def completions(self, request: Request) -> GenerationResponse:
+    async def generation(self, kind: type[Completion | ChatCompletion], request: Request) -> GenerationResponse:
         body = await read_body(request)
         # A megabyte of text takes a while to encode, so another thread does it.
-        return GenerationResponse(await asyncio.to_thread(Completion, body, self.card), self.engine)
-
-    async def chat(self, request: Request) -> GenerationResponse:
-        body = await read_body(request)
-        return GenerationResponse(await asyncio.to_thread(ChatCompletion, body, self.card), self.engine)
+        return GenerationResponse(await asyncio.to_thread(kind, body, self.card), self.engine)
 
     async def health(self, request: Request) -> Response:
         engine = self.engine

@@ -165,7 +165,6 @@ class Engine:
             except Exception:
                 self._news.append((request, Event([], "failed")))
                 raise
-            self._send()
         if self.busy:
             self._step()
 
