@@ -3,15 +3,11 @@
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from moe_jax.cli.options import Active, Json, RunName, StepNumber, checked_run, print_json, starting
-from moe_jax.config import DataConfig
+from moe_jax.config import DataConfig, DataFormat
 from moe_jax.runs.catalog import load_config, title
 from moe_jax.system.terminal import say
-
-if TYPE_CHECKING:
-    from moe_jax.config import DataFormat
 
 
 def evaluate(run: RunName = "", step: StepNumber = None, data: str = "", active: Active = 0, json: Json = False) -> int:
@@ -69,7 +65,7 @@ def evaluate(run: RunName = "", step: StepNumber = None, data: str = "", active:
     return 0
 
 
-def _form_of(run: Path, data: str) -> "DataFormat":
+def _form_of(run: Path, data: str) -> DataFormat:
     """How a file is read: a tuned run reads JSON lines as conversations. Everything else is text. Raises ConfigError if
     there is no such text."""
     from moe_jax.data.corpora import check_source

@@ -2,11 +2,11 @@
 
 import asyncio
 import hmac
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -44,8 +44,9 @@ class AccessPolicy:
     def check(self, method: str, path: str, headers: Headers) -> None:
         """Raise ApiError for a request that is not allowed."""
         host, origin = headers.get("host", ""), headers.get("origin")
+        name = re.sub(r":\d*$", "", host).strip("[]").lower()  # without the port
         # A name that its owner has pointed at this machine ("DNS rebinding") would make a page of that site ours.
-        if is_loopback(self.host) and not is_loopback(_name(host)) and _name(host) != self.host:
+        if is_loopback(self.host) and not is_loopback(name) and name != self.host:
             raise ApiError(403, f"Host {host[:100]}: this server answers as localhost and 127.0.0.1", code="host")
         if origin not in (None, f"http://{host}", f"https://{host}", *self.origins):
             problem = f"Origin {origin[:100]}: is another site; the server's --allow-origin can allow it"
@@ -69,14 +70,6 @@ class AccessPolicy:
             await answer(scope, receive, send)
 
         return guarded
-
-
-def _name(host: str) -> str:
-    """The name of a Host header, without its port."""
-    try:
-        return urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""
 
 
 class Server:
