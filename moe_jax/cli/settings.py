@@ -40,15 +40,12 @@ NAMING = {
 """The settings that say what a run starts from and name its folder, and their flags. Adapters start at a learning rate
 of their own."""
 
-RunSettings = Annotated[RunConfig, tyro.conf.arg(name="")]
-"""A run's settings among the arguments of a command: the flags have no prefix."""
-
 
 @dataclass(frozen=True)
 class TrainingArguments:
     """The arguments of a command that trains."""
 
-    config: RunSettings = field(default_factory=RunConfig)
+    config: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
     group: Annotated[ProcessGroup, tyro.conf.arg(name="")] = field(default_factory=ProcessGroup)
     dry_run: bool = False
     """Print the settings, the parameters, the memory and the expected time. Write nothing, download nothing."""

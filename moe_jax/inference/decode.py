@@ -117,7 +117,8 @@ class Decoder:
         self._place = jax.jit(place, donate_argnums=0)
         self.refill = jax.jit(spread(refill), donate_argnums=0)
         """(slots, slot, read) -> the slots, with the later half of a full context, which was read as a new prompt."""
-        self._repeat = jax.jit(partial(_repeated, slots))
+        wide = lambda row: jnp.broadcast_to(row, (slots, *row.shape[1:]))  # noqa: E731
+        self._repeat = jax.jit(lambda text: jax.tree.map(wide, text))
         self._look = make_traced_pass(graphdef, Mode.GENERATE, predict=True, vocab_size=vocab_size)
 
     def stream(
@@ -269,7 +270,3 @@ class TextGenerator:
 
 def _padded(tokens: Sequence[int], length: int) -> np.ndarray:
     return np.pad(np.asarray(tokens, np.int32), (0, length - len(tokens)))[None]
-
-
-def _repeated(count: int, text: Slots) -> Slots:
-    return jax.tree.map(lambda row: jnp.broadcast_to(row, (count, *row.shape[1:])), text)
