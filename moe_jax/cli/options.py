@@ -1,4 +1,4 @@
-"""What commands share: parameters, the checks of their values, and the last line of JSON."""
+"""What commands share: parameters, the checks of their values, the start of jax, and the last line of JSON."""
 
 import os
 import sys
