@@ -124,7 +124,7 @@ class RunModel(TemplateLM):
         settings = Sampling(float(asked.get("temperature", 0.0)) if asked.get("do_sample") else 0.0)
         limit = int(asked.get("max_gen_toks", NEW_TOKENS))
         text = ""
-        for piece in self._generator.continuation(self.tok_encode(prompt), settings, seed=0, limit=limit):
+        for piece in self._generator.pieces(self.tok_encode(prompt), settings, seed=0, limit=limit):
             text += piece
             ends = [text.index(stop) for stop in stops if stop in text]
             if ends:

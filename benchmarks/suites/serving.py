@@ -4,6 +4,7 @@ import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.transformer import Params, abstract_model, create, split
 from moe_jax.serving.engine import Engine
-from moe_jax.serving.texts import Event, Listener, TextRequest
+from moe_jax.serving.texts import Event, TextRequest
 from moe_jax.system.machine import Measured, Times, alternate
 
 from .request import BenchmarkRequest, print_numbers, times_table
@@ -35,15 +36,14 @@ def in_parallel(engine: Engine, requests: Sequence[TextRequest]) -> list[list[Ev
     left = itertools.count(len(requests) - 1, -1)
     done = threading.Event()
 
-    def listener(n: int) -> Listener:
-        def listen(event: Event) -> None:
-            events[n].append(event)
-            if event.finish is not None and next(left) == 0:
-                done.set()
+    def listen(own: list[Event], event: Event) -> None:
+        own.append(event)
+        if event.finish is not None and next(left) == 0:
+            done.set()
 
-        return listen
-
-    engine.submit(requests, [listener(n) for n in range(len(requests))])
+    for request, own in zip(requests, events, strict=True):
+        request.listener = partial(listen, own)
+    engine.submit(requests)
     done.wait()
     return events
 
@@ -90,14 +90,17 @@ class Bench:
         """Seconds from a request to its first token, while all other slots write. The median of LATE requests."""
         running = self.texts(STREAMS - 1, limit=100_000)
         begun = [threading.Event() for _ in running]
-        self.many.submit(running, [lambda event, e=e: e.set() for e in begun])
-        for event in begun:
-            event.wait()
+        for text, first in zip(running, begun, strict=True):
+            text.listener = lambda event, first=first: first.set()
+        self.many.submit(running)
+        for first in begun:
+            first.wait()
         taken = []
         for _ in range(LATE):
-            first, request = threading.Event(), self.texts(1, limit=1)
+            first, (text,) = threading.Event(), self.texts(1, limit=1)
+            text.listener = lambda event, first=first: first.set()
             begin = time.perf_counter()
-            self.many.submit(request, [lambda event, e=first: e.set()])
+            self.many.submit([text])
             first.wait()
             taken.append(time.perf_counter() - begin)
         self.many.cancel(running)

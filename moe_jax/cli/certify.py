@@ -1,13 +1,10 @@
 """`moe-jax certify`."""
 
-from pathlib import Path
-
-from moe_jax.cli.options import Json, check_range, checked_run, print_json
+from moe_jax.cli.options import Json, check_range, checked_run, print_json, starting
 from moe_jax.config import PresetName
 from moe_jax.config.presets import preset as preset_named
 from moe_jax.config.presets import with_vocabulary
 from moe_jax.runs.catalog import title
-from moe_jax.system import environment
 from moe_jax.system.terminal import say, working
 
 TRIED = (
@@ -34,15 +31,14 @@ def certify(preset: PresetName = "nano", run: str = "", batch_size: int = 2, jso
         batch_size: Sequences of the training step that is compiled and run.
     """
     check_range("--batch-size", batch_size, 1, 4096)
-    folder = checked_run(run) if run else ""
-    what = f"run {title(Path(folder))}" if run else f"preset {preset}, initial parameters"
-    environment.prepare_environment()
-    with working(f"loading {what}"):
+    folder = checked_run(run) if run else None
+    what = f"run {title(folder)}" if folder else f"preset {preset}, initial parameters"
+    with starting(f"loading {what}"):
         from moe_jax.certify.model import certify as certificates
         from moe_jax.certify.model import initial_params
         from moe_jax.runs.load import open_run
 
-        if run:
+        if folder:
             opened = open_run(folder)
             config, params = opened.config, opened.params
         else:

@@ -10,8 +10,7 @@ import tyro
 from moe_jax.cli.sampling import SamplingArguments, loading
 from moe_jax.config import UserError
 from moe_jax.runs.catalog import title
-from moe_jax.system import environment
-from moe_jax.system.terminal import say, stream_text, working
+from moe_jax.system.terminal import say, stream_text
 
 if TYPE_CHECKING:
     from moe_jax.inference import chat as conversation
@@ -26,7 +25,6 @@ def chat(sampling: Annotated[SamplingArguments, tyro.conf.arg(name="")] = Sampli
     lines is answered in turn, without colours or other output.
     """
     folder = sampling.checked_run()
-    environment.prepare_environment()
     person = sys.stdin.isatty() and sys.stdout.isatty()
     talk = _begin(sampling, folder, person)
     while not talk.ended and (line := _next_line(person)) is not None:
@@ -34,8 +32,8 @@ def chat(sampling: Annotated[SamplingArguments, tyro.conf.arg(name="")] = Sampli
     return 0
 
 
-def _begin(sampling: SamplingArguments, folder: str, person: bool) -> "conversation.Chat":
-    with working(loading(folder)):
+def _begin(sampling: SamplingArguments, folder: Path, person: bool) -> "conversation.Chat":
+    with loading(folder):
         from moe_jax.inference.chat import Chat, RoleChat
         from moe_jax.inference.decode import SHORT_PROMPT
         from moe_jax.runs.records import read_summary
@@ -48,8 +46,8 @@ def _begin(sampling: SamplingArguments, folder: str, person: bool) -> "conversat
             import readline  # noqa: F401, gives `input` a history and the arrow keys
 
         what = "Ask" if tuned else "Type how a text begins"
-        say(f"{title(Path(folder))}, step {run.checkpoint.step}. {what}; /help lists the commands, Ctrl-D leaves.")
-        if opening := read_summary(Path(folder)).get("opening"):
+        say(f"{title(folder)}, step {run.checkpoint.step}. {what}; /help lists the commands, Ctrl-D leaves.")
+        if opening := read_summary(folder).get("opening"):
             say(f"try: {opening}")
     if not tuned:
         return Chat(generator, settings, seed=sampling.seed, limit=sampling.max_tokens)

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from moe_jax.cli.options import starting
 from moe_jax.config import ConfigError, PresetName
 from moe_jax.runs.catalog import run_folder
 from moe_jax.system import environment
@@ -31,8 +32,7 @@ def doctor(run: str = "", gpu: bool = False, preset: PresetName = "seed-158m") -
     folder = run_folder(run)
     if not (folder / "checkpoints").is_dir():
         raise ConfigError(f"--run {run}: is not the folder of a run; it has no folder `checkpoints`")
-    environment.prepare_environment()
-    with working(f"reading every checkpoint of {folder}"):
+    with starting(f"reading every checkpoint of {folder}"):
         from moe_jax.runs.checkpoint import CheckpointStore
 
         found = list(CheckpointStore(folder).examine())

@@ -3,16 +3,11 @@
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from moe_jax.cli.options import MOST_ACTIVE, Active, Json, RunName, StepNumber, check_range, checked_run, print_json
-from moe_jax.config import DataConfig
+from moe_jax.cli.options import Active, Json, RunName, StepNumber, checked_run, print_json, starting
+from moe_jax.config import DataConfig, DataFormat
 from moe_jax.runs.catalog import load_config, title
-from moe_jax.system import environment
-from moe_jax.system.terminal import say, working
-
-if TYPE_CHECKING:
-    from moe_jax.config import DataFormat
+from moe_jax.system.terminal import say
 
 
 def evaluate(run: RunName = "", step: StepNumber = None, data: str = "", active: Active = 0, json: Json = False) -> int:
@@ -28,10 +23,8 @@ def evaluate(run: RunName = "", step: StepNumber = None, data: str = "", active:
             run's validation text.
     """
     folder = checked_run(run, step)
-    check_range("--active", active, 0, MOST_ACTIVE)
     form = _form_of(folder, data) if data else "text"
-    environment.prepare_environment()
-    with working(f"loading {title(Path(folder))}"):
+    with starting(f"loading {title(folder)}"):
         from moe_jax.data.baselines import corpus_baselines
         from moe_jax.data.corpora import scored_documents
         from moe_jax.data.token_store import token_stream
@@ -72,13 +65,13 @@ def evaluate(run: RunName = "", step: StepNumber = None, data: str = "", active:
     return 0
 
 
-def _form_of(run: str, data: str) -> "DataFormat":
+def _form_of(run: Path, data: str) -> DataFormat:
     """How a file is read: a tuned run reads JSON lines as conversations. Everything else is text. Raises ConfigError if
     there is no such text."""
     from moe_jax.data.corpora import check_source
     from moe_jax.data.documents import JSON_LINES, ending
 
-    config = load_config(Path(run))
+    config = load_config(run)
     tuned = config is not None and config.data.format == "chat"
     in_rows = ending(Path(data)) in JSON_LINES or any(Path(data).glob("*.jsonl*"))
     form: DataFormat = "chat" if tuned and in_rows else "text"

@@ -4,12 +4,10 @@ import os
 import shlex
 from pathlib import Path
 
-from moe_jax.cli.options import RunName, StepNumber, check_out_file, check_out_folder, checked_run
+from moe_jax.cli.options import RunName, StepNumber, check_out_file, check_out_folder, checked_run, starting
 from moe_jax.config import ConfigError
 from moe_jax.interop.architectures import ExportDtype, ExportTarget
 from moe_jax.runs.catalog import title
-from moe_jax.system import environment
-from moe_jax.system.terminal import working
 
 
 def export(
@@ -38,23 +36,22 @@ def export(
         if dtype == "q8_0" and to != "gguf":
             raise ConfigError(f"--dtype q8_0: for --to gguf only, and --to is {to}; use bfloat16")
     os.environ["JAX_PLATFORMS"] = "cpu"  # nothing is computed, and a card may be busy with training
-    environment.prepare_environment()
-    with working(f"exporting {title(Path(folder))}"):
+    with starting(f"exporting {title(folder)}"):
         if to == "html":
             from moe_jax.interop.html import write_html
 
-            write_html(Path(folder), path, step)
+            write_html(folder, path, step)
             files = [path]
         else:
             from moe_jax.interop.export import export as export_files
             from moe_jax.interop.source import open_source
 
-            command = f"python -m moe_jax export --run {shlex.quote(folder)} --to {to} --dtype {dtype}"
-            files = export_files(open_source(Path(folder), step), to, dtype, path, command)
+            command = f"python -m moe_jax export --run {shlex.quote(str(folder))} --to {to} --dtype {dtype}"
+            files = export_files(open_source(folder, step), to, dtype, path, command)
     for file in files:
         print(f"{file.stat().st_size / 1e3:12,.1f} kB  {file}")
     if to in ("gguf", "both"):
-        name = shlex.quote(Path(folder).resolve().name)
+        name = shlex.quote(folder.resolve().name)
         print(f"next: ollama create {name} -f {shlex.quote(str(path / 'Modelfile'))}")
     elif to == "hf":
         print(f"next: transformers.AutoModelForCausalLM.from_pretrained({str(path)!r})")

@@ -6,8 +6,7 @@ import tyro
 
 from moe_jax.cli.options import check_range
 from moe_jax.cli.sampling import SamplingArguments, loading
-from moe_jax.system import environment
-from moe_jax.system.terminal import stream_text, working
+from moe_jax.system.terminal import stream_text
 
 
 def generate(
@@ -23,8 +22,7 @@ def generate(
     """
     folder = sampling.checked_run()
     check_range("--num-stories", num_stories, 1, 10_000)
-    environment.prepare_environment()
-    with working(loading(folder)):
+    with loading(folder):
         run, generator, settings = sampling.open(folder)
         tokens = run.tokenizer.encode(prompt)  # raises if it cannot be encoded, before anything is printed
         generator.compile(1 + len(tokens))

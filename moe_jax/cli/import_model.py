@@ -7,8 +7,7 @@ from typing import Literal
 
 import tyro
 
-from moe_jax.cli.options import check_out_folder, check_range
-from moe_jax.system import environment
+from moe_jax.cli.options import check_out_folder, check_range, starting
 from moe_jax.system.terminal import say, working
 
 
@@ -33,8 +32,7 @@ def import_model(
     name = Path(source).resolve().name if Path(source).is_dir() else source.rpartition("/")[2]
     target = Path(out or f"runs/{name.lower()}")
     check_out_folder("--out", target, new=True)
-    environment.prepare_environment()
-    with working(f"opening {source}"):
+    with starting(f"opening {source}"):
         from moe_jax.interop.imported_run import import_run
         from moe_jax.interop.pretrained import Pretrained
         from moe_jax.interop.pretrained_shape import model_folder

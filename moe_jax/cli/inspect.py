@@ -2,12 +2,11 @@
 
 from pathlib import Path
 
-from moe_jax.cli.options import RunName, StepNumber, check_out_file, checked_run
+from moe_jax.cli.options import RunName, StepNumber, check_out_file, checked_run, starting
 from moe_jax.config import ConfigError
 from moe_jax.runs.catalog import is_shipped, title
-from moe_jax.system import environment
 from moe_jax.system.files import json_text, write_output
-from moe_jax.system.terminal import say, working
+from moe_jax.system.terminal import say
 
 
 def inspect(
@@ -42,16 +41,15 @@ def inspect(
         if value:
             check_out_file(flag, value)
     texts = _texts(text, file, folders=bool(trace))
-    environment.prepare_environment()
     if trace:
         return _trace(folder, step, texts, Path(trace), json)
-    with working(f"routing a text through {title(Path(folder))}"):
+    with starting(f"routing a text through {title(folder)}"):
         from moe_jax.inspection.report import report_path, write_report
     given = texts[0][1] if texts else ""
-    shipped = is_shipped(Path(folder))
-    own = Path(f"routing-{Path(folder).name}.html") if shipped else report_path(Path(folder), bool(given))
+    shipped = is_shipped(folder)
+    own = Path(f"routing-{folder.name}.html") if shipped else report_path(folder, bool(given))
     path = Path(out) if out else own
-    write_report(Path(folder), path, text=given, step=step, json_out=Path(json) if json else None)
+    write_report(folder, path, text=given, step=step, json_out=Path(json) if json else None)
     say(f"{path}: the routing report; open it in a browser")
     return 0
 
@@ -74,8 +72,8 @@ def _texts(text: str, file: str, folders: bool) -> list[tuple[str, str]]:
     return texts
 
 
-def _trace(folder: str, step: int | None, named: list[tuple[str, str]], path: Path, json: str) -> int:
-    with working(f"loading {title(Path(folder))}"):
+def _trace(folder: Path, step: int | None, named: list[tuple[str, str]], path: Path, json: str) -> int:
+    with starting(f"loading {title(folder)}"):
         from moe_jax.inspection.decisions import write_decisions
         from moe_jax.runs.load import open_run
 

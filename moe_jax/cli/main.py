@@ -34,8 +34,6 @@ COMMANDS = {
 """Name -> one line of help. `NAME.py` has a function of that name; of `import`, `import_model`."""
 TAKES_SETTINGS = ("train", "sft")
 """Commands that take every setting of a run. Their functions parse argv by `settings.parse_settings`."""
-INTERRUPTED = 130
-"""Exit status after Ctrl-C, as shells have it: 128 + SIGINT."""
 
 
 def run_command(argv: Sequence[str]) -> int:
@@ -85,7 +83,7 @@ def main(program: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
     except UserError as error:
         return _fail(error, 1)
     except KeyboardInterrupt:
-        return _fail("interrupted", INTERRUPTED)
+        return _fail("interrupted", 130)  # as shells have it: 128 + SIGINT
     except BrokenPipeError:  # `generate | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0

@@ -1,7 +1,9 @@
-"""What commands share: parameters, the checks of their values, and the last line of JSON."""
+"""What commands share: parameters, the checks of their values, the start of jax, and the last line of JSON."""
 
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,8 +13,10 @@ from moe_jax.config import ConfigError, RunConfig
 from moe_jax.config.section import format_bound
 from moe_jax.model.costs import least_step_bytes
 from moe_jax.runs.catalog import holds_run, missing_run, run_or_default
+from moe_jax.system import environment
 from moe_jax.system.environment import GIB, machine_memory, runs_on_cpu
 from moe_jax.system.files import json_text, steps_in
+from moe_jax.system.terminal import working
 
 _RUN = (
     "Folder of a run; or its name in runs/, or a model that comes with moe-jax: nano, stories. Empty: the newest run "
@@ -24,11 +28,8 @@ StepNumber = Annotated[int | None, tyro.conf.arg(help="Step of the checkpoint to
 Active = Annotated[int, tyro.conf.arg(help=_ACTIVE)]
 Json = Annotated[bool, tyro.conf.arg(help="Print the result as JSON too.")]
 
-MOST_ACTIVE = 4096
-"""Most experts of any model, and so the bound of --active before a model is opened."""
 
-
-def checked_run(run: str, step: int | None = None) -> str:
+def checked_run(run: str, step: int | None = None) -> Path:
     """The folder of the run that --run names, or of the default one.
 
     Raises ConfigError unless it holds a complete checkpoint, and one of `step` if that is given.
@@ -39,7 +40,7 @@ def checked_run(run: str, step: int | None = None) -> str:
     steps = steps_in(folder / "checkpoints")
     if step is not None and step not in steps:
         raise ConfigError(f"--step {step}: {folder} has no such checkpoint; it has {', '.join(map(str, steps))}")
-    return str(folder)
+    return folder
 
 
 def check_range(flag: str, value: float, low: float, high: float) -> None:
@@ -89,6 +90,14 @@ def _check_writable(flag: str, path: Path) -> None:
     nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not os.access(nearest, os.W_OK) or (nearest != path and not nearest.is_dir()):
         raise ConfigError(f"{flag} {path}: {nearest} cannot be written; name another")
+
+
+@contextmanager
+def starting(what: str) -> Iterator[None]:
+    """Set the environment of jax, which is imported in the block, and show on a terminal what is done meanwhile."""
+    environment.prepare_environment()
+    with working(what):
+        yield
 
 
 def print_json(result: dict[str, Any], asked: bool) -> None:

@@ -4,9 +4,8 @@ from pathlib import Path
 
 import tyro
 
-from moe_jax.cli.options import check_out_folder, checked_run
-from moe_jax.system import environment
-from moe_jax.system.terminal import say, working
+from moe_jax.cli.options import check_out_folder, checked_run, starting
+from moe_jax.system.terminal import say
 
 
 def plot(run: tyro.conf.UseAppendAction[list[str]], out: str = "") -> int:
@@ -18,11 +17,10 @@ def plot(run: tyro.conf.UseAppendAction[list[str]], out: str = "") -> int:
         run: Folder of a run. Repeat the flag to compare several.
         out: Folder for the pictures. Empty: RUN/report of the first run.
     """
-    runs = [Path(checked_run(name)) for name in run or [""]]
+    runs = [checked_run(name) for name in run or [""]]
     if out:
         check_out_folder("--out", out)
-    environment.prepare_environment()
-    with working("sampling the pictures"):
+    with starting("sampling the pictures"):
         from moe_jax.plots import run_figures, save_figures
 
         figures = run_figures(runs)

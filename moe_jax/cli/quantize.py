@@ -4,10 +4,9 @@ import shlex
 from pathlib import Path
 from typing import Literal
 
-from moe_jax.cli.options import Json, RunName, StepNumber, check_out_folder, checked_run, print_json
+from moe_jax.cli.options import Json, RunName, StepNumber, check_out_folder, checked_run, print_json, starting
 from moe_jax.runs.catalog import title
-from moe_jax.system import environment
-from moe_jax.system.terminal import say, working
+from moe_jax.system.terminal import say
 
 
 def quantize(
@@ -24,11 +23,10 @@ def quantize(
         to: int8: one scale for each output of a matrix. int4: one scale for each output and 32 inputs.
         out: The folder of the new run. Empty: the name of the run, with -int8 or -int4.
     """
-    folder = Path(checked_run(run, step))
+    folder = checked_run(run, step)
     target = Path(out) if out else folder.with_name(f"{folder.resolve().name}-{to}")
     check_out_folder("--out", target, new=True)
-    environment.prepare_environment()
-    with working(f"loading {title(folder)}"):
+    with starting(f"loading {title(folder)}"):
         from moe_jax.training.quantize import quantize_run
     made = quantize_run(folder, to, target, step)
     say(f"{made.checkpoint}: {to}")

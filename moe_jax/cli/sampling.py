@@ -1,10 +1,11 @@
 """How `generate` and `chat` draw text: their parameters, and the model that is opened for them."""
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe_jax.cli.options import MOST_ACTIVE, Active, RunName, StepNumber, check_range, checked_run
+from moe_jax.cli.options import Active, RunName, StepNumber, check_range, checked_run, starting
 from moe_jax.runs.catalog import title
 
 if TYPE_CHECKING:
@@ -35,10 +36,9 @@ class SamplingArguments:
     """The same seed gives the same texts."""
     active: Active = 0
 
-    def checked_run(self) -> str:
+    def checked_run(self) -> Path:
         """The folder of the run. Raises ConfigError if there is none, or if a value is out of range."""
         check_range("--max-tokens", self.max_tokens, 1, 1_000_000)
-        check_range("--active", self.active, 0, MOST_ACTIVE)
         check_range("--temperature", self.temperature, 0, 100)
         check_range("--top-k", self.top_k, 0, 2**24)
         check_range("--top-p", self.top_p, 1e-6, 1)
@@ -47,7 +47,7 @@ class SamplingArguments:
         check_range("--seed", self.seed, 0, 2**31 - 1)
         return checked_run(self.run, self.step)
 
-    def open(self, folder: str) -> "tuple[LoadedRun, TextGenerator, Sampling]":
+    def open(self, folder: Path) -> "tuple[LoadedRun, TextGenerator, Sampling]":
         """The model, loaded, and how it draws."""
         from moe_jax.inference.decode import TextGenerator
         from moe_jax.inference.sampling import Sampling
@@ -59,6 +59,6 @@ class SamplingArguments:
         return run, TextGenerator(run.writer, run.params, run.tokenizer, run.config.model.seq_len), settings
 
 
-def loading(folder: str) -> str:
-    """What is said while the model is opened."""
-    return f"loading {title(Path(folder))}; the first start compiles for some seconds"
+def loading(folder: Path) -> AbstractContextManager[None]:
+    """What the model is opened in."""
+    return starting(f"loading {title(folder)}; the first start compiles for some seconds")

@@ -1,8 +1,6 @@
 """`moe-jax serve`."""
 
-import asyncio
 import importlib.util
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import tyro
@@ -35,7 +33,7 @@ def serve(
         api_key: Key that requests must send. None unless given.
         allow_origin: Another site whose pages may send requests, such as https://example.org. May be repeated.
     """
-    folder = Path(checked_run(run, step))
+    folder = checked_run(run, step)
     check_range("--port", port, 0, 65535)
     check_range("--slots", slots, 1, 256)
     _check_access(host, api_key, allow_origin)
@@ -53,19 +51,18 @@ def serve(
     from moe_jax.serving.app import AccessPolicy, Server
     from moe_jax.serving.engine import Engine
     from moe_jax.serving.requests import MAX_QUEUE, ModelCard
-    from moe_jax.serving.server import WebServer, delivered_to
+    from moe_jax.serving.server import WebServer
     from moe_jax.serving.server import serve as serve_until_stopped
 
-    opened, loop = open_run(folder, step), asyncio.new_event_loop()
+    opened = open_run(folder, step)
     card = ModelCard(opened, folder.resolve().name, slots, folder)
     shape = opened.config.model.seq_len, opened.tokenizer.vocab_size, slots
     decoder = Decoder(opened.writer, *shape, short_prompts=True)
-    params = cast_once(opened.writer, opened.params)
-    engine = Engine(decoder, params, opened.tokenizer, queue=MAX_QUEUE, deliver=delivered_to(loop))
+    engine = Engine(decoder, cast_once(opened.writer, opened.params), opened.tokenizer, queue=MAX_QUEUE)
     engine.compile()
     server = Server(engine, card, AccessPolicy(host, api_key, list(allow_origin)))
     web = WebServer(server, ready=lambda: say(f"ready: {url(sock)} (Ctrl-C ends it)"))
-    serve_until_stopped(web, loop, sock)
+    serve_until_stopped(web, sock)
     say("stopped")
     return 0
 

@@ -8,7 +8,7 @@ decides the defaults, so the flags that name it are looked up first; then tyro p
 import dataclasses
 import itertools
 import shlex
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -17,7 +17,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
 from moe_jax.cli.options import check_memory, check_out_folder
-from moe_jax.config import ConfigError, MeshShape, ProcessGroup, RunConfig
+from moe_jax.config import ConfigError, DataConfig, MeshShape, ProcessGroup, RunConfig
 from moe_jax.config.presets import PRESETS, preset
 from moe_jax.config.section import Section, long_flag, short_flags
 from moe_jax.data.corpora import check_source
@@ -40,15 +40,12 @@ NAMING = {
 """The settings that say what a run starts from and name its folder, and their flags. Adapters start at a learning rate
 of their own."""
 
-RunSettings = Annotated[RunConfig, tyro.conf.arg(name="")]
-"""A run's settings among the arguments of a command: the flags have no prefix."""
-
 
 @dataclass(frozen=True)
 class TrainingArguments:
     """The arguments of a command that trains."""
 
-    config: RunSettings = field(default_factory=RunConfig)
+    config: Annotated[RunConfig, tyro.conf.arg(name="")] = field(default_factory=RunConfig)
     group: Annotated[ProcessGroup, tyro.conf.arg(name="")] = field(default_factory=ProcessGroup)
     dry_run: bool = False
     """Print the settings, the parameters, the memory and the expected time. Write nothing, download nothing."""
@@ -60,12 +57,11 @@ def parse_settings(
     doc: str | None,
     given: Values,
     hidden: Collection[str] = (),
-    check: Callable[[RunConfig, Start], None] = lambda config, start: None,
 ) -> tuple[TrainingArguments, Start]:
     """The arguments with the values from argv, and what the run starts from.
 
-    `given` are settings that the command gives. Fields whose names are `hidden` are no flags. `check` is the command's
-    own, the first. `--help` shows the settings with a short flag, `--help-verbose` all of them.
+    `given` are settings that the command gives. Fields whose names are `hidden` are no flags. `--help` shows the
+    settings with a short flag, `--help-verbose` all of them.
 
     Raises ConfigError if the settings do not fit each other, the data or the start.
     """
@@ -85,8 +81,7 @@ def parse_settings(
     config = parsed.config
     if start.defaults.model.vocab_size and not config.model.vocab_size:  # 0 stands for the tokenizer's size
         config = config.override({("model", "vocab_size"): start.defaults.model.vocab_size})
-    check(config, start)
-    check_tuning(config)
+    check_tuning(config, start)
     check_source(config.data)
     start.check(config)
     return dataclasses.replace(parsed, config=config), start
@@ -138,14 +133,17 @@ def _registry(hidden: Collection[str], short_only: bool) -> ConstructorRegistry:
     return registry
 
 
-def check_tuning(config: RunConfig) -> None:
-    """Raise ConfigError if settings for fine-tuning do not fit each other."""
+def check_tuning(config: RunConfig, start: Start) -> None:
+    """Raise ConfigError if settings for fine-tuning do not fit each other, or do not say what is tuned and on what."""
     train = config.train
-    if config.base and (config.upcycle or config.init_from):
-        flag = "--upcycle" if config.upcycle else "--init-from"
-        raise ConfigError(f"{flag} {config.upcycle or config.init_from}: not with sft --run; do one after the other")
-    if config.base and config.data.format != "chat":
-        raise ConfigError(f"--data.format {config.data.format}: a run is fine-tuned on conversations; leave it out")
+    if config.data.format == "chat" and start.saved is None:
+        if not (config.base or config.init_from):
+            wanted = "the folder of the run to fine-tune, or --init-from with a Hugging Face folder"
+            raise ConfigError(f"--run: must be given, {wanted}")
+        if config.data.source == DataConfig.source:
+            raise ConfigError("--data: must be given, a file of conversations (.jsonl)")
+    if config.base and config.init_from:
+        raise ConfigError(f"--init-from {config.init_from}: not with sft --run; do one after the other")
     if train.train_router and config.model.routing.balancing == "bias":
         why = "not with --routing.balancing bias, whose biases belong to the routers as they are; leave it out"
         raise ConfigError(f"--train-router: {why}")

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from moe_jax.cli.settings import TrainingArguments, parse_settings, train_as_asked
-from moe_jax.config import ConfigError, DataConfig, RunConfig
 from moe_jax.training.start import Start
 
 
@@ -20,17 +19,4 @@ def sft(argv: Sequence[str], prog: str) -> int:
 
 def parse(argv: Sequence[str], prog: str = "moe-jax sft") -> tuple[TrainingArguments, Start]:
     """The arguments with the values from argv, and what the run starts from. Raises ConfigError."""
-    given = {("data", "format"): "chat"}
-    return parse_settings(argv, prog, sft.__doc__, given, ["upcycle"], _check_tuned)
-
-
-def _check_tuned(config: RunConfig, start: Start) -> None:
-    """Raise ConfigError unless the flags, or the run that is resumed, say what is tuned and on what."""
-    if start.saved is not None:
-        return
-    if not (config.base or config.init_from):
-        raise ConfigError(
-            "--run: must be given, the folder of the run to fine-tune, or --init-from with a Hugging Face folder"
-        )
-    if config.data.source == DataConfig.source:
-        raise ConfigError("--data: must be given, a file of conversations (.jsonl)")
+    return parse_settings(argv, prog, sft.__doc__, {("data", "format"): "chat"}, hidden=["upcycle", "format"])

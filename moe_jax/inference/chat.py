@@ -36,6 +36,7 @@ ROLE_HELP = (
 class Chat:
     """Settings and history. `reply` continues a text; `command` obeys a line that begins with a slash."""
 
+    help = HELP
     echoes = True
     """Whether the line is the beginning of the text, and is shown with it."""
 
@@ -47,21 +48,12 @@ class Chat:
         """The conversation, for a file."""
         self.last = ""
         """The last beginning."""
-        self.commands: dict[str, Callable[[str], str]] = {
-            "temp": self._temperature,
-            "temperature": self._temperature,
-            "seed": self._seed,
-            "tokens": self._tokens,
-            "save": self._save,
-            "help": lambda _: HELP,
-            "quit": self._quit,
-        }
 
     def reply(self, line: str) -> Iterator[str]:
         """The continuation of a beginning, one piece for each token. Each reply has random draws of its own."""
         prompt, pieces = self._prompt(line), []
         self.last, number, self._number = line, self._number, self._number + 1
-        text = self.generator.continuation(prompt, self.settings, seed=self.seed, number=number, limit=self.limit)
+        text = self.generator.pieces(prompt, self.settings, seed=self.seed, number=number, limit=self.limit)
         try:
             for piece in text:
                 pieces.append(piece)
@@ -82,22 +74,25 @@ class Chat:
 
     def command(self, line: str) -> str:
         """Obey a line such as "/temp 0.5". Returns what to say. Raises UserError for a wrong line."""
-        name, _, value = line.removeprefix("/").strip().partition(" ")
-        if name not in self.commands:
-            raise UserError(f"/{name}: no such command; /help lists them")
-        return self.commands[name](value.strip())
-
-    def _temperature(self, value: str) -> str:
-        self.settings = self.settings._replace(temperature=_number("/temp", value, float, 0, 100))
-        return f"temperature {self.settings.temperature:g}"
-
-    def _seed(self, value: str) -> str:
-        self.seed, self._number = _number("/seed", value, int, 0, 2**31 - 1), 0
-        return f"seed {self.seed}"
-
-    def _tokens(self, value: str) -> str:
-        self.limit = _number("/tokens", value, int, 1, 1_000_000)
-        return f"at most {self.limit} tokens"
+        name, _, value = (part.strip() for part in line.removeprefix("/").strip().partition(" "))
+        match name:
+            case "temp" | "temperature":
+                self.settings = self.settings._replace(temperature=_number("/temp", value, float, 0, 100))
+                return f"temperature {self.settings.temperature:g}"
+            case "seed":
+                self.seed, self._number = _number("/seed", value, int, 0, 2**31 - 1), 0
+                return f"seed {self.seed}"
+            case "tokens":
+                self.limit = _number("/tokens", value, int, 1, 1_000_000)
+                return f"at most {self.limit} tokens"
+            case "save":
+                return self._save(value)
+            case "help":
+                return self.help
+            case "quit":
+                self.ended = True
+                return ""
+        raise UserError(f"/{name}: no such command; /help lists them")
 
     def _save(self, value: str) -> str:
         if not value:
@@ -108,16 +103,12 @@ class Chat:
             raise UserError(f"/save {value}: cannot be written ({error.strerror}); name another file") from None
         return f"{len(self.texts)} texts in {value}"
 
-    def _quit(self, _: str) -> str:
-        self.ended = True
-        return ""
-
 
 class RoleChat(Chat):
     """A conversation with a tuned model, in its role format (`data/chats.py`). The model sees the earlier turns
     that fit into its context of T tokens. It ends its answer with the separator."""
 
-    echoes = False
+    help, echoes = ROLE_HELP, False
 
     def __init__(self, generator: TextGenerator, settings: Sampling, *, seed: int, limit: int, context: int) -> None:
         """`context` is the model's T."""
@@ -125,7 +116,6 @@ class RoleChat(Chat):
         self._context = context
         self.turns: list[Message] = []
         """The conversation so far."""
-        self.commands |= {"help": lambda _: ROLE_HELP, "new": self._new, "system": self._system}
 
     def _prompt(self, line: str) -> list[int]:
         """The prompt of a conversation. The oldest turns are left out while there is no room for an answer; what the
@@ -155,15 +145,17 @@ class RoleChat(Chat):
             del self.turns[-2:]
         return self.last
 
-    def _new(self, _: str) -> str:
-        self.turns = []
-        return "a new conversation"
-
-    def _system(self, value: str) -> str:
-        if not value:
-            raise UserError("/system: needs a text, such as /system Answer in one word.")
-        self.turns = [Message("system", value)]
-        return "a new conversation, which begins with this"
+    def command(self, line: str) -> str:
+        match line.removeprefix("/").split(maxsplit=1):
+            case ["new"]:
+                self.turns = []
+                return "a new conversation"
+            case ["system"]:
+                raise UserError("/system: needs a text, such as /system Answer in one word.")
+            case ["system", text]:
+                self.turns = [Message("system", text.strip())]
+                return "a new conversation, which begins with this"
+        return super().command(line)
 
 
 def _number[T: (int, float)](name: str, value: str, kind: Callable[[str], T], low: float, high: float) -> T:

@@ -115,8 +115,10 @@ class Decoder:
         self.step = jax.jit(partial(step, graphdef, vocab_size), **once)
         """(params, slots, active bool [S]) -> the slots after one more token in each active slot, and its details."""
         self._place = jax.jit(place, donate_argnums=0)
-        self._refill = jax.jit(spread(refill), donate_argnums=0)
-        self._repeat = jax.jit(partial(_repeated, slots))
+        self.refill = jax.jit(spread(refill), donate_argnums=0)
+        """(slots, slot, read) -> the slots, with the later half of a full context, which was read as a new prompt."""
+        wide = lambda row: jnp.broadcast_to(row, (slots, *row.shape[1:]))  # noqa: E731
+        self._repeat = jax.jit(lambda text: jax.tree.map(wide, text))
         self._look = make_traced_pass(graphdef, Mode.GENERATE, predict=True, vocab_size=vocab_size)
 
     def stream(
@@ -161,22 +163,17 @@ class Decoder:
                 text = self.refill(text, 0, self.read(params, context))
 
     def compile(self, params: Params, prompt: int = 1) -> None:
-        """Compile what one text needs after a prompt of `prompt` tokens."""
+        """Compile what one text needs after a prompt of `prompt` tokens. `write` and prefill take seconds each, so they
+        are compiled side by side."""
+        one, beginning = np.int32(1), (params, self._mask(()), Sampling().in_own_types(), jax.random.key(0))
+        text = jax.eval_shape(self.begin_empty, *beginning)
         length = 0 if prompt <= self._given else self._padded_length(min(prompt, self.seq_len))
-        self.write, self.begin_empty, *read = self._compiled(params, length)
-        self._compiled_prefill = dict.fromkeys([length], *read) if read else {}
-
-    def _compiled(self, params: Params, length: int) -> list[Compiled]:
-        """`write`, `begin_empty` and, unless `length` is 0, prefill of so many tokens. `write` and prefill take seconds
-        each, so they are compiled side by side."""
-        one, seen = np.int32(1), self._mask(())
-        arguments = params, seen, Sampling().in_own_types(), jax.random.key(0)
-        text = jax.eval_shape(self.begin_empty, *arguments)
         with ThreadPoolExecutor(1) as beside:
-            prompt = params, _padded([0], length or 1), one
-            read = [beside.submit(lambda: self.prefill.lower(*prompt).compile())] if length else []
-            write = self.write.lower(params, text, NOTHING_GIVEN, one, one).compile()
-            return [write, self.begin_empty.lower(*arguments).compile(), *(program.result() for program in read)]
+            read = beside.submit(self.prefill.lower(params, _padded([0], length), one).compile) if length else None
+            self.write = self.write.lower(params, text, NOTHING_GIVEN, one, one).compile()
+            self.begin_empty = self.begin_empty.lower(*beginning).compile()
+        if read is not None:
+            self._compiled_prefill[length] = read.result()
 
     def start(
         self, params: Params, context: Sequence[int], seen: Sequence[int], settings: Sampling, key: Key[Array, ""]
@@ -219,10 +216,6 @@ class Decoder:
         """Begin a text in a slot, after a prompt that was read. The repetition penalty applies to the tokens `seen`."""
         return self._place(slots, slot, read, self._mask(seen), settings.in_own_types(), key, detailed)
 
-    def refill(self, slots: Slots, slot: int, read: PromptState) -> Slots:
-        """Go on with a text whose context was full, after its later half was read as a new prompt."""
-        return self._refill(slots, slot, read)
-
     def _padded_length(self, length: int) -> int:
         return next(padded for padded in self.prompt_lengths if length <= padded)
 
@@ -260,28 +253,20 @@ class TextGenerator:
             compilation_cache.reset_cache()  # jax reads its settings at the first compilation only
         self._decoder.compile(self._params, prompt)
 
-    def pieces(self, prompt: str, settings: Sampling, *, seed: int, number: int = 0, limit: int) -> Iterator[str]:
+    def pieces(
+        self, prompt: str | Sequence[int], settings: Sampling, *, seed: int, number: int = 0, limit: int
+    ) -> Iterator[str]:
         """The text after the prompt, one piece for each token, to the end of the text or to `limit` tokens.
 
-        `number` selects one of the texts of a seed.
+        A prompt of tokens begins with the separator. `number` selects one of the texts of a seed.
         """
-        prompt_ids = [self.tokenizer.separator_id, *self.tokenizer.encode(prompt)]
-        return self.continuation(prompt_ids, settings, seed=seed, number=number, limit=limit)
-
-    def continuation(
-        self, prompt: Sequence[int], settings: Sampling, *, seed: int, number: int = 0, limit: int
-    ) -> Iterator[str]:
-        """The same for a prompt of tokens, whose first one is the separator."""
         text, stop = StreamDecoder(self.tokenizer), self.tokenizer.separator_id
+        tokens = [stop, *self.tokenizer.encode(prompt)] if isinstance(prompt, str) else prompt
         key = purpose_key(seed, Purpose.SAMPLE, number)
-        for token in self._decoder.stream(self._params, prompt, settings=settings, key=key, stop=stop, limit=limit):
+        for token in self._decoder.stream(self._params, tokens, settings=settings, key=key, stop=stop, limit=limit):
             yield text.feed(token)
         yield text.finish()
 
 
 def _padded(tokens: Sequence[int], length: int) -> np.ndarray:
     return np.pad(np.asarray(tokens, np.int32), (0, length - len(tokens)))[None]
-
-
-def _repeated(count: int, text: Slots) -> Slots:
-    return jax.tree.map(lambda row: jnp.broadcast_to(row, (count, *row.shape[1:])), text)

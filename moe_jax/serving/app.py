@@ -2,10 +2,11 @@
 
 import asyncio
 import hmac
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
@@ -43,8 +44,9 @@ class AccessPolicy:
     def check(self, method: str, path: str, headers: Headers) -> None:
         """Raise ApiError for a request that is not allowed."""
         host, origin = headers.get("host", ""), headers.get("origin")
+        name = re.sub(r":\d*$", "", host).strip("[]").lower()  # without the port
         # A name that its owner has pointed at this machine ("DNS rebinding") would make a page of that site ours.
-        if is_loopback(self.host) and not is_loopback(_name(host)) and _name(host) != self.host:
+        if is_loopback(self.host) and not is_loopback(name) and name != self.host:
             raise ApiError(403, f"Host {host[:100]}: this server answers as localhost and 127.0.0.1", code="host")
         if origin not in (None, f"http://{host}", f"https://{host}", *self.origins):
             problem = f"Origin {origin[:100]}: is another site; the server's --allow-origin can allow it"
@@ -55,29 +57,19 @@ class AccessPolicy:
             if scheme.lower() != "bearer" or not right:
                 raise ApiError(401, "the API key is missing or wrong; send Authorization: Bearer KEY", code="api_key")
 
+    def guard(self, app: ASGIApp) -> ASGIApp:
+        """The application, behind an answer to what is not allowed."""
 
-def _name(host: str) -> str:
-    """The name of a Host header, without its port."""
-    try:
-        return urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""
+        async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+            answer = app
+            if scope["type"] == "http":
+                try:
+                    self.check(scope["method"], scope["path"], Headers(scope=scope))
+                except ApiError as error:
+                    answer = error_response(error)
+            await answer(scope, receive, send)
 
-
-class AccessMiddleware:
-    """Answers what an `AccessPolicy` refuses. ASGI middleware."""
-
-    def __init__(self, app: ASGIApp, policy: AccessPolicy) -> None:
-        self._app, self._policy = app, policy
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        answer = self._app
-        if scope["type"] == "http":
-            try:
-                self._policy.check(scope["method"], scope["path"], Headers(scope=scope))
-            except ApiError as error:
-                answer = error_response(error)
-        await answer(scope, receive, send)
+        return guarded
 
 
 class Server:
@@ -90,11 +82,11 @@ class Server:
         routes = [
             Route("/", self.page),
             Route("/v1/models", self.models),
-            Route("/v1/completions", self.completions, methods=["POST"]),
-            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/completions", partial(self.generation, Completion), methods=["POST"]),
+            Route("/v1/chat/completions", partial(self.generation, ChatCompletion), methods=["POST"]),
             Route("/health", self.health),
         ]
-        middleware = [Middleware(AccessMiddleware, policy=policy)]
+        middleware = [Middleware(policy.guard)]
         if policy.origins:  # outermost, so that the pages of these sites can read refusals, too
             cors = {"allow_origins": policy.origins, "allow_methods": ["GET", "POST"], "allow_headers": ["*"]}
             middleware.insert(0, Middleware(CORSMiddleware, **cors))
@@ -102,22 +94,18 @@ class Server:
         self.app = Starlette(routes=routes, middleware=middleware, exception_handlers=errors)
 
     async def page(self, request: Request) -> Response:
-        document = page.document()
-        headers = {"content-security-policy": document.policy, "referrer-policy": "no-referrer"}
+        html, security_policy = page.document()
+        headers = {"content-security-policy": security_policy, "referrer-policy": "no-referrer"}
         headers |= {"x-frame-options": "DENY", "cache-control": "no-cache", "x-content-type-options": "nosniff"}
-        return Response(document.html, headers=headers, media_type="text/html; charset=utf-8")
+        return Response(html, headers=headers, media_type="text/html; charset=utf-8")
 
     async def models(self, request: Request) -> Response:
         return json_response({"object": "list", "data": [self.card.to_dict()]})
 
-    async def completions(self, request: Request) -> GenerationResponse:
+    async def generation(self, kind: type[Completion | ChatCompletion], request: Request) -> GenerationResponse:
         body = await read_body(request)
         # A megabyte of text takes a while to encode, so another thread does it.
-        return GenerationResponse(await asyncio.to_thread(Completion, body, self.card), self.engine)
-
-    async def chat(self, request: Request) -> GenerationResponse:
-        body = await read_body(request)
-        return GenerationResponse(await asyncio.to_thread(ChatCompletion, body, self.card), self.engine)
+        return GenerationResponse(await asyncio.to_thread(kind, body, self.card), self.engine)
 
     async def health(self, request: Request) -> Response:
         engine = self.engine

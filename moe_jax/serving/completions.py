@@ -170,7 +170,7 @@ class ChatCompletion(Generation):
 
     def __init__(self, body: bytes, card: ModelCard) -> None:
         """Raises ApiError."""
-        if not card.tuned:
+        if not card.run.converses:
             problem = (
                 f"{card.name} is not tuned on conversations; ask /v1/completions, or tune it with "
                 "`uv run python -m moe_jax sft`"

@@ -11,7 +11,6 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -21,10 +20,16 @@ from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
 from moe_jax.inference.slots import TokenDetails
 from moe_jax.model.transformer import Params
-from moe_jax.serving.texts import Event, FinishReason, Listener, Piece, TextPieces, TextRequest
+from moe_jax.serving.texts import Event, FinishReason, Piece, TextPieces, TextRequest
 from moe_jax.system.random_keys import Purpose, purpose_key
 
-type Deliver = Callable[[Sequence[tuple[Listener, Event]]], None]
+type News = Sequence[tuple[TextRequest, Event]]
+
+
+def tell(news: News) -> None:
+    """Call the listeners of texts."""
+    for request, event in news:
+        request.listener(event)
 
 
 class QueueFull(Exception):
@@ -35,17 +40,11 @@ class Stopping(Exception):
     """The engine takes no more texts."""
 
 
-class _Waiting(NamedTuple):
-    request: TextRequest
-    listener: Listener
-
-
 @dataclass
 class _Row:
     """A text in a slot."""
 
     request: TextRequest
-    listener: Listener
     context: list[int]
     """The tokens in the cache."""
     pieces: TextPieces
@@ -61,33 +60,24 @@ class Engine:
     depend on what else is being written.
     """
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        params: Params,
-        tokenizer: Tokenizer,
-        *,
-        queue: int,
-        deliver: Deliver | None = None,
-    ) -> None:
-        """`queue` is the most texts that may wait. `deliver` is called on the engine's thread with the events of each
-        step; without it the listeners are called there."""
+    def __init__(self, decoder: Decoder, params: Params, tokenizer: Tokenizer, *, queue: int) -> None:
+        """`queue` is the most texts that may wait."""
         self.slots, self.queue = decoder.slots, queue
         self.cancelled = 0
         """Texts that ended because nobody waited for them any more."""
         self._decoder, self._params, self._tokenizer = decoder, params, tokenizer
         self._state = decoder.empty(params)
         self._rows: list[_Row | None] = [None] * self.slots
-        self._waiting: deque[_Waiting] = deque()
-        self._news: list[tuple[Listener, Event]] = []
-        self._deliver = deliver or (lambda news: [listener(event) for listener, event in news])
+        self._waiting: deque[TextRequest] = deque()
+        self._news: list[tuple[TextRequest, Event]] = []
+        self._deliver: Callable[[News], None] = tell
         self._changed = threading.Condition()
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
 
     def compile(self) -> None:
         """Compile the programs now, so that no text waits for them. Before `start`."""
-        self._admit(_Waiting(TextRequest([0], Sampling(), 0, 0, 2, echo=True, routing=True), lambda event: None))
+        self._admit(TextRequest([0], Sampling(), 0, 0, 2, echo=True, routing=True))
         self._step()
         for length in self._decoder.prompt_lengths:
             self._decoder.look(self._params, [0] * length)
@@ -95,19 +85,20 @@ class Engine:
         self._rows = [None for _ in self._rows]
         self._news = []
 
-    def start(self) -> None:
-        """Start the thread."""
+    def start(self, deliver: Callable[[News], None] = tell) -> None:
+        """Start the thread. It calls `deliver` with the events of each step: `tell`, or what has another thread do
+        it."""
+        self._deliver = deliver
         self._thread.start()
 
-    def submit(self, requests: Sequence[TextRequest], listeners: Sequence[Listener]) -> None:
-        """Write texts. A listener is called with each event of its text. Raises QueueFull if not all of them can wait,
-        and Stopping."""
+    def submit(self, requests: Sequence[TextRequest]) -> None:
+        """Write texts. Raises QueueFull if not all of them can wait, and Stopping."""
         with self._changed:
             if self._stopping:
                 raise Stopping
-            if len(self._waiting) + len(requests) > self.queue + self.free:
+            if len(self._waiting) + len(requests) > self.queue + self.slots - self.busy:
                 raise QueueFull
-            self._waiting.extend(map(_Waiting, requests, listeners))
+            self._waiting.extend(requests)
             self._changed.notify()
 
     def cancel(self, requests: Sequence[TextRequest]) -> None:
@@ -136,10 +127,6 @@ class Engine:
         return sum(row is not None for row in self._rows)
 
     @property
-    def free(self) -> int:
-        return self.slots - self.busy
-
-    @property
     def queued(self) -> int:
         """Texts that wait for a slot."""
         return len(self._waiting)
@@ -160,7 +147,7 @@ class Engine:
                 self._end_all("failed")
                 with self._changed:
                     self._stopping = True
-        self._news += [(waiting.listener, Event([], "stopped")) for waiting in self._waiting]
+        self._news += [(request, Event([], "stopped")) for request in self._waiting]
         self._waiting.clear()
         self._end_all("stopped")
         self._send()
@@ -171,31 +158,29 @@ class Engine:
             if row is not None and row.request.cancelled:
                 self.cancelled += 1
                 self._rows[slot] = None
-        waiting = self._next()
-        if waiting is not None:
+        request = self._next()
+        if request is not None:
             try:
-                self._admit(waiting)
+                self._admit(request)
             except Exception:
-                self._news.append((waiting.listener, Event([], "failed")))
+                self._news.append((request, Event([], "failed")))
                 raise
-            self._send()
         if self.busy:
             self._step()
 
-    def _next(self) -> _Waiting | None:
+    def _next(self) -> TextRequest | None:
         """The text that gets a slot now. Cancelled texts leave the queue, also where none gets a slot."""
         with self._changed:
-            wanted = [waiting for waiting in self._waiting if not waiting.request.cancelled]
+            wanted = [request for request in self._waiting if not request.cancelled]
             self.cancelled += len(self._waiting) - len(wanted)
             self._waiting = deque(wanted)
-            return self._waiting.popleft() if self._waiting and self.free else None
+            return self._waiting.popleft() if self._waiting and self.busy < self.slots else None
 
-    def _admit(self, waiting: _Waiting) -> None:
+    def _admit(self, request: TextRequest) -> None:
         """Read a prompt, and put its text into a free slot."""
-        request = waiting.request
         prompt = self._prompt_pieces(request) if request.echo else []
         if request.limit == 0:
-            self._news.append((waiting.listener, Event([], "length", prompt)))
+            self._news.append((request, Event([], "length", prompt)))
             return
         slot = self._rows.index(None)
         context = request.prompt[-self._decoder.seq_len :]
@@ -204,8 +189,7 @@ class Engine:
         read = self._decoder.read(self._params, context)
         key = purpose_key(request.seed, Purpose.SAMPLE, request.number)
         self._state = self._decoder.place(self._state, slot, read, seen, request.settings, key, request.logprobs)
-        pieces = TextPieces(self._tokenizer, request.stop)
-        self._rows[slot] = _Row(request, waiting.listener, list(context), pieces, prompt)
+        self._rows[slot] = _Row(request, list(context), TextPieces(self._tokenizer, request.stop), prompt)
 
     def _prompt_pieces(self, request: TextRequest) -> list[Piece]:
         read = self._decoder.look(self._params, request.prompt)
@@ -271,7 +255,7 @@ class Engine:
         return Piece(token, "", logprob, likeliest, experts, gates)
 
     def _tell(self, row: _Row, pieces: list[Piece], finish: FinishReason | None = None) -> None:
-        self._news.append((row.listener, Event(pieces, finish, row.prompt)))
+        self._news.append((row.request, Event(pieces, finish, row.prompt)))
         row.prompt = []
 
     def _end_all(self, reason: FinishReason) -> None:

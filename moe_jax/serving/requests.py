@@ -170,14 +170,9 @@ class ModelCard:
         """T."""
         return self.run.config.model.seq_len
 
-    @property
-    def tuned(self) -> bool:
-        """Whether the run is tuned on conversations."""
-        return self.run.converses
-
     def to_dict(self) -> dict[str, Any]:
         """The entry of /v1/models."""
         run = self.run
         entry = model_entry(self.name, run.config, run.tokenizer.vocab_size, read_summary(self.folder))
         own = {"object": "model", "created": self.created, "owned_by": "moe-jax"}
-        return entry | own | {"moe_jax": entry["moe_jax"] | {"slots": self.slots, "chat": self.tuned}}
+        return entry | own | {"moe_jax": entry["moe_jax"] | {"slots": self.slots, "chat": run.converses}}

@@ -4,13 +4,12 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import uvicorn
 
 from moe_jax.serving.app import Server
-from moe_jax.serving.engine import Deliver
-from moe_jax.serving.texts import Event, Listener
+from moe_jax.serving.engine import News, tell
 
 ENGINE_SECONDS = 2.0
 """How long the step in progress may take until the streams end without it."""
@@ -19,20 +18,6 @@ CONNECTION_SECONDS = 2
 MAX_CONNECTIONS = 1000
 IDLE_SECONDS = 10
 """A connection ends if its next request does not begin within this time after an answer."""
-
-
-def delivered_to(loop: asyncio.AbstractEventLoop) -> Deliver:
-    """Calls the listeners of the engine's events on the thread of an event loop."""
-
-    def tell(news: Sequence[tuple[Listener, Event]]) -> None:
-        for listener, event in news:
-            listener(event)
-
-    def deliver(news: Sequence[tuple[Listener, Event]]) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop has ended
-            loop.call_soon_threadsafe(tell, news)
-
-    return deliver
 
 
 class WebServer(uvicorn.Server):
@@ -47,7 +32,13 @@ class WebServer(uvicorn.Server):
         self.server, self.engine, self._ready = server, server.engine, ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        self.engine.start()
+        loop = asyncio.get_running_loop()
+
+        def deliver(news: News) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                loop.call_soon_threadsafe(tell, news)
+
+        self.engine.start(deliver)
         await super().startup(sockets)
         self._ready()
 
@@ -57,15 +48,10 @@ class WebServer(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def serve(web: WebServer, loop: asyncio.AbstractEventLoop, sock: socket.socket) -> None:
-    """Serve in this loop until SIGTERM or Ctrl-C, and wait for the engine's last step: Python's end must not interrupt
+def serve(web: WebServer, sock: socket.socket) -> None:
+    """Serve until SIGTERM or Ctrl-C, and wait for the engine's last step: Python's end must not interrupt
     the device."""
-    # uvicorn sends itself the signal again at its end, for the handlers from before.
-    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        with asyncio.Runner(loop_factory=lambda: loop) as runner:
-            runner.run(web.serve([sock]))
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn sends itself the signal again at its end
+        signal.signal(number, lambda *_: None)
+    asyncio.run(web.serve([sock]))
     web.engine.stop()

@@ -1,8 +1,6 @@
 """The socket that a server listens on. Standard library only: a port in use is found before the model is loaded."""
 
-import errno
 import ipaddress
-import os
 import socket
 
 from moe_jax.config import UserError
@@ -23,17 +21,12 @@ def bind(host: str, port: int) -> socket.socket:
 
     Clients that connect before the model is loaded wait.
     """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except (OSError, UnicodeError):  # a name such as "a..b" cannot be encoded for a name server
-        raise UserError(f"--host {host}: is no address of this machine; try 127.0.0.1") from None
-    try:
-        return socket.create_server(address[:2], family=family)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise UserError(f"--port {port}: is in use on {host}; give another, or 0 for a free one") from None
-        why = f"cannot be listened on ({os.strerror(error.errno or 0)}); give another"
-        raise UserError(f"--host {host} --port {port}: {why}") from None
+        return socket.create_server((host, port), family=family)
+    except (OSError, TypeError) as error:  # the latter for a name that cannot be encoded, such as "ä..b"
+        why = str(error).partition(" (while")[0]
+        raise UserError(f"--host {host} --port {port}: {why}; give another (port 0 takes a free one)") from None
 
 
 def url(sock: socket.socket) -> str:

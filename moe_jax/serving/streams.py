@@ -5,8 +5,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
-from starlette.types import Message, Receive, Scope, Send
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from moe_jax.serving.completions import Generation
 from moe_jax.serving.engine import Engine, QueueFull, Stopping
@@ -16,6 +16,7 @@ from moe_jax.system.files import json_text
 
 BODY_SECONDS = 10.0
 """A body must have arrived within this time."""
+STREAM_HEADERS = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
 _LOST = {"stopped": (503, "the server is stopping", "stopping"), "failed": (500, "the program failed", "failed")}
 
 
@@ -53,17 +54,21 @@ class GenerationResponse:
         delivered."""
         self._generation, self._engine = generation, engine
         self._events: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
-        put, count = self._events.put_nowait, len(generation.texts)
+        for index, text in enumerate(generation.texts):
+            text.listener = lambda event, index=index: self._events.put_nowait((index, event))
         try:
-            engine.submit(generation.texts, [lambda event, n=n: put((n, event)) for n in range(count)])
+            engine.submit(generation.texts)
         except QueueFull:
-            problem = f"{count} more texts cannot wait; at most {engine.queue} may; try again later"
+            problem = f"{len(generation.texts)} more texts cannot wait; at most {engine.queue} may; try again later"
             raise ApiError(429, problem, code="queue_full") from None
         except Stopping:
             raise ApiError(503, "the server is stopping", code="stopping") from None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        work = self._stream(send) if self._generation.stream else self._whole(scope, receive, send)
+        if self._generation.stream:
+            work = StreamingResponse(self._stream(), 200, STREAM_HEADERS, "text/event-stream").stream_response(send)
+        else:
+            work = self._whole(scope, receive, send)
         writing, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
         try:
             await asyncio.wait({writing, leaving}, return_when=asyncio.FIRST_COMPLETED)
@@ -78,42 +83,33 @@ class GenerationResponse:
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
         parts: list[list[Event]] = [[] for _ in self._generation.texts]
         try:
-            async for news in self._news():
-                for index, event in news:
-                    parts[index].append(event)
+            async for index, event in self._news():
+                parts[index].append(event)
             response = json_response(await asyncio.to_thread(self._generation.whole, list(map(_joined, parts))))
         except ApiError as error:
             response = error_response(error)
         await response(scope, receive, send)
 
-    async def _stream(self, send: Send) -> None:
-        headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-store")]
-        headers.append((b"x-content-type-options", b"nosniff"))
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+    async def _stream(self) -> AsyncIterator[str]:
         try:
-            async for news in self._news():
-                await send(_part(b"".join(_sse(self._generation.chunk(index, event)) for index, event in news)))
-            last = self._generation.last_chunk()
-            tail = b"" if last is None else _sse(last)
+            async for index, event in self._news():
+                yield _sse(self._generation.chunk(index, event))
+            if last := self._generation.last_chunk():
+                yield _sse(last)
         except ApiError as error:
-            tail = _sse(error.body())
-        await send(_part(tail + b"data: [DONE]\n\n"))
-        await send({"type": "http.response.body", "body": b""})
+            yield _sse(error.body())
+        yield "data: [DONE]\n\n"
 
-    async def _news(self) -> AsyncIterator[list[tuple[int, Event]]]:
-        """The texts' events, all that have come since the last time, until all texts have ended. Raises ApiError for a
-        text that does not end by itself."""
+    async def _news(self) -> AsyncIterator[tuple[int, Event]]:
+        """The texts' events, until all texts have ended. Raises ApiError for a text that does not end by itself."""
         left = len(self._generation.texts)
         while left:
-            news = [await self._events.get()]
-            while not self._events.empty():
-                news.append(self._events.get_nowait())
-            yield [(index, event) for index, event in news if event.finish not in _LOST]
-            for finish in (event.finish for _, event in news if event.finish is not None):
-                left -= 1
-                if finish in _LOST:
-                    status, message, code = _LOST[finish]
-                    raise ApiError(status, message, code=code)
+            index, event = await self._events.get()
+            if event.finish in _LOST:
+                status, message, code = _LOST[event.finish]
+                raise ApiError(status, message, code=code)
+            yield index, event
+            left -= event.finish is not None
 
 
 def _joined(events: list[Event]) -> Event:
@@ -128,9 +124,5 @@ async def _disconnected(receive: Receive) -> None:
         pass
 
 
-def _part(data: bytes) -> Message:
-    return {"type": "http.response.body", "body": data, "more_body": True}
-
-
-def _sse(value: Any) -> bytes:
-    return b"data: " + json_text(value).encode() + b"\n\n"
+def _sse(value: Any) -> str:
+    return f"data: {json_text(value)}\n\n"

@@ -59,6 +59,8 @@ class TextRequest:
     """Whether pieces have their experts."""
     echo: bool = False
     """Whether the first event has the prompt's pieces. The prompt has at most T tokens then."""
+    listener: Listener = lambda event: None
+    """Called with each event of the text."""
     cancelled: bool = False
     """Set by whoever no longer waits for the text; its slot is freed before the next token."""
 

@@ -22,8 +22,8 @@ class Echo(TextGenerator):
     def __init__(self) -> None:
         self.tokenizer = BYTE
 
-    def continuation(
-        self, prompt: Sequence[int], settings: Sampling, *, seed: int, number: int = 0, limit: int
+    def pieces(
+        self, prompt: str | Sequence[int], settings: Sampling, *, seed: int, number: int = 0, limit: int
     ) -> Iterator[str]:
         yield f" [{settings.temperature:g}"
         yield f" {seed}.{number} {limit}]"
@@ -94,10 +94,10 @@ class Answers(Echo):
         super().__init__()
         self.prompts: list[list[int]] = []
 
-    def continuation(
-        self, prompt: Sequence[int], settings: Sampling, *, seed: int, number: int = 0, limit: int
+    def pieces(
+        self, prompt: str | Sequence[int], settings: Sampling, *, seed: int, number: int = 0, limit: int
     ) -> Iterator[str]:
-        self.prompts.append(list(prompt))
+        self.prompts.append([token for token in prompt if isinstance(token, int)])
         yield ["one", "two", "three", "four"][len(self.prompts) - 1]
         yield " "
 

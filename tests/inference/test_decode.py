@@ -145,7 +145,7 @@ def test_one_program_each_for_any_prompt_and_settings() -> None:
     whole = tiny.tokens(tiny.T).tolist()
     for prompt, settings in ((whole, GREEDY), ([1, 2, 3], Sampling(temperature=0)), (whole[:11], GREEDY)):
         list(alone.stream(parameters(), prompt, settings=settings, key=jax.random.key(0), stop=NEVER, limit=12))
-        sizes.append([p._cache_size() for p in (alone.prefill, alone.begin_empty, alone.write, alone._refill)])  # pyright: ignore
+        sizes.append([p._cache_size() for p in (alone.prefill, alone.begin_empty, alone.write, alone.refill)])  # pyright: ignore
     assert sizes[1] == sizes[2] == [1, 1, 1, sizes[0][3]], sizes
     assert (sizes[0][0], sizes[0][2]) == (1, 1), "those that hold the model"
 
@@ -324,7 +324,7 @@ def test_one_program_each_whatever_the_texts_ask_for() -> None:
         state = three.place(state, slot, read, text.prompt, text.settings, text.key, slot == 1)
         state, _ = three.step(params, state, np.arange(3) <= slot)
         state = three.refill(state, slot, read)
-        sizes.append([p._cache_size() for p in (three.prefill, three._place, three._refill, three.step)])  # pyright: ignore
+        sizes.append([p._cache_size() for p in (three.prefill, three._place, three.refill, three.step)])  # pyright: ignore
     assert sizes[0] == sizes[1] == sizes[2]
 
 

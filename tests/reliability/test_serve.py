@@ -49,7 +49,7 @@ def test_a_port_in_use_is_one_line(served: Served, commands: runs.Commands) -> N
     port = str(served.port)
     finished = commands.run(["-m", "moe_jax", "serve", "--run", str(served.run), "--port", port], served.run)
     assert (finished.returncode, finished.stdout) == (1, "")
-    assert finished.stderr == f"error: --port {port}: is in use on 127.0.0.1; give another, or 0 for a free one\n"
+    assert f"error: --host 127.0.0.1 --port {port}: [Errno 98] Address already in use; give" in finished.stderr
 
 
 def test_another_host_needs_a_key(served: Served, commands: runs.Commands) -> None:

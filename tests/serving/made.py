@@ -48,7 +48,7 @@ def engine(**options: Any) -> Iterator[Engine]:
 
 def generated(request: TextRequest) -> str:
     """The text that `generate` writes. Stop strings are for the caller."""
-    pieces = generator().continuation(
+    pieces = generator().pieces(
         request.prompt, request.settings, seed=request.seed, number=request.number, limit=request.limit
     )
     return "".join(pieces)

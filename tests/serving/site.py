@@ -14,7 +14,7 @@ from typing import Any
 from moe_jax.serving.app import AccessPolicy, Server
 from moe_jax.serving.engine import Engine
 from moe_jax.serving.requests import ModelCard
-from moe_jax.serving.server import WebServer, delivered_to
+from moe_jax.serving.server import WebServer
 from moe_jax.serving.sockets import bind
 from tests.serving import made
 
@@ -88,22 +88,16 @@ class Site:
 @contextmanager
 def site(folder: Path, tuned: bool = False, origins: Sequence[str] = (), key: str = "") -> Iterator[Site]:
     """A server until the end of the block."""
-    loop, sock, ready = asyncio.new_event_loop(), bind("127.0.0.1", 0), threading.Event()
+    sock, ready = bind("127.0.0.1", 0), threading.Event()
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 16)  # a client that does not read is soon noticed
-    engine = Engine(
-        made.decoder(), made.run().params, made.run().tokenizer, queue=made.QUEUE, deliver=delivered_to(loop)
-    )
+    engine = Engine(made.decoder(), made.run().params, made.run().tokenizer, queue=made.QUEUE)
     card = ModelCard(made.run(tuned), "tiny", made.SLOTS, folder)
     web = WebServer(Server(engine, card, AccessPolicy("127.0.0.1", key, origins)), ready.set)
 
     def end() -> None:
         web.should_exit = True
 
-    def main() -> None:
-        with asyncio.Runner(loop_factory=lambda: loop) as runner:
-            runner.run(web.serve([sock]))
-
-    thread = threading.Thread(target=main)
+    thread = threading.Thread(target=lambda: asyncio.run(web.serve([sock])))
     thread.start()
     assert ready.wait(30)
     try:

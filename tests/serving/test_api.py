@@ -18,7 +18,7 @@ from moe_jax.serving import requests
 from moe_jax.serving.completions import Completion
 from moe_jax.serving.requests import ModelCard
 from moe_jax.serving.streams import GenerationResponse
-from moe_jax.serving.texts import Event, Listener, Piece, TextRequest
+from moe_jax.serving.texts import Event, Piece, TextRequest
 from tests.serving import made
 from tests.serving.site import KEY, Site, site
 
@@ -241,9 +241,9 @@ def test_what_was_written_before_a_failure_is_sent() -> None:
     assert end == "data: [DONE]"
 
 
-def submit_and_fail(requests: Any, listeners: list[Listener]) -> None:
-    listeners[0](Event([Piece(65, "news", None, [], None, None)]))
-    listeners[1](Event([], "failed"))
+def submit_and_fail(requests: list[TextRequest]) -> None:
+    requests[0].listener(Event([Piece(65, "news", None, [], None, None)]))
+    requests[1].listener(Event([], "failed"))
 
 
 # Who may ask

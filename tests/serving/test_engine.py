@@ -62,7 +62,7 @@ def test_after_compile_no_text_waits_for_a_compiler() -> None:
     assert (engine.busy, engine.queued, engine.cancelled) == (0, 0, 0)
 
     def compiled() -> list[int]:
-        programs = (decoder.prefill, decoder.step, decoder._place, decoder._refill, decoder._look)
+        programs = (decoder.prefill, decoder.step, decoder._place, decoder.refill, decoder._look)
         return [program._cache_size() for program in programs]  # pyright: ignore
 
     before = compiled()
@@ -115,7 +115,9 @@ class Heard:
 
     def __init__(self, engine: Engine, requests: list[TextRequest]) -> None:
         self.events: list[list[Event]] = [[] for _ in requests]
-        engine.submit(requests, [events.append for events in self.events])
+        for request, events in zip(requests, self.events, strict=True):
+            request.listener = events.append
+        engine.submit(requests)
 
     def begun(self) -> list[bool]:
         return [bool(events) for events in self.events]
@@ -149,7 +151,7 @@ def test_a_full_queue_takes_none_of_the_texts() -> None:
         few = [TextRequest(made.PROMPT, made.GREEDY, 0, 0, 3) for _ in range(made.QUEUE)]
         waiting = Heard(engine, few)
         with pytest.raises(QueueFull):
-            engine.submit(few[:1], [lambda event: None])
+            engine.submit(few[:1])
         assert engine.queued == made.QUEUE
         engine.cancel(texts)
         until(lambda: waiting.finishes() == ["length"] * made.QUEUE)
@@ -163,7 +165,7 @@ def test_stopping_ends_every_text_and_the_thread() -> None:
         assert heard.finishes() == ["stopped"] * (made.SLOTS + made.QUEUE)
         assert not engine.running
         with pytest.raises(Stopping):
-            engine.submit([made.endless()], [lambda event: None])
+            engine.submit([made.endless()])
 
 
 def test_a_failure_of_the_program_ends_the_engine_and_answers_all(
@@ -182,5 +184,5 @@ def test_a_failure_of_the_program_ends_the_engine_and_answers_all(
         until(lambda: not engine.running)
         assert (heard.finishes(), later.finishes()) == (["failed"] * 2, ["failed", "stopped"])
         with pytest.raises(Stopping):
-            engine.submit([made.endless()], [lambda event: None])
+            engine.submit([made.endless()])
     assert "RuntimeError: out of memory" in capfd.readouterr().err

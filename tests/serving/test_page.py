@@ -10,13 +10,13 @@ from moe_jax.serving.page import document
 
 def inline(name: str) -> str:
     """The content of the last element of this name without attributes, found as a browser does."""
-    page = document().html.decode()
+    page = document()[0].decode()
     begin = page.rindex(f"<{name}>") + len(f"<{name}>")
     return page[begin : page.index(f"</{name}", begin)]
 
 
 def test_the_policy_allows_one_style_one_script_and_the_own_server() -> None:
-    assert dict(part.split(" ", 1) for part in document().policy.split("; ")) == {
+    assert dict(part.split(" ", 1) for part in document()[1].split("; ")) == {
         "default-src": "'none'",
         "style-src": f"'{digest(inline('style'))}'",
         "script-src": f"'{digest(inline('script'))}'",
@@ -30,13 +30,13 @@ def test_the_policy_allows_one_style_one_script_and_the_own_server() -> None:
 
 def test_the_document_holds_the_same_policy_for_the_file_that_is_saved() -> None:
     """But for the directive that browsers refuse in a document."""
-    page = document().html.decode()
+    page = document()[0].decode()
     (inside,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
-    assert f"{inside}; frame-ancestors 'none'" == document().policy
+    assert f"{inside}; frame-ancestors 'none'" == document()[1]
 
 
 def test_nothing_is_loaded_and_no_event_is_written_in_the_markup() -> None:
-    page = document().html.decode()
+    page = document()[0].decode()
     assert "https://" not in page
     assert "http://" not in page.replace("http://www.w3.org/2000/svg", "")
     markup = page.replace(inline("script"), "").replace(inline("style"), "")

@@ -22,7 +22,7 @@ from moe_jax.serving.completions import Completion
 from moe_jax.serving.engine import Engine, QueueFull, Stopping
 from moe_jax.serving.requests import ApiError, ModelCard
 from moe_jax.serving.sockets import bind
-from moe_jax.serving.texts import Event, Listener
+from moe_jax.serving.texts import Event, TextRequest
 from tests.serving import made
 from tests.serving.site import site
 
@@ -31,15 +31,12 @@ CARD = ModelCard(made.run(), "tiny", made.SLOTS, Path("absent"))
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_the_server(number: int) -> None:
-    """And the handlers from before come back."""
     before = [signal.signal(n, signal.SIG_IGN) for n in (signal.SIGTERM, signal.SIGINT)]
-    loop = asyncio.new_event_loop()
-    engine = Engine(made.decoder(), made.run().params, made.run().tokenizer, queue=1, deliver=server.delivered_to(loop))
+    engine = Engine(made.decoder(), made.run().params, made.run().tokenizer, queue=1)
     running = app.Server(engine, CARD, app.AccessPolicy("127.0.0.1"))
     web = server.WebServer(running, ready=lambda: os.kill(os.getpid(), number))
     try:
-        server.serve(web, loop, bind("127.0.0.1", 0))
-        assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == [signal.SIG_IGN] * 2
+        server.serve(web, bind("127.0.0.1", 0))
     finally:
         for n, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
             signal.signal(n, handler)
@@ -86,9 +83,9 @@ def test_an_engine_that_takes_no_text(error: type[Exception], status: int, code:
     ("finish", "status", "code"), [("failed", 500, "failed"), ("stopped", 503, "stopping"), ("stop", 200, None)]
 )
 def test_the_status_of_an_answer_is_known_when_its_texts_have_ended(finish: Any, status: int, code: str | None) -> None:
-    def submit(requests: Any, listeners: list[Listener]) -> None:
-        listeners[0](Event([], "length"))
-        listeners[1](Event([], finish))
+    def submit(requests: list[TextRequest]) -> None:
+        requests[0].listener(Event([], "length"))
+        requests[1].listener(Event([], finish))
 
     sent: list[Any] = []
 

@@ -167,8 +167,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         if self.path == "/":
-            page = document()
-            self.answer(200, "text/html; charset=utf-8", page.html, Content_Security_Policy=page.policy)
+            html, policy = document()
+            self.answer(200, "text/html; charset=utf-8", html, Content_Security_Policy=policy)
         elif self.path == "/v1/models":
             if not self.locked():
                 entry = {"id": "dragons", "object": "model", "created": 1, "owned_by": "moe-jax"}

@@ -7,27 +7,15 @@ It is the live page of `moe_jax.pages.live`. Its transport, `stream.js`, asks th
     POST v1/chat/completions   an answer in a conversation, streamed alike
 """
 
-from dataclasses import dataclass
 from functools import cache
 
 from moe_jax.pages import page_file
 from moe_jax.pages.live import live_page
 
-FRAME = "frame-ancestors 'none'"
-"""Counts in a header only: browsers ignore it in the document."""
-
-
-@dataclass(frozen=True)
-class Page:
-    """What the server answers at `/`."""
-
-    html: bytes
-    policy: str
-    """The header Content-Security-Policy."""
-
 
 @cache
-def document() -> Page:
-    """The page in one file: its own inline script and style, by their digests, and requests to its own server."""
+def document() -> tuple[bytes, str]:
+    """The page in one file, and its header Content-Security-Policy: its own inline script and style, by their digests,
+    and requests to its own server."""
     html, policy = live_page(page_file("moe_jax.serving", "page/stream.js"), "connect-src 'self'")
-    return Page(html.encode("ascii"), f"{policy}; {FRAME}")
+    return html.encode("ascii"), f"{policy}; frame-ancestors 'none'"  # browsers ignore the latter in a document
