@@ -17,7 +17,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -35,6 +35,15 @@ if TYPE_CHECKING:
 TRAINING_BYTES = 50_000_000
 _LONGEST_WORD = 512
 """Bytes of a word that a `bpe` tokenizer learns from. Words of ordinary text are far shorter."""
+
+
+class Stream(NamedTuple):
+    """Tokens, and which of them are learned and scored."""
+
+    tokens: np.ndarray
+    """int [N]. In a store uint16 or uint32."""
+    answers: np.ndarray | None = None
+    """bool [N]: the tokens that count. None if all of them do."""
 
 
 class Tokenizer:
