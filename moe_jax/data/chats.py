@@ -30,7 +30,7 @@ def encode_chats(tokenizer: Tokenizer, chats: Sequence[Conversation]) -> list[St
         encoded = map(template.encode, chats)
         return [Stream(np.array(tokens, np.int64), np.array(learned)) for tokens, learned in encoded]
     turns = iter(tokenizer.encode_batch([f"{message.role}\n{message.content}" for chat in chats for message in chat]))
-    heads = {role: role_tokens(tokenizer, role) for role in ROLES}
+    heads: dict[Role, list[int]] = {role: tokenizer.encode(f"{role}\n") for role in ROLES}
     return [_joined(tokenizer, heads, [(message, next(turns)) for message in chat]) for chat in chats]
 
 
@@ -49,15 +49,10 @@ def _joined(tokenizer: Tokenizer, heads: dict[Role, list[int]], turns: list[tupl
     return Stream(np.concatenate(tokens), np.concatenate(answers))
 
 
-def role_tokens(tokenizer: Tokenizer, role: Role) -> list[int]:
-    """How a turn begins: its role and a line end."""
-    return tokenizer.encode(f"{role}\n")
-
-
 def answer_prompt(tokenizer: Tokenizer, chat: Sequence[Message]) -> list[int]:
     """The tokens after which the model writes the assistant's next content: separator, all turns, "assistant\\n"; or
     what the chat template says."""
     if tokenizer.template is not None:
         return tokenizer.template.prompt(chat)
     said = encode_chats(tokenizer, [tuple(chat)])[0].tokens.tolist() if chat else []
-    return [tokenizer.separator_id, *said, *role_tokens(tokenizer, ANSWERING)]
+    return [tokenizer.separator_id, *said, *tokenizer.encode(f"{ANSWERING}\n")]
