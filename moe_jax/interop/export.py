@@ -12,7 +12,6 @@ import numpy as np
 from moe_jax.config import UserError
 from moe_jax.interop import gguf_file, huggingface
 from moe_jax.interop.architectures import Architecture, ExportDtype, ExportTarget, architecture_of
-from moe_jax.interop.config_json import config_json
 from moe_jax.interop.source import ExportSource
 from moe_jax.interop.tokenizers import ollama, separator_text, tokenizer_files
 from moe_jax.model.costs import count_parameters, totals, training_flops
@@ -87,7 +86,7 @@ def _write_for(
 ) -> None:
     if to in ("hf", "both"):
         _write_weights(folder, source, lambda source: huggingface.tensors(source, architecture), dtype)
-        _write_json(folder / "config.json", config_json(source, architecture, dtype))
+        _write_json(folder / "config.json", huggingface.config_json(source, architecture, dtype))
         separator = source.tokenizer.separator_id
         generation = {"bos_token_id": separator, "eos_token_id": separator, "do_sample": True, "temperature": 0.8}
         _write_json(folder / "generation_config.json", generation)

@@ -11,8 +11,7 @@ import numpy as np
 from moe_jax.config import UserError
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.interop.architectures import ERNIE, GRANITE, Architecture, ExportDtype
-from moe_jax.interop.config_json import norm_eps
-from moe_jax.interop.huggingface import trunk_tensors
+from moe_jax.interop.huggingface import norm_eps, trunk, written
 from moe_jax.interop.source import ExportSource, balance_bias, embedding, experts
 from moe_jax.interop.tokenizers import jinja, merges, separator_text, spelled
 
@@ -228,7 +227,7 @@ def tensors(source: ExportSource, architecture: Architecture) -> Iterator[tuple[
     yield "token_embd.weight", embedding(source)
     for layer in range(model.layers):
         at = f"blk.{layer}"
-        for name, weight in trunk_tensors(source, layer, interleaved=architecture.gguf in INTERLEAVED):
+        for name, weight in written(source, trunk(model, layer), interleaved=architecture.gguf in INTERLEAVED):
             *_, part, kind = name.split(".")
             yield f"{at}.{TRUNK[part]}.{kind}", weight
         networks = experts(source, layer)
@@ -236,15 +235,15 @@ def tensors(source: ExportSource, architecture: Architecture) -> Iterator[tuple[
         if model.dense != "none":
             yield from ((f"{at}.{name}.weight", weight[0]) for name, weight in zip(names, networks, strict=True))
             continue
-        yield f"{at}.ffn_gate_inp.weight", source.block(layer, "ffn.router").T
+        yield f"{at}.ffn_gate_inp.weight", source.array(f"blocks.{layer}.ffn.router").T
         yield from ((f"{at}.{name}_exps.weight", weight) for name, weight in zip(names, networks, strict=True))
         if architecture == ERNIE:
             yield f"{at}.exp_probs_b.bias", balance_bias(source, layer)
         if model.shared_experts:
-            shared = experts(source, layer, "ffn.shared")
+            shared = experts(source, layer, "shared")
             yield from ((f"{at}.{n}_shexp.weight", w[0]) for n, w in zip(names, shared, strict=True))
         if model.shared_gate:
-            yield f"{at}.ffn_gate_inp_shexp.weight", source.block(layer, "ffn.shared_gate")
+            yield f"{at}.ffn_gate_inp_shexp.weight", source.array(f"blocks.{layer}.ffn.shared_gate")
     yield "output_norm.weight", source.array("norm.scale")
     if not model.tied_head:
         yield "output.weight", source.array("head").T
