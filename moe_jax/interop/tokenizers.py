@@ -146,7 +146,15 @@ def jinja(separator: str) -> str:
     )
 
 
-def ollama(separator: str) -> str:
-    """The Modelfile. ollama's templates replace nothing, so a content with the separator in it ends its turn there."""
+def modelfile(tokenizer: Tokenizer, chat: bool) -> str:
+    """The file of `ollama create NAME -f Modelfile`. The model goes on with the prompt; with `chat`, or with a template
+    in model.gguf, it answers. ollama replaces nothing in a content: one with the separator in it ends its turn there.
+    """
+    file = "FROM ./model.gguf\n"
+    if tokenizer.template is not None:
+        return file
+    if not chat:
+        return file + 'TEMPLATE "{{ .Prompt }}"\n'
+    separator = separator_text(tokenizer)
     turns = f"{{{{ range .Messages }}}}{{{{ .Role }}}}\n{{{{ .Content }}}}{separator}{{{{ end }}}}assistant\n"
-    return f'FROM ./model.gguf\nTEMPLATE """{turns}"""\nPARAMETER stop "{separator}"\n'
+    return f'{file}TEMPLATE """{turns}"""\nPARAMETER stop "{separator}"\n'
