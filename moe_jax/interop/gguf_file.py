@@ -71,24 +71,26 @@ class GgufVocabulary(NamedTuple):
 
 
 def gguf_vocabulary(tokenizer: Tokenizer, size: int) -> GgufVocabulary:
-    """The vocabulary of a model that knows `size` ids. Raises UserError if llama.cpp has no name for the rule."""
+    """The vocabulary of a model that knows `size` ids: an id that the tokenizer does not use has a word too. Raises
+    UserError if llama.cpp has no name for the rule."""
     if tokenizer.kind == "hf":
-        return _imported(tokenizer.to_dict()["file"], size)
-    words = spelled(tokenizer)
-    kinds = [NORMAL] * (len(words) - 1) + [CONTROL]
-    return _padded(dict(enumerate(words)), dict(enumerate(kinds)), merges(tokenizer), size, "gpt-2")
-
-
-def _imported(file: str, size: int) -> GgufVocabulary:
-    values = json.loads(file)
-    words = {i: word for word, i in values["model"]["vocab"].items()}
-    kinds = dict.fromkeys(words, NORMAL)
-    for token in values.get("added_tokens") or []:
-        words[token["id"]] = token["content"]
-        kinds[token["id"]] = CONTROL if token.get("special") else USER_DEFINED
-    pairs = values["model"].get("merges") or []
-    joined = [tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in pairs]
-    return _padded(words, kinds, joined, size, _rule(values.get("pre_tokenizer")))
+        values = json.loads(tokenizer.to_dict()["file"])
+        words = {i: word for word, i in values["model"]["vocab"].items()}
+        kinds = dict.fromkeys(words, NORMAL)
+        for token in values.get("added_tokens") or []:
+            words[token["id"]] = token["content"]
+            kinds[token["id"]] = CONTROL if token.get("special") else USER_DEFINED
+        pairs, rule = values["model"].get("merges") or [], _rule(values.get("pre_tokenizer"))
+    else:
+        words = dict(enumerate(spelled(tokenizer)))
+        kinds = dict.fromkeys(words, NORMAL) | {tokenizer.separator_id: CONTROL}
+        pairs, rule = merges(tokenizer), "gpt-2"
+    return GgufVocabulary(
+        [words.get(i, f"<|unused_{i}|>") for i in range(size)],
+        [kinds.get(i, CONTROL) for i in range(size)],
+        [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs] or [NO_MERGE],
+        rule,
+    )
 
 
 def _rule(pre_tokenizer: dict[str, Any] | None) -> str:
@@ -105,17 +107,6 @@ def _rule(pre_tokenizer: dict[str, Any] | None) -> str:
     raise UserError(
         "--to gguf: llama.cpp has no name for the rule by which the imported tokenizer cuts text into words; known are "
         f"those of {', '.join(RULES)}; export to hf"
-    )
-
-
-def _padded(words: dict[int, str], kinds: dict[int, int], pairs: list[Any], size: int, rule: str) -> GgufVocabulary:
-    """With a word for each id that the model knows and the tokenizer does not use."""
-    all_words = [words.get(i, f"<|unused_{i}|>") for i in range(size)]
-    return GgufVocabulary(
-        all_words,
-        [kinds.get(i, CONTROL) for i in range(size)],
-        [f"{left} {right}" for left, right in pairs] or [NO_MERGE],
-        rule,
     )
 
 
