@@ -101,7 +101,7 @@ def prepare_token_store(
     try:
         cache.mkdir(parents=True, exist_ok=True)
         tokenizer = tokenizer or _tokenizer(data, corpus, cache, progress)
-        store = _store(corpus, tokenizer, cache, progress)
+        store = _store(data.source, corpus, tokenizer, cache, progress)
     except OSError as error:
         raise UserError(
             f"token cache {cache}: cannot be written ({disk_cause(error)}); mend that, or set MOE_JAX_CACHE to another "
@@ -129,7 +129,7 @@ def _tokenizer(data: DataConfig, corpus: Corpus, cache: Path, progress: bool) ->
     return tokenizer
 
 
-def _store(corpus: Corpus, tokenizer: Tokenizer, cache: Path, progress: bool) -> TokenStore:
+def _store(source: str, corpus: Corpus, tokenizer: Tokenizer, cache: Path, progress: bool) -> TokenStore:
     """The store of a text and a tokenizer, opened or made."""
     folder = cache / json_digest([FORMAT, corpus.fingerprint(), tokenizer.digest])
     with suppress(UserError):  # before the lock: a whole cache may lie in a folder that cannot be written
@@ -139,11 +139,11 @@ def _store(corpus: Corpus, tokenizer: Tokenizer, cache: Path, progress: bool) ->
             return open_store(folder)
         shutil.rmtree(folder, ignore_errors=True)  # a damaged one
         with new_folder(folder) as draft:
-            _write(draft, corpus, tokenizer, progress)
+            _write(draft, source, corpus, tokenizer, progress)
     return open_store(folder)
 
 
-def _write(folder: Path, corpus: Corpus, tokenizer: Tokenizer, progress: bool) -> None:
+def _write(folder: Path, source: str, corpus: Corpus, tokenizer: Tokenizer, progress: bool) -> None:
     tokenizer.save(folder / "tokenizer.json")
     splits = {}
     for name in _SPLITS:
@@ -151,7 +151,7 @@ def _write(folder: Path, corpus: Corpus, tokenizer: Tokenizer, progress: bool) -
             splits[name] = _write_split(folder / name, corpus.documents(name), tokenizer, report)
     manifest = {
         "format": FORMAT,
-        "source": corpus.name,
+        "source": source,
         "fingerprint": corpus.fingerprint(),
         "tokenizer": tokenizer.digest,
         "dtype": token_type(tokenizer).name,
@@ -241,17 +241,17 @@ def open_store(folder: Path) -> TokenStore:
 
 
 def _open_split(path: Path, entry: dict[str, Any], tokenizer: Tokenizer) -> Split:
-    count, answers = entry["tokens"], entry.get("answers")
-    tokens = _mapped(path.with_suffix(".bin"), entry["digest"], token_type(tokenizer), count)
-    split = (tokens, entry["stories"], entry["bytes"])
-    if answers is None:
-        return Split(*split, count - 1, entry["bytes"])
-    mask = _mapped(path.with_suffix(".mask"), answers["digest"], np.dtype(np.bool_), count)
-    return Split(*split, answers["tokens"], answers["bytes"], mask)
+    tokens = _mapped(path.with_suffix(".bin"), entry["digest"], token_type(tokenizer))
+    counted = {"tokens": len(tokens) - 1, "bytes": entry["bytes"]}  # all but the first are predicted
+    answers = None
+    if "answers" in entry:
+        counted = entry["answers"]
+        answers = _mapped(path.with_suffix(".mask"), counted["digest"], np.dtype(np.bool_))
+    return Split(tokens, entry["stories"], entry["bytes"], counted["tokens"], counted["bytes"], answers)
 
 
-def _mapped(path: Path, digest: str, dtype: np.dtype, count: int) -> np.ndarray:
-    if file_digest(path) != digest or path.stat().st_size != count * dtype.itemsize:
+def _mapped(path: Path, digest: str, dtype: np.dtype) -> np.ndarray:
+    if file_digest(path) != digest:
         raise UserError(f"{path}: damaged, its digest does not match; prepare the data again")
     return np.memmap(path, dtype, mode="r").view(np.ndarray)
 

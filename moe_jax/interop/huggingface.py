@@ -312,7 +312,11 @@ def _expert_config(model: ModelConfig, architecture: Architecture) -> dict[str, 
             "use_bias": False,
         }
     layout = LAYOUTS[architecture.model_type]
-    config = {layout.experts: model.experts, layout.hidden: model.expert_hidden, "num_experts_per_tok": top_k}
+    config: dict[str, Any] = {
+        layout.experts: model.experts,
+        layout.hidden: model.expert_hidden,
+        "num_experts_per_tok": top_k,
+    }
     if layout.renormalise is None:
         config["sliding_window"] = None
     else:
