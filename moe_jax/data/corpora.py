@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from moe_jax.config import NAMED_CORPORA, ConfigError, DataConfig, DataFormat, UserError
 from moe_jax.data.documents import (
@@ -101,21 +101,14 @@ def _embedded(data: DataConfig) -> Corpus:
 # Public data sets
 
 
-class HubSource(NamedTuple):
-    """A data set of the Hugging Face hub. Only its token ids are stored."""
-
-    repository: str
-    configuration: str | None
-    revision: str
-
-
-HUB = {
-    "tinystories": HubSource("roneneldan/TinyStories", None, "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"),
-    "wikitext": HubSource("Salesforce/wikitext", "wikitext-103-raw-v1", "b08601e04326c79dfdd32d625aee71d232d685c3"),
+HUB: dict[str, tuple[str, str | None, str]] = {
+    "tinystories": ("roneneldan/TinyStories", None, "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"),
+    "wikitext": ("Salesforce/wikitext", "wikitext-103-raw-v1", "b08601e04326c79dfdd32d625aee71d232d685c3"),
     # deepmind/pg19 is a loading script, which datasets no longer runs. This is the same text as Parquet.
-    "pg19": HubSource("emozilla/pg19", None, "c021754c8e01c5b1cc83a1f549c1f97fbbb756b8"),
+    "pg19": ("emozilla/pg19", None, "c021754c8e01c5b1cc83a1f549c1f97fbbb756b8"),
 }
-"""Name for `--data` -> data set."""
+"""Name for `--data` -> repository, configuration and revision of a data set of the Hugging Face hub. Only its token ids
+are stored."""
 
 
 def _of_the_hub(name: str) -> Corpus:

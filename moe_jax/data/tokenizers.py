@@ -14,7 +14,6 @@ unchanged: `hf_tokenizers.py` says how it is read, and what is not lossless in i
 
 import codecs
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -149,9 +148,7 @@ def train_tokenizer(data: DataConfig, documents: Iterable[str] = (), progress: b
         return Tokenizer({"kind": "gpt2", "vocab_size": 50_257})
     if data.tokenizer == "byte":
         return Tokenizer({"kind": "byte"})
-    if progress:
-        print(f"learning a tokenizer of {data.vocab_size:,} entries ...", file=sys.stderr, flush=True)
-    with document_progress("learning the tokenizer", progress) as report:
+    with document_progress(f"learning a tokenizer of {data.vocab_size:,} entries", progress) as report:
         return Tokenizer({"kind": "bpe", "merges": _learn_merges(_limited(documents, report), data.vocab_size)})
 
 
