@@ -53,8 +53,8 @@ class Bench:
 
     def __init__(self, model: ModelConfig, params: Params, seq_len: int) -> None:
         graphdef = abstract_model(model)[0]
-        entries = [b"x"] * (model.vocab_size - 1)  # the texts do not matter
-        tokenizer = Tokenizer({"kind": "byte"}, entries, lambda texts: [[0] for _ in texts])
+        merges = [[n // 256, n % 256] for n in range(model.vocab_size - 257)]  # the texts do not matter
+        tokenizer = Tokenizer({"kind": "bpe", "merges": merges})
         self._decoder = Decoder(graphdef, seq_len, model.vocab_size, STREAMS, short_prompts=True)
         self._params, self._number, self._vocab_size = params, 0, model.vocab_size
         self.many = Engine(self._decoder, params, tokenizer, queue=STREAMS)

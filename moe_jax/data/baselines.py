@@ -22,6 +22,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import chain
+from typing import Any
 
 from moe_jax.config import DataConfig
 from moe_jax.data.token_store import Split, TokenStore, stored_documents
@@ -54,40 +55,34 @@ class CorpusBaselines:
 
 
 def corpus_baselines(data: DataConfig, store: TokenStore) -> CorpusBaselines | None:
-    """The scores for a corpus, kept in the cache. They take some seconds of one core. None for conversations."""
+    """The scores for a corpus, kept in the cache. They take some seconds of one core. None for conversations.
+
+    They come from the stored tokens: the source may need a network, and may have been edited.
+    """
     if store.valid.answers is not None:
         return None
     embedded = data.source == "stories"
-    parts = [store.digest, f"{embedded=}"]
-    return CorpusBaselines(**cached_json("baselines", parts, lambda: asdict(_scores(data, store, embedded))))
 
+    def documents(split: Split, most_bytes: int) -> Iterator[str]:
+        """All of the embedded stories; of another text its beginning, and at least one document."""
+        size, tokens = 0, split.tokens if embedded else split.tokens[: 2 * most_bytes]  # a token has a byte or more
+        for document in stored_documents(tokens, store.tokenizer):
+            if size and size + len(document.encode()) > most_bytes and not embedded:
+                return
+            size += len(document.encode())
+            yield document
 
-def _scores(data: DataConfig, store: TokenStore, embedded: bool) -> CorpusBaselines:
-    """From the stored tokens: the source may need a network, and may have been edited."""
+    def scores() -> dict[str, Any]:
+        floor = None
+        if embedded:
+            from moe_jax.data.synthetic.stories import VALIDATION_STORIES, entropy_floor_bits_per_byte
 
-    def documents(split: Split, most: int) -> Iterator[str]:
-        tokens = split.tokens if embedded else split.tokens[: 2 * most]  # a token has a byte or more
-        whole = stored_documents(tokens, store.tokenizer)
-        return whole if embedded else first_documents(whole, most)
+            floor = entropy_floor_bits_per_byte(data.stories_seed, "valid", VALIDATION_STORIES)
+        with working("scoring a trigram model of the text, to compare with"):
+            model = NgramModel(documents(store.train, TRAIN_BYTES), 3)
+            return asdict(CorpusBaselines(model.bits_per_byte(list(documents(store.valid, VALID_BYTES))), floor))
 
-    floor = None
-    if embedded:
-        from moe_jax.data.synthetic.stories import VALIDATION_STORIES, entropy_floor_bits_per_byte
-
-        floor = entropy_floor_bits_per_byte(data.stories_seed, "valid", VALIDATION_STORIES)
-    with working("scoring a trigram model of the text, to compare with"):
-        model = NgramModel(documents(store.train, TRAIN_BYTES), 3)
-        return CorpusBaselines(model.bits_per_byte(list(documents(store.valid, VALID_BYTES))), floor)
-
-
-def first_documents(documents: Iterable[str], most_bytes: int) -> Iterator[str]:
-    """The documents, until they have `most_bytes` together. The first is given out whatever its size."""
-    size = 0
-    for document in documents:
-        size += len(document.encode())
-        if size > most_bytes and size > len(document.encode()):
-            return
-        yield document
+    return CorpusBaselines(**cached_json("baselines", [store.digest, f"{embedded=}"], scores))
 
 
 def words_of(text: str) -> list[str]:
@@ -115,10 +110,10 @@ class NgramModel:
     def __init__(self, documents: Iterable[str], order: int) -> None:
         self.order = order
         counts = Counter(chain.from_iterable(ngrams(document, order) for document in documents))
-        self._levels = [_Level(counts)]
-        for _ in range(order - 1):
-            counts = Counter(ngram[1:] for ngram in counts)  # each different word before it counts once
+        self._levels: list[_Level] = []
+        for _ in range(order):
             self._levels.insert(0, _Level(counts))
+            counts = Counter(ngram[1:] for ngram in counts)  # each different word before it counts once
 
     def probability(self, ngram: Ngram) -> float:
         """The probability of the last word of an n-gram."""

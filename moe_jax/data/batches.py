@@ -20,6 +20,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import batched, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -151,47 +152,27 @@ def evaluation_windows(
 
     With `answers`, bool [N], only the tokens that are true there count. Rows in which none counts are left out.
     """
-    scored = math.ceil(seq_len / 2)
-    rows = list(_evaluation_rows(len(tokens) - 1, seq_len, scored))
+    positions, scored = len(tokens) - 1, math.ceil(seq_len / 2)
+    # Where rows end: half of the first window, its other half, and then half a window further each.
+    ends = sorted({0, min(scored, positions), *range(seq_len, positions, seq_len // 2), positions})
+    rows = list(pairwise(ends))
     if answers is not None:
-        rows = [row for row in rows if answers[row.counted[0] + 1 : row.counted[1] + 1].any()]
-    for done in range(0, len(rows), batch_size):
+        rows = [(first, last) for first, last in rows if answers[first + 1 : last + 1].any()]
+    for batch in batched(rows, batch_size):
         inputs = np.zeros((batch_size, seq_len), np.int32)
         targets = np.zeros((batch_size, scored), np.int32)
         start = np.zeros(batch_size, np.int32)
         weights = np.zeros((batch_size, scored), np.float32)
-        for b, row in enumerate(rows[done : done + batch_size]):
-            begin = row.window + row.start
-            text = tokens[row.window : min(row.window + seq_len, len(tokens) - 1)]
+        for b, (first, last) in enumerate(batch):
+            window = max(0, last - seq_len)
+            start[b] = seq_len - scored if first else 0
+            begin = window + int(start[b])
+            text = tokens[window : min(window + seq_len, positions)]
             following = tokens[begin + 1 : begin + 1 + scored]
             inputs[b, : len(text)] = text
             targets[b, : len(following)] = following
-            start[b] = row.start
-            first, last = row.counted
             weights[b, first - begin : last - begin] = 1 if answers is None else answers[first + 1 : last + 1]
         yield EvaluationBatch(inputs, targets, start, weights)
-
-
-@dataclass(frozen=True)
-class _Row:
-    window: int  # stream position of the first input
-    start: int  # first scored position, within the window
-    counted: tuple[int, int]  # stream positions [from, to) whose next token counts
-
-
-def _evaluation_rows(positions: int, seq_len: int, scored: int) -> Iterator[_Row]:
-    """The rows for a stream in which `positions` tokens are followed by another token."""
-    if seq_len < 2:
-        raise ValueError(f"windows of {seq_len} tokens cannot overlap by half")
-    last = max(0, positions - seq_len)  # the window that ends at the end of the stream
-    window = done = 0
-    while done < positions:
-        start = min(done - window, seq_len - scored)
-        end = min(window + start + scored, positions)
-        yield _Row(window, start, (done, end))
-        done = end
-        if done == window + seq_len:
-            window = min(window + seq_len // 2, last)
 
 
 def validation_subset(tokens: np.ndarray, separator_id: int, limit: int) -> np.ndarray:

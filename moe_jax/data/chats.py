@@ -10,42 +10,35 @@ imported model has a chat template instead (`chat_templates.py`).
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from moe_jax.config import Role, UserError
 from moe_jax.data.documents import ANSWERING, ROLES, Conversation, Message
-from moe_jax.data.tokenizers import Tokenizer
+from moe_jax.data.tokenizers import Stream, Tokenizer
 
 
-class EncodedChat(NamedTuple):
-    """A conversation in tokens, without the separators around it."""
-
-    tokens: np.ndarray
-    """int [N]. The last one is the separator that ends the last turn, unless a chat template says otherwise."""
-    answers: np.ndarray
-    """bool [N]: the tokens that are learned."""
-
-
-def encode_chats(tokenizer: Tokenizer, chats: Sequence[Conversation]) -> list[EncodedChat]:
-    """The conversations in tokens. A turn is cut into tokens as one text, as a chat template writes it elsewhere.
+def encode_chats(tokenizer: Tokenizer, chats: Sequence[Conversation]) -> list[Stream]:
+    """The conversations in tokens, without the separators around them. A turn is cut into tokens as one text, as a
+    chat template writes it elsewhere.
 
     Raises UserError if the tokenizer joins the line end after a role with the content behind it, and the errors of a
     chat template.
     """
     if (template := tokenizer.template) is not None:
-        encoded = [template.encode(chat) for chat in chats]
-        return [EncodedChat(np.array(tokens, np.int64), np.array(learned)) for tokens, learned in encoded]
+        encoded = map(template.encode, chats)
+        return [Stream(np.array(tokens, np.int64), np.array(learned)) for tokens, learned in encoded]
     turns = iter(tokenizer.encode_batch([f"{message.role}\n{message.content}" for chat in chats for message in chat]))
-    heads = {role: role_tokens(tokenizer, role) for role in ROLES}
-    return [_encoded([(m, heads[m.role], next(turns)) for m in chat], tokenizer.separator_id) for chat in chats]
+    heads: dict[Role, list[int]] = {role: tokenizer.encode(f"{role}\n") for role in ROLES}
+    return [_joined(tokenizer, heads, [(message, next(turns)) for message in chat]) for chat in chats]
 
 
-def _encoded(turns: list[tuple[Message, list[int], Any]], separator: int) -> EncodedChat:
+def _joined(tokenizer: Tokenizer, heads: dict[Role, list[int]], turns: list[tuple[Message, Any]]) -> Stream:
+    """One conversation, from its turns and their ids."""
     tokens, answers = [], []
-    for message, head, ids in turns:
-        turn = np.array([*ids, separator], np.int64)
+    for message, ids in turns:
+        head, turn = heads[message.role], np.array([*ids, tokenizer.separator_id], np.int64)
         if turn[: len(head)].tolist() != head:
             raise UserError(
                 f"the tokenizer joins the line end after {message.role!r} with the text {message.content[:40]!r}, so "
@@ -53,12 +46,7 @@ def _encoded(turns: list[tuple[Message, list[int], Any]], separator: int) -> Enc
             )
         tokens.append(turn)
         answers.append(np.repeat([False, message.role == ANSWERING], [len(head), len(turn) - len(head)]))
-    return EncodedChat(np.concatenate(tokens), np.concatenate(answers))
-
-
-def role_tokens(tokenizer: Tokenizer, role: Role) -> list[int]:
-    """How a turn begins: its role and a line end."""
-    return tokenizer.encode(f"{role}\n")
+    return Stream(np.concatenate(tokens), np.concatenate(answers))
 
 
 def answer_prompt(tokenizer: Tokenizer, chat: Sequence[Message]) -> list[int]:
@@ -67,4 +55,4 @@ def answer_prompt(tokenizer: Tokenizer, chat: Sequence[Message]) -> list[int]:
     if tokenizer.template is not None:
         return tokenizer.template.prompt(chat)
     said = encode_chats(tokenizer, [tuple(chat)])[0].tokens.tolist() if chat else []
-    return [tokenizer.separator_id, *said, *role_tokens(tokenizer, ANSWERING)]
+    return [tokenizer.separator_id, *said, *tokenizer.encode(f"{ANSWERING}\n")]

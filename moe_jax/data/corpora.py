@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from moe_jax.config import NAMED_CORPORA, ConfigError, DataConfig, DataFormat, UserError
 from moe_jax.data.documents import (
@@ -43,10 +43,8 @@ type Spans = tuple[Span, ...]
 
 @dataclass(frozen=True)
 class Corpus:
-    """Two splits of documents, which can be named, and told apart from other documents."""
+    """Two splits of documents, which can be told apart from other documents."""
 
-    name: str
-    """The value of `--data` that names this corpus."""
     documents: Callable[[SplitName], Iterator[Any]]
     """The documents of a split, stripped and not empty. Raises UserError if there is no document."""
     fingerprint: Callable[[], str]
@@ -64,8 +62,7 @@ def open_corpus(data: DataConfig) -> Corpus:
         return _embedded(data)
     if data.format == "text" and data.source in HUB:
         return _of_the_hub(data.source)
-    paths = source_files(Path(data.source), data.format)
-    train, valid = (tuple(Span.of(p) for p in paths[split]) for split in ("train", "valid"))
+    train, valid = (tuple(map(Span.of, paths)) for paths in source_files(Path(data.source), data.format).values())
     if not valid:
         train, valid = _split(train)
     return _of_files(data.source, {"train": train, "valid": valid}, data.format)
@@ -95,32 +92,23 @@ def _embedded(data: DataConfig) -> Corpus:
     """The stories that the grammar in `synthetic/` generates."""
     from moe_jax.data.synthetic import stories
 
-    counts = {"train": data.stories, "valid": stories.VALIDATION_STORIES}
+    seed, counts = data.stories_seed, {"train": data.stories, "valid": stories.VALIDATION_STORIES}
     return Corpus(
-        "stories",
-        lambda split: stories.generate(data.stories_seed, split, counts[split]),
-        partial(stories.fingerprint, data.stories_seed, data.stories),
+        lambda split: stories.generate(seed, split, counts[split]), partial(stories.fingerprint, seed, data.stories)
     )
 
 
 # Public data sets
 
 
-class HubSource(NamedTuple):
-    """A data set of the Hugging Face hub. Only its token ids are stored."""
-
-    repository: str
-    configuration: str | None
-    revision: str
-
-
-HUB = {
-    "tinystories": HubSource("roneneldan/TinyStories", None, "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"),
-    "wikitext": HubSource("Salesforce/wikitext", "wikitext-103-raw-v1", "b08601e04326c79dfdd32d625aee71d232d685c3"),
+HUB: dict[str, tuple[str, str | None, str]] = {
+    "tinystories": ("roneneldan/TinyStories", None, "f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"),
+    "wikitext": ("Salesforce/wikitext", "wikitext-103-raw-v1", "b08601e04326c79dfdd32d625aee71d232d685c3"),
     # deepmind/pg19 is a loading script, which datasets no longer runs. This is the same text as Parquet.
-    "pg19": HubSource("emozilla/pg19", None, "c021754c8e01c5b1cc83a1f549c1f97fbbb756b8"),
+    "pg19": ("emozilla/pg19", None, "c021754c8e01c5b1cc83a1f549c1f97fbbb756b8"),
 }
-"""Name for `--data` -> data set."""
+"""Name for `--data` -> repository, configuration and revision of a data set of the Hugging Face hub. Only its token ids
+are stored."""
 
 
 def _of_the_hub(name: str) -> Corpus:
@@ -134,7 +122,7 @@ def _of_the_hub(name: str) -> Corpus:
 
         return xxhash.xxh3_128_hexdigest(" ".join(map(str, HUB[name])).encode())
 
-    return Corpus(name, documents, fingerprint)
+    return Corpus(documents, fingerprint)
 
 
 def _rows(name: str, split: str) -> Iterator[str]:
@@ -200,7 +188,7 @@ def _of_files(name: str, spans: dict[SplitName, Spans], form: DataFormat) -> Cor
                     digest.update(chunk)
         return digest.hexdigest()
 
-    return Corpus(name, documents, fingerprint)
+    return Corpus(documents, fingerprint)
 
 
 def source_files(path: Path, form: DataFormat = "text") -> dict[SplitName, list[Path]]:

@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, get_args
 
@@ -156,7 +157,7 @@ def lines(span: Span) -> Iterator[tuple[int, bytes]]:
 def _pieces(span: Span) -> Iterator[tuple[int, bytes]]:
     """(offset in the file, bytes) of each piece of text between separators; a long one in parts (`_divided`)."""
     rest, offset = b"", span.start  # bytes not yet given out, and where they begin
-    for chunk in span.chunks():
+    for chunk in chain(span.chunks(), [_SEPARATOR]):  # the end of the text ends a document too
         *pieces, rest = (rest + chunk).split(_SEPARATOR)
         for piece in pieces:
             for part in _divided(piece):
@@ -168,9 +169,6 @@ def _pieces(span: Span) -> Iterator[tuple[int, bytes]]:
         for part in parts:
             yield offset, part
             offset += len(part)
-    for part in _divided(rest):
-        yield offset, part
-        offset += len(part)
 
 
 def _divided(text: bytes, spare: int = 0) -> Iterator[bytes]:

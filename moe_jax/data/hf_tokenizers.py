@@ -56,16 +56,23 @@ def library_of(file: str) -> "tokenizers.Tokenizer":
     return library
 
 
-def entries(library: "tokenizers.Tokenizer") -> list[bytes]:
-    """The bytes of each id. An id without an entry has none."""
-    ids, spell = library.get_vocab(with_added_tokens=True), _byte_level if _is_byte_level(library) else _with_spaces
+def vocabulary(file: str, separator: int) -> tuple[list[bytes], Callable[[list[str]], list[list[int]]]]:
+    """The bytes of each id of a tokenizer.json, and its encoder, texts to lists of ids. An id without an entry has no
+    bytes.
+
+    Raises UserError if there is no id `separator`. So does the encoder for a text that would give the separator, which
+    only ends texts.
+    """
+    library = library_of(file)
+    ids, spell = (
+        library.get_vocab(with_added_tokens=True),
+        _byte_level if "ByteLevel" in str(library.pre_tokenizer) else _with_spaces,
+    )
     added = {token.content for token in library.get_added_tokens_decoder().values()}
     words = {i: word.encode(errors="replace") if word in added else spell(word) for word, i in ids.items()}
-    return [words.get(i, b"") for i in range(max(words, default=-1) + 1)]
-
-
-def encoder(library: "tokenizers.Tokenizer", separator: int) -> Callable[[list[str]], list[list[int]]]:
-    """Texts to lists of ids. It raises UserError for a text that would give the separator, which only ends texts."""
+    entries = [words.get(i, b"") for i in range(max(words, default=-1) + 1)]
+    if not 0 <= separator < len(entries):
+        raise UserError(f"tokenizer.json: has {len(entries)} ids, and the token that ends a text is {separator}")
 
     def encode_batch(texts: list[str]) -> list[list[int]]:
         with one_line():
@@ -78,13 +85,12 @@ def encoder(library: "tokenizers.Tokenizer", separator: int) -> Callable[[list[s
                 )
         return rows
 
-    return encode_batch
+    return entries, encode_batch
 
 
-def check_lossless(encode: Callable[[str], list[int]], entries: list[bytes]) -> None:
+def check_lossless(encode: Callable[[str], list[int]], decode: Callable[[list[int]], str]) -> None:
     """Raise UserError unless the ids of a text of many characters give it back, but for what the kinds may change."""
-    back = b"".join([entries[i] for i in encode(_PROBE)]).decode(errors="replace")
-    if _comparable(back) != _comparable(_PROBE):
+    if _comparable(decode(encode(_PROBE))) != _comparable(_PROBE):
         raise UserError(
             "tokenizer.json: does not give every character of a text back; it must be a byte-level BPE, or one with "
             "byte_fallback and spaces as U+2581"
@@ -107,20 +113,15 @@ def one_line(problem: str = "tokenizer.json: cannot be read") -> Iterator[None]:
         raise UserError(f"{problem} ({why})") from None
 
 
-def end_of_text(library: "tokenizers.Tokenizer", settings: dict[str, Any]) -> int:
+def end_of_text(file: str, settings: dict[str, Any]) -> int:
     """The id of the token that tokenizer_config.json names as `eos_token`. Raises UserError if there is none."""
     named = settings.get("eos_token")
-    token = library.token_to_id(str(named.get("content") if isinstance(named, dict) else named))
+    token = library_of(file).token_to_id(str(named.get("content") if isinstance(named, dict) else named))
     if token is None:
         raise UserError(
             "config.json: has no eos_token_id, and tokenizer_config.json no eos_token; name the token that ends a text"
         )
     return token
-
-
-def _is_byte_level(library: "tokenizers.Tokenizer") -> bool:
-    """Whether a part of the pre-tokenizer is byte-level."""
-    return "ByteLevel" in str(library.pre_tokenizer)
 
 
 def _byte_level(word: str) -> bytes:

@@ -19,19 +19,19 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from moe_jax.config import DataConfig, UserError
 from moe_jax.data.chats import encode_chats
 from moe_jax.data.corpora import Corpus, open_corpus
-from moe_jax.data.documents import SplitName
-from moe_jax.data.tokenizers import Tokenizer, json_digest, load_tokenizer, train_tokenizer
+from moe_jax.data.documents import SEPARATOR, SplitName
+from moe_jax.data.tokenizers import Stream, Tokenizer, json_digest, load_tokenizer, train_tokenizer
 from moe_jax.system.errors import disk_cause
-from moe_jax.system.files import cache_dir, file_digest, json_text, locked
+from moe_jax.system.files import cache_dir, file_digest, json_text, locked, new_folder
 from moe_jax.system.terminal import Report, document_progress
 
 FORMAT = 1  # part of every KEY; raise it when a change of the code gives other files for the same text and tokenizer
@@ -39,18 +39,7 @@ _SPLITS: tuple[SplitName, SplitName] = ("train", "valid")
 _BATCH_BYTES = 1 << 22
 """Text encoded at a time. Tokenizers encode the documents of a batch side by side, each at most 1 MiB long."""
 _READ_TOKENS = 1 << 20  # tokens looked at in a time
-_SEARCHED, _DOCUMENTS = 1 << 16, 50
-"""Tokens and documents in which different openings are looked for."""
-_OPENING_CHARACTERS = 48
-
-
-class Stream(NamedTuple):
-    """Tokens that are scored."""
-
-    tokens: np.ndarray
-    """uint16 or uint32 [N]."""
-    answers: np.ndarray | None = None
-    """bool [N]: the tokens that count. None if all of them do."""
+_SEARCHED = 1 << 16  # tokens in which openings are looked for
 
 
 @dataclass(frozen=True)
@@ -89,83 +78,7 @@ class TokenStore:
     holds the digest of its text as `context.data`."""
 
 
-# The stream of documents
-
-
-def token_type(tokenizer: Tokenizer) -> np.dtype:
-    """The type of the ids in files: little-endian uint16, or uint32 if the vocabulary has more than 65,536 entries."""
-    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
-
-
-def encoded(documents: Iterator[Any], tokenizer: Tokenizer) -> Iterator[tuple[Stream, int, int]]:
-    """The stream of at least one document, about 4 MiB of text at a time, with the number of documents and of bytes.
-
-    Documents are texts or conversations, not both.
-    """
-    dtype = token_type(tokenizer)
-    end, unlearned = np.array([tokenizer.separator_id], dtype), np.zeros(1, bool)
-    tokens, answers = [end], [unlearned]
-    for batch, size in _batches(documents):
-        chats = not isinstance(batch[0], str)
-        if chats:
-            for chat in encode_chats(tokenizer, batch):
-                tokens += [chat.tokens.astype(dtype), end]
-                answers += [chat.answers, unlearned]
-        else:
-            tokens += chain.from_iterable((np.asarray(ids, dtype), end) for ids in tokenizer.encode_batch(batch))
-        yield Stream(np.concatenate(tokens), np.concatenate(answers) if chats else None), len(batch), size
-        tokens, answers = [], []
-
-
-def _batches(documents: Iterator[Any]) -> Iterator[tuple[list[Any], int]]:
-    """(documents, UTF-8 bytes of their texts), about 4 MiB at a time."""
-    batch, size = [], 0
-    for document in documents:
-        batch.append(document)
-        texts = [document] if isinstance(document, str) else [message.content for message in document]
-        size += sum(len(text.encode()) for text in texts)
-        if size >= _BATCH_BYTES:
-            yield batch, size
-            batch, size = [], 0
-    if batch:
-        yield batch, size
-
-
-def token_stream(documents: Iterator[Any], tokenizer: Tokenizer) -> Stream:
-    """The stream of texts or conversations in memory, for what is scored once and not stored."""
-    parts = [part for part, _, _ in encoded(documents, tokenizer)]
-    answers = [part.answers for part in parts if part.answers is not None]
-    return Stream(np.concatenate([part.tokens for part in parts]), np.concatenate(answers) if answers else None)
-
-
-def stored_documents(tokens: np.ndarray, tokenizer: Tokenizer) -> Iterator[str]:
-    """The documents of a stream, in order."""
-    before = None
-    for first in range(0, len(tokens), _READ_TOKENS):
-        ends = first + np.flatnonzero(tokens[first : first + _READ_TOKENS] == tokenizer.separator_id)
-        for end in ends.tolist():
-            if before is not None:
-                yield tokenizer.decode(tokens[before + 1 : end].tolist())
-            before = end
-
-
-def openings(tokenizer: Tokenizer, tokens: np.ndarray, most: int) -> list[str]:
-    """Up to four words of the first line of each of the first documents in a stream: `most` different ones. A sample
-    that begins so looks like the text of the model."""
-    head = np.append(tokens[:_SEARCHED], tokenizer.separator_id)  # a document may be longer
-    documents = islice(stored_documents(head, tokenizer), _DOCUMENTS)
-    lines = (text.lstrip().partition("\n")[0].split() for text in documents)
-    different = dict.fromkeys(" ".join(words[:4])[:_OPENING_CHARACTERS] for words in lines)
-    return [words for words in different if words][:most]
-
-
-def first_question(tokenizer: Tokenizer, tokens: np.ndarray) -> str:
-    """The first user's content in a stream of conversations; "" if there is none in its beginning."""
-    turns = (turn.partition("\n") for turn in stored_documents(tokens[:_SEARCHED], tokenizer))
-    return next((content for role, _, content in turns if role == "user"), "")
-
-
-# The files
+# From a text to its token ids on disk
 
 
 def prepare_token_store(
@@ -187,8 +100,8 @@ def prepare_token_store(
     cache, corpus = cache or cache_dir(), open_corpus(data)
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        tokenizer = tokenizer or _cached_tokenizer(data, corpus, cache, progress)
-        store = _open_or_make(corpus, tokenizer, cache, progress)
+        tokenizer = tokenizer or _tokenizer(data, corpus, cache, progress)
+        store = _store(data.source, corpus, tokenizer, cache, progress)
     except OSError as error:
         raise UserError(
             f"token cache {cache}: cannot be written ({disk_cause(error)}); mend that, or set MOE_JAX_CACHE to another "
@@ -201,6 +114,116 @@ def prepare_token_store(
             f"needs {seq_len + 1}; give a longer text or a smaller --seq-len"
         )
     return store
+
+
+def _tokenizer(data: DataConfig, corpus: Corpus, cache: Path, progress: bool) -> Tokenizer:
+    """The tokenizer that `data` asks for. One that was trained is kept in the cache."""
+    if data.tokenizer != "bpe":
+        return train_tokenizer(data)
+    path = cache / "tokenizers" / f"{json_digest([FORMAT, corpus.fingerprint(), data.vocab_size])}.json"
+    with suppress(UserError):  # none yet, or a damaged one
+        return load_tokenizer(path)
+    tokenizer = train_tokenizer(data, corpus.documents("train"), progress)
+    path.parent.mkdir(exist_ok=True)
+    tokenizer.save(path)
+    return tokenizer
+
+
+def _store(source: str, corpus: Corpus, tokenizer: Tokenizer, cache: Path, progress: bool) -> TokenStore:
+    """The store of a text and a tokenizer, opened or made."""
+    folder = cache / json_digest([FORMAT, corpus.fingerprint(), tokenizer.digest])
+    with suppress(UserError):  # before the lock: a whole cache may lie in a folder that cannot be written
+        return open_store(folder)
+    with locked(folder.with_suffix(".lock"), wait=True):
+        with suppress(UserError):  # another process has made it meanwhile
+            return open_store(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged one
+        with new_folder(folder) as draft:
+            _write(draft, source, corpus, tokenizer, progress)
+    return open_store(folder)
+
+
+def _write(folder: Path, source: str, corpus: Corpus, tokenizer: Tokenizer, progress: bool) -> None:
+    tokenizer.save(folder / "tokenizer.json")
+    splits = {}
+    for name in _SPLITS:
+        with document_progress(f"tokenizing {name}", progress) as report:
+            splits[name] = _write_split(folder / name, corpus.documents(name), tokenizer, report)
+    manifest = {
+        "format": FORMAT,
+        "source": source,
+        "fingerprint": corpus.fingerprint(),
+        "tokenizer": tokenizer.digest,
+        "dtype": token_type(tokenizer).name,
+        "splits": splits,
+    }
+    (folder / "manifest.json").write_text(json_text(manifest, indent=2), encoding="utf-8")
+
+
+def _write_split(path: Path, documents: Iterator[Any], tokenizer: Tokenizer, report: Report) -> dict[str, Any]:
+    """Write the tokens of a split, and the mask of conversations. Returns the split's entry in the manifest."""
+    stream, mask = path.with_suffix(".bin"), path.with_suffix(".mask")
+    entry: dict[str, Any] = {"tokens": 0, "stories": 0, "bytes": 0}
+    learned, sizes = {"tokens": 0, "bytes": 0}, tokenizer.token_bytes()
+    with stream.open("wb") as tokens, mask.open("wb") as answers:
+        for piece, count, size in encoded(documents, tokenizer):
+            tokens.write(piece.tokens.data)
+            entry["tokens"] += len(piece.tokens)
+            entry["stories"] += count
+            entry["bytes"] += size
+            if piece.answers is not None:
+                answers.write(piece.answers.data)
+                learned["tokens"] += int(piece.answers.sum())
+                learned["bytes"] += int(sizes[piece.tokens[piece.answers]].sum(dtype=np.int64))
+            report(entry["stories"], entry["bytes"])
+    entry["digest"] = file_digest(stream)
+    if mask.stat().st_size:
+        return {**entry, "answers": {**learned, "digest": file_digest(mask)}}
+    mask.unlink()
+    return entry
+
+
+def token_type(tokenizer: Tokenizer) -> np.dtype:
+    """The type of the ids in files: little-endian uint16, or uint32 if the vocabulary has more than 65,536 entries."""
+    return np.dtype("<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4")
+
+
+def encoded(documents: Iterator[Any], tokenizer: Tokenizer) -> Iterator[tuple[Stream, int, int]]:
+    """The stream of at least one document, about 4 MiB of text at a time, with the number of documents and of bytes.
+
+    Documents are texts or conversations, not both.
+    """
+    dtype = token_type(tokenizer)
+    end, unlearned = np.array([tokenizer.separator_id], dtype), np.zeros(1, bool)
+    tokens: list[Any] = [end]
+    answers: list[Any] = [unlearned]
+    for batch, size in _batches(documents):
+        if isinstance(batch[0], str):
+            tokens += chain.from_iterable((np.asarray(ids, dtype), end) for ids in tokenizer.encode_batch(batch))
+            yield Stream(np.concatenate(tokens)), len(batch), size
+        else:
+            for chat in encode_chats(tokenizer, batch):
+                tokens += [chat.tokens.astype(dtype), end]
+                answers += [chat.answers, unlearned]
+            yield Stream(np.concatenate(tokens), np.concatenate(answers)), len(batch), size
+        tokens, answers = [], []
+
+
+def _batches(documents: Iterator[Any]) -> Iterator[tuple[list[Any], int]]:
+    """(documents, UTF-8 bytes of their texts), about 4 MiB at a time."""
+    batch, size = [], 0
+    for document in documents:
+        batch.append(document)
+        texts = [document] if isinstance(document, str) else [message.content for message in document]
+        size += sum(len(text.encode()) for text in texts)
+        if size >= _BATCH_BYTES:
+            yield batch, size
+            batch, size = [], 0
+    if batch:
+        yield batch, size
+
+
+# What lies there
 
 
 def open_store(folder: Path) -> TokenStore:
@@ -218,87 +241,45 @@ def open_store(folder: Path) -> TokenStore:
 
 
 def _open_split(path: Path, entry: dict[str, Any], tokenizer: Tokenizer) -> Split:
-    count, answers = entry["tokens"], entry.get("answers")
-    tokens = _mapped(path.with_suffix(".bin"), entry["digest"], token_type(tokenizer), count)
-    split = (tokens, entry["stories"], entry["bytes"])
-    if answers is None:
-        return Split(*split, count - 1, entry["bytes"])
-    mask = _mapped(path.with_suffix(".mask"), answers["digest"], np.dtype(np.bool_), count)
-    return Split(*split, answers["tokens"], answers["bytes"], mask)
+    tokens = _mapped(path.with_suffix(".bin"), entry["digest"], token_type(tokenizer))
+    counted = {"tokens": len(tokens) - 1, "bytes": entry["bytes"]}  # all but the first are predicted
+    answers = None
+    if "answers" in entry:
+        counted = entry["answers"]
+        answers = _mapped(path.with_suffix(".mask"), counted["digest"], np.dtype(np.bool_))
+    return Split(tokens, entry["stories"], entry["bytes"], counted["tokens"], counted["bytes"], answers)
 
 
-def _mapped(path: Path, digest: str, dtype: np.dtype, count: int) -> np.ndarray:
-    if file_digest(path) != digest or path.stat().st_size != count * dtype.itemsize:
+def _mapped(path: Path, digest: str, dtype: np.dtype) -> np.ndarray:
+    if file_digest(path) != digest:
         raise UserError(f"{path}: damaged, its digest does not match; prepare the data again")
     return np.memmap(path, dtype, mode="r").view(np.ndarray)
 
 
-def _cached_tokenizer(data: DataConfig, corpus: Corpus, cache: Path, progress: bool) -> Tokenizer:
-    if data.tokenizer != "bpe":
-        return train_tokenizer(data)
-    path = cache / "tokenizers" / f"{json_digest([FORMAT, corpus.fingerprint(), data.vocab_size])}.json"
-    with suppress(UserError):  # none yet, or a damaged one
-        return load_tokenizer(path)
-    tokenizer = train_tokenizer(data, corpus.documents("train"), progress)
-    path.parent.mkdir(exist_ok=True)
-    tokenizer.save(path)
-    return tokenizer
+def token_stream(documents: Iterator[Any], tokenizer: Tokenizer) -> Stream:
+    """The stream of texts or conversations in memory, for what is scored once and not stored."""
+    parts = [part for part, _, _ in encoded(documents, tokenizer)]
+    answers = [part.answers for part in parts if part.answers is not None]
+    return Stream(np.concatenate([part.tokens for part in parts]), np.concatenate(answers) if answers else None)
 
 
-def _open_or_make(corpus: Corpus, tokenizer: Tokenizer, cache: Path, progress: bool) -> TokenStore:
-    key = json_digest([FORMAT, corpus.fingerprint(), tokenizer.digest])
-    folder, draft = cache / key, cache / f"{key}.partial"
-    with suppress(UserError):  # before the lock: a whole cache may lie in a folder that cannot be written
-        return open_store(folder)
-    with locked(cache / f"{key}.lock", wait=True):
-        with suppress(UserError):  # another process has made it meanwhile
-            return open_store(folder)
-        for leftover in (folder, draft):  # damaged, or of a killed process
-            shutil.rmtree(leftover, ignore_errors=True)
-        try:
-            draft.mkdir()
-            _make(draft, corpus, tokenizer, progress)
-            draft.rename(folder)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
-    return open_store(folder)
+def stored_documents(tokens: np.ndarray, tokenizer: Tokenizer) -> Iterator[str]:
+    """The documents of a stream, in order."""
+    before = None
+    for first in range(0, len(tokens), _READ_TOKENS):
+        ends = first + np.flatnonzero(tokens[first : first + _READ_TOKENS] == tokenizer.separator_id)
+        for end in ends.tolist():
+            if before is not None:
+                yield tokenizer.decode(tokens[before + 1 : end].tolist())
+            before = end
 
 
-def _make(folder: Path, corpus: Corpus, tokenizer: Tokenizer, progress: bool) -> None:
-    tokenizer.save(folder / "tokenizer.json")
-    splits = {}
-    for name in _SPLITS:
-        with document_progress(f"tokenizing {name}", progress) as report:
-            splits[name] = _write_split(folder / name, corpus.documents(name), tokenizer, report)
-    manifest = {
-        "format": FORMAT,
-        "source": corpus.name,
-        "fingerprint": corpus.fingerprint(),
-        "tokenizer": tokenizer.digest,
-        "dtype": token_type(tokenizer).name,
-        "splits": splits,
-    }
-    (folder / "manifest.json").write_text(json_text(manifest, indent=2), encoding="utf-8")
-
-
-def _write_split(path: Path, documents: Iterator[Any], tokenizer: Tokenizer, report: Report) -> dict[str, Any]:
-    """Write the tokens of a split, and the mask of conversations. Returns the split's entry in the manifest."""
-    lengths, stream, mask = tokenizer.token_bytes(), path.with_suffix(".bin"), path.with_suffix(".mask")
-    entry: dict[str, Any] = {"tokens": 0, "stories": 0, "bytes": 0}
-    learned = {"tokens": 0, "bytes": 0}
-    with stream.open("wb") as tokens, mask.open("wb") as answers:
-        for piece, count, size in encoded(documents, tokenizer):
-            tokens.write(piece.tokens.data)
-            entry["tokens"] += len(piece.tokens)
-            entry["stories"] += count
-            entry["bytes"] += size
-            if piece.answers is not None:
-                answers.write(piece.answers.data)
-                learned["tokens"] += int(piece.answers.sum())
-                learned["bytes"] += int(lengths[piece.tokens[piece.answers]].sum(dtype=np.int64))
-            report(entry["stories"], entry["bytes"])
-    entry["digest"] = file_digest(stream)
-    if mask.stat().st_size:
-        return {**entry, "answers": {**learned, "digest": file_digest(mask)}}
-    mask.unlink()
-    return entry
+def openings(tokenizer: Tokenizer, stream: Stream) -> list[str]:
+    """What a sample begins with, to look like the text of the model: up to four words, at most 48 characters, of the
+    first lines of the first three documents that differ in them. Of conversations, the first question."""
+    documents = tokenizer.decode(stream.tokens[:_SEARCHED].tolist()).split(SEPARATOR)
+    if stream.answers is not None:
+        turns = (turn.partition("\n") for turn in documents)
+        return [content for role, _, content in turns if role == "user"][:1]
+    lines = (text.lstrip().partition("\n")[0].split()[:4] for text in documents)
+    return list(dict.fromkeys(" ".join(words)[:48] for words in lines if words))[:3]

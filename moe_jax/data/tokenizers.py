@@ -6,18 +6,17 @@ joined, are the UTF-8 bytes of the text. One more id, the separator, stands betw
 text: encoding never produces it (the characters `<|endoftext|>` inside a document are ordinary text), and `token_bytes`
 counts it as 0 bytes. Decoding shows it as `<|endoftext|>`, so that samples can be split into documents.
 
-A tokenizer is saved as JSON with its digest. A `bpe` file holds a list of merges. Ids 0 to
-255 are the bytes; merge (a, b) appends an entry, the bytes of entry a followed by the bytes of entry b. A `gpt2` file
-holds no vocabulary, since tiktoken has it. An `hf` file holds the text of the folder's tokenizer.json, unchanged:
-`hf_tokenizers.py` says how it is read, and what is not lossless in it.
+A tokenizer is made from its definition, which is saved as JSON with its digest. That of `bpe` holds a list of merges.
+Ids 0 to 255 are the bytes; merge (a, b) appends an entry, the bytes of entry a followed by the bytes of entry b. That
+of `gpt2` holds no vocabulary, since tiktoken has it. That of `hf` holds the text of the folder's tokenizer.json,
+unchanged: `hf_tokenizers.py` says how it is read, and what is not lossless in it.
 """
 
 import codecs
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -29,17 +28,25 @@ from moe_jax.data.documents import SEPARATOR
 from moe_jax.system.files import json_text, read_json, write_atomically
 from moe_jax.system.terminal import Report, document_progress
 
-if TYPE_CHECKING:
-    import tokenizers
-
 TRAINING_BYTES = 50_000_000
 _LONGEST_WORD = 512
 """Bytes of a word that a `bpe` tokenizer learns from. Words of ordinary text are far shorter."""
 
 
+type Encoder = Callable[[list[str]], list[Any]]
+
+
+class Stream(NamedTuple):
+    """Tokens, and which of them are learned and scored."""
+
+    tokens: np.ndarray
+    """int [N]. In a store uint16 or uint32."""
+    answers: np.ndarray | None = None
+    """bool [N]: the tokens that count. None if all of them do."""
+
+
 class Tokenizer:
-    """A vocabulary with its encoder. Made by `train_tokenizer`, `load_tokenizer`, `imported_tokenizer` or
-    `Tokenizer.from_dict`."""
+    """A vocabulary with its encoder. Made by `train_tokenizer`, `load_tokenizer` or `imported_tokenizer`."""
 
     kind: str
     """`gpt2`, `bpe`, `byte` or `hf`."""
@@ -49,27 +56,33 @@ class Tokenizer:
     """The last id, V - 1. The id of an `hf` tokenizer lies anywhere."""
     digest: str
     """xxh3-128 of the tokenizer's definition. Equal digests mean equal ids for every text."""
-    encode_batch: Callable[[list[str]], list[Any]]
+    encode_batch: Encoder
     """The ids of each text. Each item is a list or an integer array."""
     template: ChatTemplate | None = None
     """How an imported model was taught conversations. Without it they have the form of `chats.py`."""
 
-    def __init__(
-        self,
-        definition: dict[str, Any],
-        entries: list[bytes],
-        encode_batch: Callable[[list[str]], list[Any]],
-        separator_id: int | None = None,
-    ) -> None:
-        """`separator_id` is among the ids of the `entries`. Without it, the separator is one more id after them."""
-        self.kind = definition["kind"]
-        self._entries = entries if separator_id is not None else [*entries, b""]
-        self.vocab_size = len(self._entries)
-        self.separator_id = len(entries) if separator_id is None else separator_id
-        self.digest = json_digest(definition)
+    def __init__(self, definition: dict[str, Any]) -> None:
+        """Raises ValueError, LookupError or TypeError for what is no definition, and UserError if GPT-2's vocabulary
+        cannot be downloaded, or a tokenizer of a folder is of a kind that is not known here."""
+        match definition["kind"]:
+            case "byte":
+                entries, self.encode_batch = [bytes([i]) for i in range(256)], _encode_bytes
+            case "gpt2":
+                entries, self.encode_batch = _gpt2()
+            case "bpe":
+                entries, self.encode_batch = _bpe(definition["merges"])
+            case "hf":
+                entries, self.encode_batch = hf_tokenizers.vocabulary(definition["file"], definition["separator"])
+            case kind:
+                raise ValueError(f"unknown kind {kind!r}")
+        self.kind, self.digest = definition["kind"], json_digest(definition)
         self._definition = definition
-        self._entries[self.separator_id] = SEPARATOR.encode()
-        self.encode_batch = encode_batch
+        self.separator_id = definition.get("separator", len(entries))
+        self._entries = [*entries[: self.separator_id], SEPARATOR.encode(), *entries[self.separator_id + 1 :]]
+        self.vocab_size = len(self._entries)
+        if "template" in definition:
+            file, settings = definition["file"], definition["settings"]
+            self.template = ChatTemplate(definition["template"], file, settings, self.separator_id)
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text, without a separator. Raises UserError if the text cannot be encoded in UTF-8."""
@@ -99,27 +112,8 @@ class Tokenizer:
         return sizes
 
     def to_dict(self) -> dict[str, Any]:
-        """The tokenizer as a dict ready for JSON. `from_dict` makes an equal tokenizer from this dict."""
+        """The definition and its digest, ready for JSON."""
         return {**self._definition, "digest": self.digest}
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Tokenizer":
-        """The inverse of `to_dict`. Raises UserError if the values are damaged or do not describe a tokenizer."""
-        if not isinstance(values, dict):
-            raise UserError("tokenizer: not a JSON object; take the file from the run again")
-        definition = {key: value for key, value in values.items() if key != "digest"}
-        if values.get("digest") != json_digest(definition):
-            raise UserError("tokenizer: its digest does not match, so it is damaged; take the file from the run again")
-        match definition.get("kind"):
-            case "byte":
-                return _byte()
-            case "gpt2":
-                return _gpt2()
-            case "bpe":
-                return _bpe(definition["merges"])
-            case "hf":
-                return _of_library(hf_tokenizers.library_of(definition["file"]), definition)
-        raise UserError(f"tokenizer: unknown kind {definition.get('kind')!r}; known are gpt2, bpe, byte and hf")
 
     def save(self, path: str | Path) -> None:
         """Write the tokenizer as JSON. The file is whole or absent, never half written."""
@@ -129,13 +123,16 @@ class Tokenizer:
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer that `save` wrote. Raises UserError if the file is missing or damaged."""
     try:
-        return Tokenizer.from_dict(read_json(Path(path)))
+        definition = dict(read_json(Path(path)))
+        if definition.pop("digest", None) != json_digest(definition):
+            raise UserError("tokenizer: its digest does not match, so it is damaged; take the file from the run again")
+        return Tokenizer(definition)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); fix that, or give the folder of a run") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (ValueError, LookupError, TypeError):
-        raise UserError(f"{path}: not a tokenizer, so it is damaged; take the file from the run again") from None
+        raise UserError(f"{path}: not a tokenizer of a known kind; take the file from the run again") from None
 
 
 def train_tokenizer(data: DataConfig, documents: Iterable[str] = (), progress: bool = False) -> Tokenizer:
@@ -148,13 +145,11 @@ def train_tokenizer(data: DataConfig, documents: Iterable[str] = (), progress: b
     if data.tokenizer == "hf":
         raise UserError("--tokenizer hf: it comes with the folder of a model, and cannot be made from a text")
     if data.tokenizer == "gpt2":
-        return _gpt2()
+        return Tokenizer({"kind": "gpt2", "vocab_size": 50_257})
     if data.tokenizer == "byte":
-        return _byte()
-    if progress:
-        print(f"learning a tokenizer of {data.vocab_size:,} entries ...", file=sys.stderr, flush=True)
-    with document_progress("learning the tokenizer", progress) as report:
-        return _bpe(_learn_merges(_limited(documents, report), data.vocab_size))
+        return Tokenizer({"kind": "byte"})
+    with document_progress(f"learning a tokenizer of {data.vocab_size:,} entries", progress) as report:
+        return Tokenizer({"kind": "bpe", "merges": _learn_merges(_limited(documents, report), data.vocab_size)})
 
 
 class StreamDecoder:
@@ -198,26 +193,15 @@ def imported_tokenizer(file: str, settings: str, separator_id: int | None, templ
     `separator_id` is the token that ends a text. Without it, and without a template, tokenizer_config.json may name
     them. Raises UserError if the tokenizer is of a kind that is not known here.
     """
-    library = hf_tokenizers.library_of(file)
     with hf_tokenizers.one_line("tokenizer_config.json: cannot be read"):
         values = dict(json.loads(settings or "{}"))
     if separator_id is None:
-        separator_id = hf_tokenizers.end_of_text(library, values)
+        separator_id = hf_tokenizers.end_of_text(file, values)
     definition = {"kind": "hf", "file": file, "settings": settings, "separator": separator_id}
     if found := template_in(values, template):
         definition["template"] = found
-    tokenizer = _of_library(library, definition)
-    hf_tokenizers.check_lossless(tokenizer.encode, hf_tokenizers.entries(library))
-    return tokenizer
-
-
-def _of_library(library: "tokenizers.Tokenizer", definition: dict[str, Any]) -> Tokenizer:
-    entries, separator = hf_tokenizers.entries(library), definition["separator"]
-    if not 0 <= separator < len(entries):
-        raise UserError(f"tokenizer.json: has {len(entries)} ids, and the token that ends a text is {separator}")
-    tokenizer = Tokenizer(definition, entries, hf_tokenizers.encoder(library, separator), separator)
-    if "template" in definition:
-        tokenizer.template = ChatTemplate(definition["template"], definition["file"], definition["settings"], separator)
+    tokenizer = Tokenizer(definition)
+    hf_tokenizers.check_lossless(tokenizer.encode, tokenizer.decode)
     return tokenizer
 
 
@@ -226,14 +210,11 @@ def json_digest(values: Any) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
 
 
-def _byte() -> Tokenizer:
-    def encode_batch(texts: list[str]) -> list[np.ndarray]:
-        return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
-
-    return Tokenizer({"kind": "byte"}, [bytes([i]) for i in range(256)], encode_batch)
+def _encode_bytes(texts: list[str]) -> list[np.ndarray]:
+    return [np.frombuffer(text.encode(), dtype=np.uint8) for text in texts]
 
 
-def _gpt2() -> Tokenizer:
+def _gpt2() -> tuple[list[bytes], Encoder]:
     import tiktoken
 
     try:
@@ -244,8 +225,7 @@ def _gpt2() -> Tokenizer:
             "set TIKTOKEN_CACHE_DIR to a folder that has it, or use --tokenizer bpe"
         ) from None
     entries = [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)]
-    definition = {"kind": "gpt2", "vocab_size": len(entries) + 1}
-    return Tokenizer(definition, entries, encoding.encode_ordinary_batch)
+    return entries, encoding.encode_ordinary_batch
 
 
 # Byte-level BPE: trained by `tokenizers`, applied by tiktoken, which is three times as fast. Chapter 20 of `foundation`
@@ -286,8 +266,8 @@ def _learn_merges(texts: Iterable[str], vocab_size: int) -> list[list[int]]:
     return merges
 
 
-def _bpe(merges: list[list[int]]) -> Tokenizer:
-    """The tokenizer of a list of merges. A merge is a pair of ids and makes a new entry."""
+def _bpe(merges: list[list[int]]) -> tuple[list[bytes], Encoder]:
+    """The entries and the encoder of a list of merges."""
     import tiktoken
 
     entries = [bytes([byte]) for byte in range(256)]
@@ -295,7 +275,7 @@ def _bpe(merges: list[list[int]]) -> Tokenizer:
         entries.append(entries[left] + entries[right])
     ids = {entry: i for i, entry in enumerate(entries)}
     encoding = tiktoken.Encoding("bpe", pat_str=_WORD, mergeable_ranks=ids, special_tokens={})
-    return Tokenizer({"kind": "bpe", "merges": merges}, entries, encoding.encode_ordinary_batch)
+    return entries, encoding.encode_ordinary_batch
 
 
 def _limited(documents: Iterable[str], report: Report) -> Iterator[str]:

@@ -2,8 +2,7 @@
 
     architectures.py  which class of transformers, and which architecture of llama.cpp, holds which configuration
     source.py         a verified checkpoint as arrays on the host, in the conventions of other programs
-    config_json.py    config.json, for transformers
-    huggingface.py    which tensor of transformers is which of our parameters
+    huggingface.py    which tensor of transformers is which of our parameters, for both ways; and config.json
     gguf_file.py      one GGUF file with its vocabulary, for llama.cpp and ollama (extra `gguf`)
     tokenizers.py     the tokenizer, and the role format of tuned runs, in the form of each
     export.py         all of it with a model card, into a folder that is whole or absent

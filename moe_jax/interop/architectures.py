@@ -36,23 +36,15 @@ class Architecture(NamedTuple):
     gguf_problem: str = ""
     """Why not, with the option to blame."""
 
+    def without_gguf(self, problem: str) -> "Architecture":
+        """The class of a configuration that llama.cpp computes otherwise."""
+        return self._replace(gguf=None, gguf_problem=problem)
+
 
 MIXTRAL = Architecture("mixtral", "MixtralForCausalLM", "llama")
 QWEN2_MOE = Architecture("qwen2_moe", "Qwen2MoeForCausalLM", "qwen2moe")
-QWEN2_MOE_OTHER = QWEN2_MOE._replace(
-    gguf=None, gguf_problem="llama.cpp's qwen2moe has biases of q, k and v, and never renormalises the gates"
-)
 QWEN3_MOE = Architecture("qwen3_moe", "Qwen3MoeForCausalLM", "qwen3moe")
-QWEN3_MOE_TOP_1 = QWEN3_MOE._replace(
-    gguf=None, gguf_problem="--top-k 1: llama.cpp's qwen3moe divides the gate by itself, ours does not"
-)
-QWEN3_MOE_PLAIN = QWEN3_MOE._replace(
-    gguf=None, gguf_problem="--routing.no-renormalise-gates: llama.cpp's qwen3moe always renormalises the gates"
-)
 OLMOE = Architecture("olmoe", "OlmoeForCausalLM", "olmoe")
-OLMOE_RENORMALISED = OLMOE._replace(
-    gguf=None, gguf_problem="--routing.renormalise-gates: llama.cpp's olmoe never renormalises the gates"
-)
 ERNIE = Architecture("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", "ernie4_5-moe")
 GRANITE = Architecture("granitemoe", "GraniteMoeForCausalLM", "granitemoe")
 GRANITE_SHARED = Architecture("granitemoeshared", "GraniteMoeSharedForCausalLM", None)
@@ -111,20 +103,27 @@ def _with_experts(config: ModelConfig) -> Architecture | None:
     if config.shared_gate:
         if by_bias or norm != "none" or scaled_head:
             return None
-        return QWEN2_MOE_OTHER if renormalised or not config.qkv_bias else QWEN2_MOE
+        if config.qkv_bias and not renormalised:
+            return QWEN2_MOE
+        return QWEN2_MOE.without_gguf("llama.cpp's qwen2moe has biases of q, k and v, and never renormalises the gates")
     if scaled_head:
         return GRANITE if norm == "none" and not shared and renormalised and _heads_fill(config) else None
     if norm == "full":
         if shared or not _heads_fill(config):
             return None
-        return OLMOE_RENORMALISED if renormalised else OLMOE
+        if renormalised:
+            return OLMOE.without_gguf("--routing.renormalise-gates: llama.cpp's olmoe never renormalises the gates")
+        return OLMOE
     if shared:
         return ERNIE if norm == "none" and renormalised and _heads_fill(config) else None
     if norm == "none":
         return MIXTRAL if renormalised else None
+    if renormalised:
+        return QWEN3_MOE
+    problem = "--routing.no-renormalise-gates: llama.cpp's qwen3moe always renormalises the gates"
     if routing.top_k == 1:
-        return QWEN3_MOE_TOP_1
-    return QWEN3_MOE if renormalised else QWEN3_MOE_PLAIN
+        problem = "--top-k 1: llama.cpp's qwen3moe divides the gate by itself, ours does not"
+    return QWEN3_MOE.without_gguf(problem)
 
 
 def _heads_fill(config: ModelConfig) -> bool:

@@ -2,7 +2,7 @@
 it is removed by the next one of the same name."""
 
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,8 @@ import numpy as np
 from moe_jax.config import UserError
 from moe_jax.interop import gguf_file, huggingface
 from moe_jax.interop.architectures import Architecture, ExportDtype, ExportTarget, architecture_of
-from moe_jax.interop.config_json import config_json
 from moe_jax.interop.source import ExportSource
-from moe_jax.interop.tokenizers import ollama, separator_text, tokenizer_files
+from moe_jax.interop.tokenizers import modelfile, tokenizer_files
 from moe_jax.model.costs import count_parameters, totals, training_flops
 from moe_jax.runs.arrays import SafetensorsWriter
 from moe_jax.system.errors import disk_cause
@@ -66,14 +65,16 @@ def export(source: ExportSource, to: ExportTarget, dtype: ExportDtype, out: Path
     Raises UserError where the model does not fit the target, or the disk is full; nothing is left then.
     """
     architecture = check_exportable(source, to)
+    texts = _texts(source, architecture, to, dtype)
     try:
         with new_folder(out) as draft:
-            if architecture is None:
-                _write_plain(draft, source, dtype)
-            else:
-                _write_for(draft, source, architecture, to, dtype, out.name)
-            files = sorted(p.name for p in draft.iterdir())
-            (draft / "README.md").write_text(model_card(source, out.name, command, files), encoding="utf-8")
+            if to != "gguf":
+                _write_weights(draft / "model.safetensors", source, architecture, dtype)
+            if architecture is not None and to in ("gguf", "both"):
+                gguf_file.write_gguf(draft / "model.gguf", source, architecture, out.name, dtype)
+            files = sorted([*texts, *(path.name for path in draft.iterdir())])
+            for name, text in (texts | {"README.md": model_card(source, out.name, command, files)}).items():
+                (draft / name).write_bytes(text.encode())
     except Exception as error:
         cause = disk_cause(error)
         if cause is None:
@@ -82,60 +83,40 @@ def export(source: ExportSource, to: ExportTarget, dtype: ExportDtype, out: Path
     return sorted(out.iterdir())
 
 
-def _write_for(
-    folder: Path, source: ExportSource, architecture: Architecture, to: ExportTarget, dtype: ExportDtype, name: str
-) -> None:
-    if to in ("hf", "both"):
-        _write_weights(folder, source, lambda source: huggingface.tensors(source, architecture), dtype)
-        _write_json(folder / "config.json", config_json(source, architecture, dtype))
-        separator = source.tokenizer.separator_id
-        generation = {"bos_token_id": separator, "eos_token_id": separator, "do_sample": True, "temperature": 0.8}
-        _write_json(folder / "generation_config.json", generation)
-        _write_tokenizer(folder, source)
+def _texts(
+    source: ExportSource, architecture: Architecture | None, to: ExportTarget, dtype: ExportDtype
+) -> dict[str, str]:
+    """Name -> content of the files beside the weights."""
+    config, tokenizer = source.config, source.tokenizer
+    texts = {} if to == "gguf" else tokenizer_files(tokenizer, config.model.seq_len, source.tuned)
+    if architecture is None:
+        texts |= {"LAYOUT.md": LAYOUT, "settings.json": _json(config.to_dict())}
+    elif to != "gguf":
+        ends = {"bos_token_id": tokenizer.separator_id, "eos_token_id": tokenizer.separator_id}
+        texts["config.json"] = _json(huggingface.config_json(source, architecture, dtype))
+        texts["generation_config.json"] = _json(ends | {"do_sample": True, "temperature": 0.8})
     if to in ("gguf", "both"):
-        gguf_file.write_gguf(folder / "model.gguf", source, architecture, name, dtype)
-        modelfile = ollama(separator_text(source.tokenizer)) if source.tuned else MODELFILE
-        if source.tokenizer.template is not None:
-            modelfile = MODELFILE.partition("TEMPLATE")[0]  # ollama takes that of model.gguf
-        (folder / "Modelfile").write_text(modelfile, encoding="utf-8", newline="\n")
+        texts["Modelfile"] = modelfile(tokenizer, source.tuned)
+    return texts
 
 
-def _write_plain(folder: Path, source: ExportSource, dtype: ExportDtype) -> None:
-    _write_weights(folder, source, lambda source: ((name, source.array(name)) for name in source.weights), dtype)
-    (folder / "LAYOUT.md").write_text(LAYOUT, encoding="utf-8")
-    _write_json(folder / "settings.json", source.config.to_dict())
-    _write_tokenizer(folder, source)
+def _json(content: dict[str, Any]) -> str:
+    return json_text(content, indent=2) + "\n"
 
 
-def _write_tokenizer(folder: Path, source: ExportSource) -> None:
-    files = tokenizer_files(source.tokenizer, source.config.model.seq_len, source.tuned)
-    for name, content in files.items():
-        (folder / name).write_bytes(content.encode())
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json_text(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_weights(
-    folder: Path,
-    source: ExportSource,
-    tensors: Callable[[ExportSource], Iterator[tuple[str, np.ndarray]]],
-    dtype: ExportDtype,
-) -> None:
+def _write_weights(path: Path, source: ExportSource, architecture: Architecture | None, dtype: ExportDtype) -> None:
     """One tensor after another: a large model does not fit the memory twice."""
+
+    def tensors(source: ExportSource) -> Iterator[tuple[str, np.ndarray]]:
+        if architecture is None:
+            return ((name, source.array(name)) for name in source.weights)
+        return huggingface.tensors(source, architecture)
+
     kind = np.dtype(dtype)  # jax has registered bfloat16
     shapes = {name: jax.ShapeDtypeStruct(tensor.shape, kind) for name, tensor in tensors(source.hollow())}
-    with SafetensorsWriter(folder / "model.safetensors", shapes, {"format": "pt"}) as writer:
+    with SafetensorsWriter(path, shapes, {"format": "pt"}) as writer:
         for _, tensor in tensors(source):
             writer.add(tensor.astype(kind))
-
-
-# What a person reads beside an exported model: the model card, and ollama's Modelfile
-
-
-MODELFILE = 'FROM ./model.gguf\nTEMPLATE "{{ .Prompt }}"\n'
-"""For `ollama create NAME -f Modelfile`. The template adds nothing: the model goes on with the prompt."""
 
 
 def model_card(source: ExportSource, name: str, command: str, files: list[str]) -> str:
@@ -146,14 +127,14 @@ def model_card(source: ExportSource, name: str, command: str, files: list[str]) 
     config, summary = source.config, source.summary
     counts, model = totals(count_parameters(config.model)), config.model
     steps = source.checkpoint.step  # the exported checkpoint may be an earlier one than the last
-    facts: dict[str, Any] = {
+    experts = f"{model.experts} of {model.expert_hidden}, top-{model.routing.top_k}"
+    separator = f"token {source.tokenizer.separator_id}" if source.tokenizer.kind == "hf" else "`<|endoftext|>`"
+    facts = {
         "parameters": f"{counts.total:,}, of which {counts.active:,} are active for a token",
         "shape": f"{model.layers} layers of width {model.width}, {model.heads} heads, context {model.seq_len}",
-        "experts": f"{model.experts} of {model.expert_hidden}, top-{model.routing.top_k}"
-        if model.dense == "none"
-        else f"none: a dense feed-forward network of {model.dense_hidden}",
+        "experts": experts if model.dense == "none" else f"none: a dense feed-forward network of {model.dense_hidden}",
         "tokenizer": f"{source.tokenizer.kind}, {source.tokenizer.vocab_size:,} entries; a text begins and ends with "
-        + ("`<|endoftext|>`" if source.tokenizer.kind != "hf" else f"token {source.tokenizer.separator_id}"),
+        + separator,
         "trained on": config.data.source,
         "training": f"{steps * config.tokens_per_step:,} tokens in {steps:,} steps, "
         f"{training_flops(config, steps):.2e} floating-point operations",
@@ -165,9 +146,15 @@ def model_card(source: ExportSource, name: str, command: str, files: list[str]) 
     table = "".join(f"| {what} | {fact} |\n" for what, fact in facts.items() if fact)
     tags = json_text(["moe-jax", "mixture-of-experts"] if model.dense == "none" else ["moe-jax"])
     library = "library_name: transformers\n" if "config.json" in files else ""
+    use = "It goes on with a text; it does not follow instructions."
+    if source.tuned:
+        use = (
+            "It is fine-tuned on conversations: it answers a user, in the format of its chat template. Its loss is "
+            "measured on the answers only."
+        )
     return (
         f"---\n{library}pipeline_tag: text-generation\ntags: {tags}\n---\n\n"
-        f"# {name}\n\nA small language model trained with moe-jax. {_use(source)}\n\n| what | value |\n|---|---|\n"
+        f"# {name}\n\nA small language model trained with moe-jax. {use}\n\n| what | value |\n|---|---|\n"
         f"{table}\n{_usage(source, name, files)}"
         f"Generation and evaluation drop no token, here and there. Files: {', '.join(f'`{f}`' for f in files)}.\n"
     )
@@ -182,20 +169,10 @@ def _usage(source: ExportSource, name: str, files: list[str]) -> str:
         code += f"```python\n{made}\n```\n\n"
     if "Modelfile" in files:
         code += f"```sh\nollama create {shlex.quote(name)} -f Modelfile && ollama run {shlex.quote(name)}\n```\n\n"
+    licence = "Licence: moe-jax asks for none. Name yours here, after a look at the licence of the training text."
     if source.config.data.source == "stories":
-        return f"{code}The training text is written by a grammar of moe-jax, under the MIT licence.\n\n"
-    return (
-        f"{code}Licence: moe-jax asks for none. Name yours here, after a look at the licence of the training text.\n\n"
-    )
-
-
-def _use(source: ExportSource) -> str:
-    if source.tuned:
-        return (
-            "It is fine-tuned on conversations: it answers a user, in the format of its chat template. Its loss is "
-            "measured on the answers only."
-        )
-    return "It goes on with a text; it does not follow instructions."
+        licence = "The training text is written by a grammar of moe-jax, under the MIT licence."
+    return f"{code}{licence}\n\n"
 
 
 def _score(summary: dict[str, Any]) -> str:

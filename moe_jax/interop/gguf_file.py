@@ -11,8 +11,7 @@ import numpy as np
 from moe_jax.config import UserError
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.interop.architectures import ERNIE, GRANITE, Architecture, ExportDtype
-from moe_jax.interop.config_json import norm_eps
-from moe_jax.interop.huggingface import trunk_tensors
+from moe_jax.interop.huggingface import norm_eps, trunk, written
 from moe_jax.interop.source import ExportSource, balance_bias, embedding, experts
 from moe_jax.interop.tokenizers import jinja, merges, separator_text, spelled
 
@@ -72,24 +71,26 @@ class GgufVocabulary(NamedTuple):
 
 
 def gguf_vocabulary(tokenizer: Tokenizer, size: int) -> GgufVocabulary:
-    """The vocabulary of a model that knows `size` ids. Raises UserError if llama.cpp has no name for the rule."""
+    """The vocabulary of a model that knows `size` ids: an id that the tokenizer does not use has a word too. Raises
+    UserError if llama.cpp has no name for the rule."""
     if tokenizer.kind == "hf":
-        return _imported(tokenizer.to_dict()["file"], size)
-    words = spelled(tokenizer)
-    kinds = [NORMAL] * (len(words) - 1) + [CONTROL]
-    return _padded(dict(enumerate(words)), dict(enumerate(kinds)), merges(tokenizer), size, "gpt-2")
-
-
-def _imported(file: str, size: int) -> GgufVocabulary:
-    values = json.loads(file)
-    words = {i: word for word, i in values["model"]["vocab"].items()}
-    kinds = dict.fromkeys(words, NORMAL)
-    for token in values.get("added_tokens") or []:
-        words[token["id"]] = token["content"]
-        kinds[token["id"]] = CONTROL if token.get("special") else USER_DEFINED
-    pairs = values["model"].get("merges") or []
-    joined = [tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in pairs]
-    return _padded(words, kinds, joined, size, _rule(values.get("pre_tokenizer")))
+        values = json.loads(tokenizer.to_dict()["file"])
+        words = {i: word for word, i in values["model"]["vocab"].items()}
+        kinds = dict.fromkeys(words, NORMAL)
+        for token in values.get("added_tokens") or []:
+            words[token["id"]] = token["content"]
+            kinds[token["id"]] = CONTROL if token.get("special") else USER_DEFINED
+        pairs, rule = values["model"].get("merges") or [], _rule(values.get("pre_tokenizer"))
+    else:
+        words = dict(enumerate(spelled(tokenizer)))
+        kinds = dict.fromkeys(words, NORMAL) | {tokenizer.separator_id: CONTROL}
+        pairs, rule = merges(tokenizer), "gpt-2"
+    return GgufVocabulary(
+        [words.get(i, f"<|unused_{i}|>") for i in range(size)],
+        [kinds.get(i, CONTROL) for i in range(size)],
+        [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs] or [NO_MERGE],
+        rule,
+    )
 
 
 def _rule(pre_tokenizer: dict[str, Any] | None) -> str:
@@ -106,17 +107,6 @@ def _rule(pre_tokenizer: dict[str, Any] | None) -> str:
     raise UserError(
         "--to gguf: llama.cpp has no name for the rule by which the imported tokenizer cuts text into words; known are "
         f"those of {', '.join(RULES)}; export to hf"
-    )
-
-
-def _padded(words: dict[int, str], kinds: dict[int, int], pairs: list[Any], size: int, rule: str) -> GgufVocabulary:
-    """With a word for each id that the model knows and the tokenizer does not use."""
-    all_words = [words.get(i, f"<|unused_{i}|>") for i in range(size)]
-    return GgufVocabulary(
-        all_words,
-        [kinds.get(i, CONTROL) for i in range(size)],
-        [f"{left} {right}" for left, right in pairs] or [NO_MERGE],
-        rule,
     )
 
 
@@ -228,7 +218,7 @@ def tensors(source: ExportSource, architecture: Architecture) -> Iterator[tuple[
     yield "token_embd.weight", embedding(source)
     for layer in range(model.layers):
         at = f"blk.{layer}"
-        for name, weight in trunk_tensors(source, layer, interleaved=architecture.gguf in INTERLEAVED):
+        for name, weight in written(source, trunk(model, layer), interleaved=architecture.gguf in INTERLEAVED):
             *_, part, kind = name.split(".")
             yield f"{at}.{TRUNK[part]}.{kind}", weight
         networks = experts(source, layer)
@@ -236,15 +226,15 @@ def tensors(source: ExportSource, architecture: Architecture) -> Iterator[tuple[
         if model.dense != "none":
             yield from ((f"{at}.{name}.weight", weight[0]) for name, weight in zip(names, networks, strict=True))
             continue
-        yield f"{at}.ffn_gate_inp.weight", source.block(layer, "ffn.router").T
+        yield f"{at}.ffn_gate_inp.weight", source.array(f"blocks.{layer}.ffn.router").T
         yield from ((f"{at}.{name}_exps.weight", weight) for name, weight in zip(names, networks, strict=True))
         if architecture == ERNIE:
             yield f"{at}.exp_probs_b.bias", balance_bias(source, layer)
         if model.shared_experts:
-            shared = experts(source, layer, "ffn.shared")
+            shared = experts(source, layer, "shared")
             yield from ((f"{at}.{n}_shexp.weight", w[0]) for n, w in zip(names, shared, strict=True))
         if model.shared_gate:
-            yield f"{at}.ffn_gate_inp_shexp.weight", source.block(layer, "ffn.shared_gate")
+            yield f"{at}.ffn_gate_inp_shexp.weight", source.array(f"blocks.{layer}.ffn.shared_gate")
     yield "output_norm.weight", source.array("norm.scale")
     if not model.tied_head:
         yield "output.weight", source.array("head").T

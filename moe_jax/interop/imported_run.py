@@ -20,7 +20,7 @@ import xxhash
 
 from moe_jax.config import RunConfig, UserError
 from moe_jax.config.presets import preset
-from moe_jax.interop.pretrained import Part, Pretrained, oriented
+from moe_jax.interop.pretrained import Part, Pretrained
 from moe_jax.model.costs import Count, count_parameters, totals
 from moe_jax.model.quantized import QuantizedMatrix, Weights, quantized_shapes, rounded
 from moe_jax.model.transformer import abstract_model
@@ -78,7 +78,7 @@ def import_run(model: Pretrained, form: Form, context: int, out: Path) -> Import
             raise
         raise UserError(f"--out {out}: cannot be written ({cause}); nothing was imported") from None
     written = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
-    return ImportedRun(origin["model_type"], counts, model.size(model.table()), written)
+    return ImportedRun(origin["model_type"], counts, model.size(), written)
 
 
 def _config(model: Pretrained, form: Form, context: int) -> RunConfig:
@@ -100,7 +100,7 @@ def _write_weights(
     table, leaves = model.table(), named_leaves(shapes)
     # The writer is told the order of the arrays: that of the table, and of a quantised matrix the codes first.
     arrays = {full: leaves[full] for name in table for full in _stored_names(name, leaves)}
-    progress = progress_bar(f"importing {model.shape.folder.name}", model.size(table), of_bytes=True)
+    progress = progress_bar(f"importing {model.shape.folder.name}", model.size(), of_bytes=True)
     with SafetensorsWriter(folder / WEIGHTS, arrays) as writer, ThreadPoolExecutor(1) as thread, progress as advance:
         written: list[Future[None]] = []
         for name, parts in groupby(model.read(table, digest), lambda part: part.parameter):
@@ -112,8 +112,7 @@ def _write_weights(
                     advance(part.stored.nbytes)
             else:
                 for part in parts:
-                    filled = part.put(oriented(name, made[0]), part.values())
-                    model.check_finite(np.isfinite(filled), part, str(made[0].dtype))
+                    model.fill(made[0], part)
                     advance(part.stored.nbytes)
             for future in written:
                 future.result()

@@ -64,11 +64,6 @@ class Part(NamedTuple):
         return filled
 
 
-def oriented(name: str, parameter: np.ndarray) -> np.ndarray:
-    """A parameter with its outputs as columns. Of an embedding `[V, D]` these are the tokens."""
-    return parameter.T if name == "embedding" else parameter
-
-
 def _rows(piece: Piece) -> Iterator[tuple[tuple[int, ...], slice, int]]:
     """The parts of a piece that are read at once: (index of the expert, columns, first row in the tensor)."""
     *above, inputs = piece.shape
@@ -116,9 +111,7 @@ class Pretrained:
             leaf = leaves[name]
             made = scratch[: _bytes(leaf)].view(leaf.dtype).reshape(leaf.shape)
             for part in parts:
-                with np.errstate(over="ignore"):  # a value that is too large for the dtype is named below
-                    filled = part.put(oriented(name, made), part.values())
-                self.check_finite(np.isfinite(filled), part, str(leaf.dtype))
+                self.fill(made, part)
             done[name] = _placed(leaf, made)
         assert done.keys() == leaves.keys(), f"the table of tensors differs by {sorted(done.keys() ^ leaves.keys())}"
         filled = jax.tree.unflatten(jax.tree.structure(shapes), [done[name] for name in leaves])
@@ -128,14 +121,10 @@ class Pretrained:
         """Which tensors are which of our parameters. With `copies`, of a model with experts made of a dense one."""
         return table(self.shape, is_fused(self.weights.tensors), copies)
 
-    def size(self, table: Table) -> int:
-        """Bytes that `read` reads. A tensor with two places in a table is read twice."""
-
-        def rows(piece: Piece) -> int:
-            return sum(1 if c.stop is None else c.stop - c.start for _, c, _ in _rows(piece))
-
-        pieces = (piece for pieces in table.values() for piece in pieces)
-        return sum(rows(p) * p.shape[-1] * DTYPES[self.weights.tensors[p.tensor].dtype].itemsize for p in pieces)
+    def size(self) -> int:
+        """Bytes of all tensors of the model in the folder."""
+        tensors = ((self.weights.tensors[name], shape) for name, shape in expected(self.table()).items())
+        return sum(math.prod(shape) * DTYPES[tensor.dtype].itemsize for tensor, shape in tensors)
 
     def read(self, table: Table, digest: xxhash.xxh3_128) -> Iterator[Part]:
         """All parts of all parameters, in the order of the table. The next part is read on a thread, while the caller
@@ -158,6 +147,12 @@ class Pretrained:
                 yield part
         if self.shape.tied and HEAD in self.weights.tensors:
             self._check_tied()
+
+    def fill(self, parameter: np.ndarray, part: Part) -> None:
+        """Put a part in its place. Raises UserError if a value is not finite in the dtype of the parameter."""
+        with np.errstate(over="ignore"):  # a value that is too large is named below
+            filled = part.put(parameter.T if part.parameter == "embedding" else parameter, part.values())
+        self.check_finite(np.isfinite(filled), part, str(parameter.dtype))
 
     def check_finite(self, finite: np.ndarray, part: Part, dtype: str) -> None:
         """Raise UserError, with the name of its tensor, unless all values of a part are finite in a dtype."""

@@ -42,13 +42,9 @@ class ExportSource:
         zeros = {name: np.broadcast_to(np.float32(0), weight.shape) for name, weight in self.weights.items()}
         return dataclasses.replace(self, weights=zeros)
 
-    def block(self, layer: int, name: str) -> np.ndarray:
-        """float32: a weight of a block, such as "attention.qkv"."""
-        return self.array(f"blocks.{layer}.{name}")
-
-    def array(self, name: str) -> np.ndarray:
-        """float32: a weight by its name."""
-        return np.asarray(self.weights[name], np.float32)
+    def array(self, name: str, place: Any = ...) -> np.ndarray:
+        """float32: a weight by its name, or the part of it at an index."""
+        return np.asarray(self.weights[name][place], np.float32)
 
 
 def open_source(run: Path, step: int | None = None) -> ExportSource:
@@ -69,10 +65,11 @@ def _on_host(tree: Params) -> dict[str, np.ndarray]:
     return {name: np.asarray(leaf) for name, leaf in named_leaves(tree).items()}
 
 
-def experts(source: ExportSource, layer: int, name: str = "ffn.experts") -> list[np.ndarray]:
-    """The networks of a layer: gate and up `[E, F, D]`, down `[E, D, F]`. Of `ffn.experts`, or `ffn.shared`. A dense
-    baseline has one."""
-    return [source.block(layer, f"{name}.{part}").swapaxes(1, 2) for part in ("w_gate", "w_in", "w_out")]
+def experts(source: ExportSource, layer: int, name: str = "experts") -> list[np.ndarray]:
+    """The networks of a layer: gate and up `[E, F, D]`, down `[E, D, F]`. A dense baseline has one. With the name
+    "shared", the shared experts as one."""
+    parts = (f"blocks.{layer}.ffn.{name}.{part}" for part in ("w_gate", "w_in", "w_out"))
+    return [source.array(part).swapaxes(1, 2) for part in parts]
 
 
 def embedding(source: ExportSource) -> np.ndarray:
@@ -86,5 +83,5 @@ def balance_bias(source: ExportSource, layer: int) -> np.ndarray:
     """The bias that is added when experts are chosen; zeros if the load is balanced by the loss."""
     model = source.config.model
     if model.routing.balancing == "bias":
-        return source.block(layer, "ffn.balance_bias")
+        return source.array(f"blocks.{layer}.ffn.balance_bias")
     return np.zeros(model.experts, np.float32)

@@ -20,14 +20,10 @@ from moe_jax.system.files import json_text
 _ALPHABET = byte_alphabet()
 
 
-def spell(entry: bytes) -> str:
-    """Bytes in GPT-2's alphabet."""
-    return "".join(_ALPHABET[byte] for byte in entry)
-
-
 def spelled(tokenizer: Tokenizer) -> list[str]:
     """The entry of each id in GPT-2's alphabet, the separator last."""
-    return [*(spell(tokenizer.decode_bytes([i])) for i in range(tokenizer.vocab_size - 1)), SEPARATOR]
+    entries = (tokenizer.decode_bytes([i]) for i in range(tokenizer.vocab_size - 1))
+    return [*("".join(_ALPHABET[byte] for byte in entry) for entry in entries), SEPARATOR]
 
 
 def merges(tokenizer: Tokenizer) -> list[tuple[str, str]]:
@@ -65,7 +61,16 @@ def tokenizer_files(tokenizer: Tokenizer, context: int, chat: bool = False) -> d
         if template and template_in(values, "") != template:
             files["chat_template.jinja"] = template
         return {name: content for name, content in files.items() if content}
-    made = {"tokenizer.json": tokenizer_json(tokenizer), "tokenizer_config.json": tokenizer_config(context, chat)}
+    config: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": SEPARATOR,
+        "eos_token": SEPARATOR,
+        "model_max_length": context,
+        "clean_up_tokenization_spaces": False,
+    }
+    if chat:
+        config["chat_template"] = jinja(SEPARATOR)
+    made = {"tokenizer.json": tokenizer_json(tokenizer), "tokenizer_config.json": config}
     return {name: json_text(content, indent=2) + "\n" for name, content in made.items()}
 
 
@@ -112,18 +117,6 @@ def tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def tokenizer_config(context: int, chat: bool) -> dict[str, Any]:
-    """The content of tokenizer_config.json. A model that is tuned on conversations has a chat template."""
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": SEPARATOR,
-        "eos_token": SEPARATOR,
-        "model_max_length": context,
-        "clean_up_tokenization_spaces": False,
-        **({"chat_template": jinja(SEPARATOR)} if chat else {}),
-    }
-
-
 # The role format of tuned runs (`data/chats.py`) as templates of other programs
 #
 # A turn is its role, a line end, its content and the separator. In transformers and llama.cpp a template gives a text,
@@ -146,7 +139,15 @@ def jinja(separator: str) -> str:
     )
 
 
-def ollama(separator: str) -> str:
-    """The Modelfile. ollama's templates replace nothing, so a content with the separator in it ends its turn there."""
+def modelfile(tokenizer: Tokenizer, chat: bool) -> str:
+    """The file of `ollama create NAME -f Modelfile`. The model goes on with the prompt; with `chat`, or with a template
+    in model.gguf, it answers. ollama replaces nothing in a content: one with the separator in it ends its turn there.
+    """
+    file = "FROM ./model.gguf\n"
+    if tokenizer.template is not None:
+        return file
+    if not chat:
+        return file + 'TEMPLATE "{{ .Prompt }}"\n'
+    separator = separator_text(tokenizer)
     turns = f"{{{{ range .Messages }}}}{{{{ .Role }}}}\n{{{{ .Content }}}}{separator}{{{{ end }}}}assistant\n"
-    return f'FROM ./model.gguf\nTEMPLATE """{turns}"""\nPARAMETER stop "{separator}"\n'
+    return f'{file}TEMPLATE """{turns}"""\nPARAMETER stop "{separator}"\n'

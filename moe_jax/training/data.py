@@ -10,7 +10,8 @@ from moe_jax.data.baselines import CorpusBaselines
 from moe_jax.data.batches import MaskedBatch, train_positions, validation_subset
 from moe_jax.data.chats import answer_prompt
 from moe_jax.data.documents import Message
-from moe_jax.data.token_store import Stream, TokenStore, first_question, openings
+from moe_jax.data.token_store import TokenStore, openings
+from moe_jax.data.tokenizers import Stream
 from moe_jax.training.evaluate import Evaluation
 
 
@@ -38,10 +39,7 @@ class SessionData:
     @cached_property
     def openings(self) -> list[str]:
         """The first words of three documents of the validation text, or its first question."""
-        if self.store.valid.answers is None:
-            return openings(self.store.tokenizer, self.store.valid.tokens, most=3)
-        question = first_question(self.store.tokenizer, self.store.valid.tokens)
-        return [question] if question else []
+        return openings(self.store.tokenizer, self.store.valid.stream)
 
     def sample_prompt(self) -> list[int]:
         """The tokens that a sample goes on with: the first of the openings."""

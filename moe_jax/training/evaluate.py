@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from moe_jax.config import ModelConfig
 from moe_jax.data.batches import evaluation_windows, text_bytes
-from moe_jax.data.token_store import Stream
+from moe_jax.data.tokenizers import Stream
 from moe_jax.inference.traced_pass import ShardMapWrapper, choice_totals, make_traced_pass, router_entropy
 from moe_jax.model.kernels.cross_entropy import blocked_token_losses
 from moe_jax.model.moe.layer import Mode

@@ -17,7 +17,8 @@ import numpy as np
 from moe_jax.config import RunConfig, UserError
 from moe_jax.config.section import flag_of
 from moe_jax.data.baselines import corpus_baselines
-from moe_jax.data.token_store import Stream, TokenStore, prepare_token_store
+from moe_jax.data.token_store import TokenStore, prepare_token_store
+from moe_jax.data.tokenizers import Stream
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.transformer import Params

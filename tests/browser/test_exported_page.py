@@ -20,7 +20,7 @@ import pytest
 from moe_jax.config import DataConfig
 from moe_jax.data.chats import answer_prompt
 from moe_jax.data.documents import Message
-from moe_jax.data.tokenizers import Tokenizer, _byte, token_pieces, train_tokenizer
+from moe_jax.data.tokenizers import Tokenizer, token_pieces, train_tokenizer
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
 from moe_jax.inspection.switches import SwitchableMoE, with_switches
@@ -155,7 +155,11 @@ WORDS = (
 
 @pytest.mark.parametrize("kind", ["byte", "bpe"])
 def test_ids_and_pieces_are_those_of_the_tokenizer(blank: Any, kind: str) -> None:
-    ours = _byte() if kind == "byte" else train_tokenizer(DataConfig(tokenizer="bpe", vocab_size=420), [WORDS * 3] * 9)
+    ours = (
+        Tokenizer({"kind": "byte"})
+        if kind == "byte"
+        else train_tokenizer(DataConfig(tokenizer="bpe", vocab_size=420), [WORDS * 3] * 9)
+    )
     page = html_page(made("nano", tokenizer=ours), kind, {})
     alphabet, draw = [*"aeht .,'\n\r\x00\u00a0é日😀İſ0١²", " the", "  "], random.Random(0)
     texts = ODD + ["".join(draw.choices(alphabet, k=40)) for _ in range(200)]

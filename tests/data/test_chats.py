@@ -13,7 +13,7 @@ from moe_jax.data.chats import answer_prompt, encode_chats
 from moe_jax.data.corpora import check_source, open_corpus
 from moe_jax.data.documents import SEPARATOR, Message
 from moe_jax.data.synthetic.stories import chats, write_chats
-from moe_jax.data.token_store import first_question, open_store, prepare_token_store, token_stream
+from moe_jax.data.token_store import open_store, openings, prepare_token_store, token_stream
 from moe_jax.data.tokenizers import Tokenizer, train_tokenizer
 
 BYTE = train_tokenizer(DataConfig(tokenizer="byte"))
@@ -73,7 +73,7 @@ def test_rows_are_held_out_and_the_store_is_kept(tmp_path: Path) -> None:
     stream = token_stream(open_corpus(DataConfig(source=str(path), format="chat")).documents("valid"), BYTE)
     np.testing.assert_array_equal(stream.tokens, store.valid.tokens[:])
     np.testing.assert_array_equal(stream.answers, store.valid.answers[:])
-    assert first_question(BYTE, store.valid.tokens) == "q38"
+    assert openings(BYTE, store.valid.stream) == ["q38"]
 
 
 def test_the_weights_of_a_batch() -> None:

@@ -26,7 +26,7 @@ from moe_jax.data.token_store import (
     token_stream,
     token_type,
 )
-from moe_jax.data.tokenizers import Tokenizer, load_tokenizer, train_tokenizer
+from moe_jax.data.tokenizers import Stream, Tokenizer, load_tokenizer, train_tokenizer
 
 TRAIN = ["Once upon a time there was a fox.", "The fox was old.\nIt ate.", "Grün 😀"]
 VALID = ["A hen sat.", "It slept."]
@@ -116,7 +116,7 @@ def test_a_store_is_made_once(tmp_path: Path, cache: Path, monkeypatch: pytest.M
     first = prepare(bpe(write_folder(tmp_path / "a")), cache)
     (path,) = (cache / "tokenizers").iterdir()
     assert path.stem == xxhash.xxh3_128_hexdigest(json.dumps([1, fingerprint_of(first), 260]).encode())
-    monkeypatch.setattr(token_store, "_make", forbidden)
+    monkeypatch.setattr(token_store, "_write", forbidden)
     monkeypatch.setattr(token_store, "train_tokenizer", forbidden)
     elsewhere = write_folder(tmp_path / "b")
     assert prepare(bpe(elsewhere), cache).digest == first.digest
@@ -245,5 +245,5 @@ def test_documents_across_batches_stay_in_order(batch: int, tmp_path: Path, monk
 def test_openings_of_different_documents_each_once() -> None:
     texts = ["Once upon a time, a dragon", "", "Once upon a time, a cat", "ROMEO:\nBut", "One sunny day, Tom", "Last"]
     stream = np.array([token for text in texts for token in (256, *text.encode())])
-    assert openings(BYTE, stream, 3) == ["Once upon a time,", "ROMEO:", "One sunny day, Tom"]
-    assert openings(BYTE, stream[:1], 3) == []
+    assert openings(BYTE, Stream(stream)) == ["Once upon a time,", "ROMEO:", "One sunny day, Tom"]
+    assert openings(BYTE, Stream(stream[:1])) == []

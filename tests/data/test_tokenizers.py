@@ -87,7 +87,6 @@ def test_gpt2_is_gpt2(gpt2):
     text = Path(os.environ["MOE_JAX_SHARED"], "data", "tinystories", "valid.txt").read_text(encoding="utf-8")
     stories = [story.strip() for story in text.split(SEPARATOR) if story.strip()]
     assert sum(map(len, gpt2.encode_batch(stories))) == 76_627
-    assert Tokenizer.from_dict(gpt2.to_dict()).digest == gpt2.digest
     assert set(gpt2.to_dict()) == {"kind", "vocab_size", "digest"}
 
 
@@ -188,5 +187,5 @@ def test_a_long_word_is_learned_in_pieces() -> None:
 def test_pieces_show_bytes_that_are_no_character() -> None:
     ids = np.array([*BYTE.encode("aé"), BYTE.separator_id])
     assert token_pieces(BYTE, ids) == ["a", "<C3>", "<A9>", SEPARATOR]
-    pair = Tokenizer.from_dict(signed({"kind": "bpe", "merges": [[0xC3, 0xA9], [0xF0, 0x9F]]}))
+    pair = Tokenizer({"kind": "bpe", "merges": [[0xC3, 0xA9], [0xF0, 0x9F]]})
     assert token_pieces(pair, np.array([256, 257])) == ["é", "<F0 9F>"]

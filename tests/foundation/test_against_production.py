@@ -32,7 +32,7 @@ from foundation.parity import max_relative_error
 from moe_jax.config import ModelConfig, TrainConfig
 from moe_jax.config.rope import ORIGINAL, scaled_rotation
 from moe_jax.data.batches import MaskedBatch
-from moe_jax.data.tokenizers import _bpe
+from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.inference.sampling import Sampling, adjusted_logits
 from moe_jax.model.costs import count_parameters, totals
 from moe_jax.model.kernels import causal_attention
@@ -252,7 +252,7 @@ def test_production_cuts_a_word_into_the_same_pieces() -> None:
     text = "the king and the queen of the north sing in the morning and in the evening"
     words = Counter(tuple(f" {word}".encode()) for word in text.split())
     pairs = byte_pairs.learn(words, 60)
-    tokenizer = _bpe([list(pair) for pair in pairs])
+    tokenizer = Tokenizer({"kind": "bpe", "merges": [list(pair) for pair in pairs]})
     for word in (*text.split(), "kingfisher", "thinking", "xylophone"):
         ids = tokenizer.encode(f" {word}")
         assert tuple(int(i) for i in ids) == byte_pairs.encode(f" {word}".encode(), pairs)

@@ -14,12 +14,11 @@ import moe_jax.interop.export as module
 from moe_jax.cli import main
 from moe_jax.config import UserError
 from moe_jax.config.presets import PRESETS, preset
-from moe_jax.data.tokenizers import Tokenizer, _byte
 from moe_jax.interop import html
 from moe_jax.interop.architectures import architecture_of
-from moe_jax.interop.config_json import config_json
 from moe_jax.interop.export import export
 from moe_jax.interop.gguf_file import CONTROL, NORMAL, _kind, gguf_vocabulary
+from moe_jax.interop.huggingface import config_json
 from moe_jax.interop.source import embedding, open_source
 from tests.interop.saved import save
 from tests.support.commands import refused as refused_command
@@ -267,6 +266,7 @@ def test_a_page_is_whole_or_absent_and_a_run_that_it_cannot_hold_is_refused(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     page = ["--run", str(run), "--to", "html", "--out", str(tmp_path / "deep" / "page.html")]
+    found = html.find_checkpoint(run)
 
     def full(path: Path, content: bytes) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
@@ -282,7 +282,7 @@ def test_a_page_is_whole_or_absent_and_a_run_that_it_cannot_hold_is_refused(
         refused(1, "cannot be written (the disk is full); nothing was exported")
         patch.setattr(html, "saved_weights", lambda _: "int4")
         refused(2, "its weights are int4, and a page holds int8")
-        patch.setattr(Tokenizer, "from_dict", lambda values: setattr(byte := _byte(), "kind", "gpt2") or byte)
+        patch.setattr(html, "find_checkpoint", lambda *_: setattr(found.tokenizer, "kind", "gpt2") or found)
         refused(2, "--to html: the page has no gpt2 tokenizer")
     assert command(*page) == 0
     assert [file.name for file in (tmp_path / "deep").iterdir()] == ["page.html"]

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from moe_jax.config import ModelConfig
 from moe_jax.interop import gguf_file, huggingface
 from moe_jax.interop.architectures import architecture_of
-from moe_jax.interop.config_json import config_json
+from moe_jax.interop.huggingface import config_json
 from moe_jax.interop.pretrained import Pretrained
 from moe_jax.interop.source import open_source
 from moe_jax.model.moe.layer import Mode

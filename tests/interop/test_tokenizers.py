@@ -19,7 +19,7 @@ from moe_jax.interop import gguf_file
 from moe_jax.interop.architectures import architecture_of
 from moe_jax.interop.export import export
 from moe_jax.interop.source import ExportSource, open_source
-from moe_jax.interop.tokenizers import jinja, merges, ollama, tokenizer_json
+from moe_jax.interop.tokenizers import jinja, merges, modelfile, tokenizer_json
 from tests.interop.llama_cpp import LlamaCpp, LlamaServer
 from tests.interop.saved import save
 
@@ -144,15 +144,12 @@ def test_llama_cpp_finds_the_template_in_the_file(tmp_path: Path) -> None:
         name: fields[f"tokenizer.ggml.{name}"].contents() for name in ("bos_token_id", "eos_token_id", "add_bos_token")
     }
     assert ids == {"bos_token_id": 256, "eos_token_id": 256, "add_bos_token": True}
-    assert (tmp_path / "out" / "Modelfile").read_text() == ollama("<|endoftext|>")
-
-
-def test_ollama_is_told_the_format() -> None:
-    for separator in ("<|endoftext|>", "</s>"):
-        found = ollama(separator)
-        assert found.startswith("FROM ./model.gguf\n")
-        assert f"{{{{ .Role }}}}\n{{{{ .Content }}}}{separator}{{{{ end }}}}assistant\n" in found
-        assert found.endswith(f'PARAMETER stop "{separator}"\n')
+    found = (tmp_path / "out" / "Modelfile").read_text()
+    assert found == modelfile(source.tokenizer, chat=True)
+    turn = "{{ .Role }}\n{{ .Content }}<|endoftext|>{{ end }}assistant\n"
+    assert found.startswith("FROM ./model.gguf\n")
+    assert turn in found
+    assert found.endswith('PARAMETER stop "<|endoftext|>"\n')
 
 
 @pytest.mark.parametrize("separator", [SEPARATOR, "<s>", "<日>", "<a'b>", '<"q"x>', "<b\\s>", "<{%}}>"])

@@ -15,7 +15,7 @@ from moe_jax.runs.folder import LOCK, RunFolder, locked_for_training
 from tests.support import tiny
 
 CONFIG = RunConfig(out="runs/x", resume=True, model=tiny.config())
-TOKENIZER = Tokenizer({"kind": "byte"}, [bytes([i]) for i in range(256)], list)
+TOKENIZER = Tokenizer({"kind": "byte"})
 
 
 @pytest.fixture

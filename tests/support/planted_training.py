@@ -32,11 +32,11 @@ BUGS = [
     Bug("gradients are not clipped", step.clip_factor, checks.check_optimizer).edit(
         "jnp.minimum(1, limit / norm)", "jnp.ones_like(norm)"
     ),
-    Bug("the last window counts all its tokens again", batches._evaluation_rows, checks.check_evaluation).edit(
-        "(done, end))", "(window + start, end))"
+    Bug("the last window counts all its tokens again", batches.evaluation_windows, checks.check_evaluation).edit(
+        "first - begin :", "0 :"
     ),
-    Bug("every window starts without context", batches._evaluation_rows, checks.check_evaluation).edit(
-        "window + seq_len // 2", "window + seq_len"
+    Bug("the windows do not overlap", batches.evaluation_windows, checks.check_evaluation).edit(
+        "positions, seq_len // 2)", "positions, seq_len)"
     ),
     Bug("evaluation drops tokens", evaluate.make_evaluation_step, checks.check_evaluation).edit(
         "Mode.EVALUATE", "Mode.TRAIN"

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from moe_jax.config import DataConfig, ExecutionConfig, ModelConfig, RoutingConfig, RunConfig, TrainConfig
-from moe_jax.data.token_store import Stream
+from moe_jax.data.tokenizers import Stream
 from moe_jax.runs.checkpoint import restore
 from moe_jax.training.evaluate import Evaluation
 from moe_jax.training.run import finish, take_steps
