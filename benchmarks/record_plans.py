@@ -74,6 +74,14 @@ def mesh_mib(config: RunConfig, target: Target) -> float:
     return program_mib(described_gpu.compile_for_gpu(lowered, {}))
 
 
+def on_mesh(config: RunConfig, mesh: str, sequences: int) -> RunConfig:
+    """The run on a mesh, with `sequences` sequences of one micro-batch on each device. Raises ConfigError if the model
+    cannot be divided."""
+    batch = sequences * MeshShape.parse(mesh).devices
+    sizes = {("train", "batch_size"): batch, ("train", "grad_accum"): 1}
+    return config.override(sizes | {("execution", "mesh"): mesh})
+
+
 def plan(asked: argparse.Namespace) -> int:
     """Plan the settings that were asked for, and print the result."""
     target = Target.load(asked.gpu)
@@ -83,7 +91,7 @@ def plan(asked: argparse.Namespace) -> int:
     sequences = usual.batch_size * usual.grad_accum
     budget = config.execution.memory_bytes / MIB or target.facts().budget
     if mesh := config.execution.mesh:
-        config = config.on_mesh(mesh, sequences)
+        config = on_mesh(config, mesh, sequences)
     config = with_vocabulary(with_adapters(config) if config.train.lora_rank else config)
     say(f"{config.preset} on {target.device_kind}: a run may use {budget:,.0f} MiB")
     if mesh:

@@ -8,5 +8,5 @@
     report.py         means with confidence intervals; a result ready to be written
     plots.py          the pictures
 
-The dense baselines are `moe_jax.config.presets`.
+The dense baselines are `suites/dense_baselines.py`.
 """

@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from suites.dense_baselines import DENSE_BASELINES, dense_baseline
 from suites.random_tokens import RandomTokenTrainer
 from suites.request import describe_machine
 
@@ -28,7 +29,6 @@ from comparison.report import IN_BRACKETS, Interval, Report, apart, difference_i
 from comparison.study_runs import BITS, run_config
 from comparison.tuning import MIXTURE, Basis, Side, Tuning, sides
 from moe_jax.config import Dense, RunConfig
-from moe_jax.config.presets import DENSE_BASELINES, dense_baseline
 from moe_jax.model.costs import training_flops
 from moe_jax.system.files import json_text, write_atomically
 from moe_jax.system.machine import alternate

@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from suites.dense_baselines import DENSE_BASELINES
 
 from comparison.report import t_interval
 from moe_jax.config import Dense
-from moe_jax.config.presets import DENSE_BASELINES
 from moe_jax.plots import COLOURS, check_installed
 from moe_jax.runs.records import read_metrics
 

@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from suites.dense_baselines import DENSE_BASELINES, dense_baseline
+
 from comparison.plots import scaling_figure
 from comparison.power_law import PowerLaw, fit
 from comparison.report import IN_BRACKETS, Interval, Report, difference_in_words, paired, t_interval
 from comparison.study_runs import BITS, StudyRun, run_config
 from moe_jax.config import Dense, RunConfig
-from moe_jax.config.presets import DENSE_BASELINES, dense_baseline
 from moe_jax.model.costs import training_flops
 
 BUDGETS = 5

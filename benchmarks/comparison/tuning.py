@@ -25,9 +25,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
+from suites.dense_baselines import DENSE_BASELINES, dense_baseline
+
 from comparison.study_runs import BITS, StudyRun, run_config
 from moe_jax.config import Dense, RunConfig
-from moe_jax.config.presets import DENSE_BASELINES, dense_baseline
 from moe_jax.data.corpora import source_files
 from moe_jax.model.costs import training_flops
 

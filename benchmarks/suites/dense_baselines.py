@@ -12,7 +12,6 @@ from rich.table import Table
 from moe_jax.certify.formulas import expert_flops, router_flops, step_products
 from moe_jax.certify.hlo import read_program
 from moe_jax.config import Dense, RunConfig
-from moe_jax.config.presets import DENSE_BASELINES, dense_baseline
 from moe_jax.model.costs import Count, count_parameters, totals
 from moe_jax.system import machine
 from moe_jax.system.environment import runs_on_cpu
@@ -24,6 +23,15 @@ from .request import BenchmarkRequest, matmul_rate_in, print_numbers, times_tabl
 
 SCOPES = {"attention": "attention", "experts and router": "ffn", "head": "head"}
 """Group of the cost table -> the named scope of its operations in the program."""
+
+DENSE_BASELINES: dict[Dense, str] = {"none": "moe", "active": "dense-active", "total": "dense-total"}
+"""`ModelConfig.dense` -> the name in tables, pictures and folders. The mixture itself comes first."""
+LABELS: dict[Dense, str] = {"none": "MoE", "active": "dense, active parameters", "total": "dense, total parameters"}
+
+
+def dense_baseline(config: RunConfig, dense: Dense) -> RunConfig:
+    """The same recipe with a dense network of the same active or total parameters; "none" is the mixture itself."""
+    return config.override({("model", "dense"): dense})
 
 
 class CostTable(NamedTuple):
@@ -55,9 +63,6 @@ def flops_by_group(config: RunConfig, batch_size: int) -> dict[str, float]:
     """Operations of one token in a training step of `batch_size` sequences, by group, without the optimizer's."""
     products = step_products(config, batch_size)
     return {group: products[scope] / (batch_size * config.model.seq_len) for group, scope in SCOPES.items()}
-
-
-LABELS: dict[Dense, str] = {"none": "MoE", "active": "dense, active parameters", "total": "dense, total parameters"}
 
 
 def train(console: Console, request: BenchmarkRequest) -> dict[str, Any]:

@@ -4,12 +4,12 @@ The modules here import only the standard library, and modules of `system` that 
 before jax is imported. A wrong value raises `ConfigError`, whose text names the flag, the value and what is allowed.
 
     model.py       ModelConfig, RoutingConfig: the shape, the routing policy, the capacity rule
-    rope.py        the scaled rotations of public models
+    rope.py        the numbers of the scaled rotations of public models
     train.py       DataConfig, TrainConfig: the text, the steps
     execution.py   ExecutionConfig: precision, memory, devices; MeshShape, ProcessGroup
     run.py         RunConfig: all of them, to and from the `config.json` of a run's folder
-    presets.py     the presets: named settings that a run starts from; dense baselines
-    section.py     the marks on fields (short flags, what a run keeps), and the checks that name them
+    presets.py     the presets: named settings that a run starts from
+    section.py     the marks on fields (short flags, what a run keeps, limits), and the checks that name them
 
 The alphabet of the project, used in every annotation, einsum and comment:
 
@@ -32,11 +32,7 @@ from moe_jax.config.model import (
     capacity,
     device_rows,
 )
-from moe_jax.config.run import (
-    SECTIONS,
-    PresetName,
-    RunConfig,
-)
+from moe_jax.config.run import SECTIONS, PresetName, RunConfig
 from moe_jax.config.train import (
     NAMED_CORPORA,
     DataConfig,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, NamedTuple
 
 from moe_jax.config.model import ModelConfig
-from moe_jax.config.section import Section, setting
+from moe_jax.config.section import Section, format_bound, setting
 from moe_jax.config.train import TrainConfig
 from moe_jax.system.errors import ConfigError
 
@@ -40,7 +40,7 @@ class ExecutionConfig(Section):
     """Memory that the run may take, such as 700MB or 3.5GiB. Without it, what a GPU has free; a CPU has no limit."""
 
     def __post_init__(self) -> None:
-        self.check_choices()
+        super().__post_init__()
         devices = MeshShape.parse(self.mesh).devices
         self.check(not self.memory or self.memory_bytes > 0, "memory", "a size such as 700MB or 3.5GiB")
         self.check(not self.memory or devices == 1, "memory", "left out with --mesh; it is for one device")
@@ -114,7 +114,7 @@ class ProcessGroup(Section):
 
     section_name: ClassVar[str] = ""
 
-    num_processes: int = 1
+    num_processes: int = setting(1, within=(1, 2**16))
     """Processes that train together, each started by the same command with its own --process-id. Needs --mesh."""
     process_id: int = 0
     """The number of this process, from 0. Process 0 writes the files of the run."""
@@ -123,12 +123,13 @@ class ProcessGroup(Section):
     under SLURM, Kubernetes or Open MPI, or on a TPU pod."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.detected:
             ok = self.num_processes == 1 and self.process_id == 0
             self.check(ok, "coordinator_address", "given alone, since the cluster says the number of processes")
             return
-        self.check_range(("num_processes",), 1, 2**16)
-        self.check_range(("process_id",), 0, self.num_processes - 1)
+        ok = 0 <= self.process_id < self.num_processes
+        self.check(ok, "process_id", f"between 0 and {format_bound(self.num_processes - 1)}")
         host, _, port = self.address.rpartition(":")
         ok = bool(host) and port.isdecimal() and 0 < int(port) < 2**16
         self.check(ok or not self.several, "coordinator_address", "HOST:PORT of process 0, such as 127.0.0.1:9876")

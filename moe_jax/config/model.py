@@ -7,7 +7,7 @@ from fractions import Fraction
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-from moe_jax.config.rope import scaled_rotation
+from moe_jax.config.rope import rotation_numbers
 from moe_jax.config.section import ALWAYS, Origin, Section, setting
 
 Norm = Literal["layernorm", "rmsnorm"]
@@ -53,7 +53,7 @@ class RoutingConfig(Section):
     min(n, E / K) drops nothing."""
 
     def __post_init__(self) -> None:
-        self.check_choices()
+        super().__post_init__()
         for name, usual in (("capacity_factor", 1.25), ("device_capacity_factor", 2)):
             value = getattr(self, name)
             self.check(math.isfinite(value) and value > 0, name, f"a finite number above 0 ({usual} is usual)")
@@ -65,26 +65,26 @@ class ModelConfig(Section):
 
     section_name: ClassVar[str] = "model"
 
-    vocab_size: int = shape(0)
+    vocab_size: int = shape(0, within=(0, 2**24))
     """V, token ids that the model knows. 0 takes the tokenizer's."""
-    seq_len: int = setting(256, "--seq-len", kept=("resume", "tune", "upcycle"))
+    seq_len: int = setting(256, "--seq-len", kept=("resume", "tune", "upcycle"), within=(2, 2**20))
     """T, positions of one training sequence, and the longest context."""
-    layers: int = shape(4)
+    layers: int = shape(4, within=(1, 4096))
     """L, transformer blocks, each with attention and an MoE layer."""
-    width: int = shape(128)
+    width: int = shape(128, within=(1, 2**17))
     """D, width of the residual stream."""
-    heads: int = shape(4)
+    heads: int = shape(4, within=(1, 2**17))
     """H, attention heads. Must divide the width, unless `head_size` is given."""
-    kv_heads: int = shape(0)
+    kv_heads: int = shape(0, within=(0, 2**17))
     """KV, heads of the keys and values. Each serves a group of H / KV attention heads (grouped-query attention). With 0
     each attention head has its own."""
-    head_size: int = shape(0)
+    head_size: int = shape(0, within=(0, 2**17))
     """A, width of an attention head. 0 is width / heads."""
-    experts: int = expert_shape(8, "--experts")
+    experts: int = expert_shape(8, "--experts", within=(1, 4096))
     """E, experts of a layer."""
-    expert_hidden: int = expert_shape(128)
+    expert_hidden: int = expert_shape(128, within=(1, 2**17))
     """F, hidden width of one expert."""
-    shared_experts: int = expert_shape(0)
+    shared_experts: int = expert_shape(0, within=(0, 4096))
     """Further experts, without routing: every token passes through all of them."""
     shared_gate: bool = expert_shape(False)
     """Multiply the output of the shared experts with a gate of their own: the sigmoid of a product with the token, as
@@ -100,7 +100,7 @@ class ModelConfig(Section):
     """Added to the mean square (or the variance) in every normalisation. 0 is 1e-6 for rmsnorm, 1e-5 for layernorm."""
     positions: Positions = shape("rope")
     """Learned absolute positions, or rotary ones."""
-    rope_theta: float = shape(10_000.0)
+    rope_theta: float = shape(10_000.0, within=(1, 1e9))
     """Base of the rotary positions. A larger base rotates more slowly, for longer contexts."""
     rope_scaling: str = shape("")
     """A scaled rotation of a public model (`config/rope.py`), as JSON. Empty: none."""
@@ -128,14 +128,8 @@ class ModelConfig(Section):
     routing: RoutingConfig = field(default_factory=RoutingConfig)
 
     def __post_init__(self) -> None:
-        self.check_choices()
-        self.check_range(("vocab_size",), 0, 2**24)
-        self.check_range(("seq_len",), 2, 2**20)
-        self.check_range(("layers", "experts"), 1, 4096)
-        self.check_range(("shared_experts",), 0, 4096)
-        self.check_range(("width", "heads", "expert_hidden"), 1, 2**17)
+        super().__post_init__()
         self._check_heads()
-        self.check_range(("rope_theta",), 1, 1e9)
         ok = self.positions == "rope" or self.rope_theta == 10_000
         self.check(ok, "rope_theta", "left out, since learned positions rotate nothing")
         self._check_scaling()
@@ -153,13 +147,13 @@ class ModelConfig(Section):
             return
         self.check(self.positions == "rope", "rope_scaling", "left out, since learned positions rotate nothing")
         try:
-            scaled_rotation(self.rope_scaling, self.rope_theta, self.head_width)
-        except (ValueError, ArithmeticError, RecursionError) as error:
+            kind, _ = rotation_numbers(self.rope_scaling)
+        except ValueError as error:
             raise self.wrong("rope_scaling", f"must be {error}") from None
+        self.check(kind != "yarn" or self.rope_theta > 1, "rope_theta", "above 1 with the rope_type yarn")
 
     def _check_heads(self) -> None:
         """Check heads, their width, and the heads of keys and values, against each other."""
-        self.check_range(("kv_heads", "head_size"), 0, 2**17)
         if not self.head_size:
             allowed = f"a divisor of --model.width {self.width}, unless --model.head-size is given"
             self.check(self.width % self.heads == 0, "heads", allowed)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from moe_jax.config.execution import ExecutionConfig, MeshShape
-from moe_jax.config.model import ModelConfig, RoutingConfig
+from moe_jax.config.execution import ExecutionConfig
+from moe_jax.config.model import ModelConfig
 from moe_jax.config.section import Origin, Section, setting
 from moe_jax.config.train import NAMED_CORPORA, DataConfig, TrainConfig
 from moe_jax.system.errors import ConfigError, UserError
@@ -46,7 +46,7 @@ class RunConfig(Section):
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
 
     def __post_init__(self) -> None:
-        self.check_choices()
+        super().__post_init__()
         if self.init_from and self.upcycle:
             raise ConfigError(
                 f"--init-from {self.init_from}: --upcycle {self.upcycle} says too what the run starts from; give one"
@@ -75,15 +75,6 @@ class RunConfig(Section):
     def tokens_per_step(self) -> int:
         """Tokens that a training step reads."""
         return self.train.batch_size * self.train.grad_accum * self.model.seq_len
-
-    def on_mesh(self, mesh: str, sequences: int, micro_batches: int = 1) -> "RunConfig":
-        """The same run on a mesh, with `sequences` sequences of each micro-batch on each device.
-
-        Raises ConfigError if the model cannot be divided over the mesh.
-        """
-        batch = sequences * MeshShape.parse(mesh).devices
-        train = dataclasses.replace(self.train, batch_size=batch, grad_accum=micro_batches)
-        return dataclasses.replace(self, train=train, execution=dataclasses.replace(self.execution, mesh=mesh))
 
     def section(self, name: str) -> Section:
         """The section of a name: "" is the run itself, "routing" lies within the model."""
@@ -128,14 +119,9 @@ class RunConfig(Section):
                 f"config.json has schema version {version}, this program reads {SCHEMA_VERSION}: use the version of "
                 "moe-jax that wrote it, or start a new run in another folder"
             )
-        own = {f.name: values[f.name] for f in dataclasses.fields(cls) if f.name in values and f.name not in SECTIONS}
+        own = {("", name): values[name] for name, _ in cls().values() if name in values}
         try:
-            sections = {
-                "model": ModelConfig(**values.get("model", {}), routing=RoutingConfig(**values.get("routing", {}))),
-                "data": DataConfig(**values.get("data", {})),
-                "train": TrainConfig(**values.get("train", {})),
-                "execution": ExecutionConfig(**values.get("execution", {})),
-            }
-            return cls(**own, **sections)
-        except TypeError as error:  # an unknown field, or a value of another type
+            given = {(section, name): value for section in SECTIONS for name, value in values.get(section, {}).items()}
+            return cls().override(own | given)
+        except (TypeError, AttributeError) as error:  # an unknown field, or a value of another type
             raise UserError(f"config.json: not settings of this version of moe-jax ({error})") from None

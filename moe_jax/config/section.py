@@ -1,7 +1,7 @@
 """What the sections of a configuration share: the marks on their fields, and the checks of their values.
 
-A mark says what a field's short flag is, and from which starts a run keeps its value (`setting`). The command line
-reads the flags (`cli/settings.py`), and `training/start.py` compares the values. Standard library only.
+A mark says what a field's short flag is, from which starts a run keeps its value, and its limits (`setting`). The
+command line reads the flags (`cli/settings.py`), and `training/start.py` compares the values. Standard library only.
 """
 
 import dataclasses
@@ -18,9 +18,13 @@ dense run whose network becomes every expert, or a public model."""
 ALWAYS: tuple[Origin, ...] = ("resume", "tune", "upcycle", "import")
 
 
-def setting[T](default: T, flag: str = "", kept: Collection[Origin] = ()) -> T:
-    """A field with a short flag, such as `--steps`, or whose value is `kept` where a run starts from weights."""
-    return dataclasses.field(default=default, metadata={"flag": flag, "kept": kept})  # pyright: ignore[reportReturnType]
+def setting[T](
+    default: T, flag: str = "", kept: Collection[Origin] = (), within: tuple[float, float] | None = None
+) -> T:
+    """A field with a short flag, such as `--steps`, or whose value is `kept` where a run starts from weights, or is a
+    number `within` two limits."""
+    marks = {"flag": flag, "kept": kept, "within": within}
+    return dataclasses.field(default=default, metadata=marks)  # pyright: ignore[reportReturnType]
 
 
 class Section:
@@ -28,6 +32,17 @@ class Section:
 
     section_name: ClassVar[str]
     """Its name in `config.json` and in flags. Empty for `RunConfig` itself."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError unless each field holds a value that its type and its marks allow."""
+        for f in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
+            value = getattr(self, f.name)
+            if get_origin(f.type) is Literal:
+                self.check(value in get_args(f.type), f.name, "one of " + ", ".join(get_args(f.type)))
+            if limits := f.metadata.get("within"):
+                low, high = limits
+                ok = isinstance(value, int | float) and low <= value <= high  # false for NaN
+                self.check(ok, f.name, f"between {format_bound(low)} and {format_bound(high)}")
 
     def check(self, ok: bool, name: str, allowed: str) -> None:
         """Raise ConfigError unless `ok`: "--flag value: must be ALLOWED"."""
@@ -37,20 +52,6 @@ class Section:
     def wrong(self, name: str, problem: str) -> ConfigError:
         """The error for a field's value: "--flag value: PROBLEM"."""
         return ConfigError(f"{flag_of(self, name)} {getattr(self, name)}: {problem}")
-
-    def check_range(self, names: tuple[str, ...], low: float, high: float) -> None:
-        """Raise ConfigError unless each named field is a finite number within [low, high]."""
-        for name in names:
-            value = getattr(self, name)
-            ok = isinstance(value, int | float) and low <= value <= high  # false for NaN
-            self.check(ok, name, f"between {format_bound(low)} and {format_bound(high)}")
-
-    def check_choices(self) -> None:
-        """Raise ConfigError unless each field whose type is a Literal holds one of its values."""
-        for f in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
-            if get_origin(f.type) is Literal:
-                allowed = get_args(f.type)
-                self.check(getattr(self, f.name) in allowed, f.name, "one of " + ", ".join(allowed))
 
     def values(self) -> Iterator[tuple[str, Any]]:
         """(name, value) of every field that is not itself a section."""

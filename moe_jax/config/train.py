@@ -27,13 +27,13 @@ class DataConfig(Section):
     tokenizer: TokenizerKind = setting("bpe", "--tokenizer", kept=ALWAYS)
     """`gpt2`, `bpe` (byte-level, trained on the training text), `byte`, or `hf`: the tokenizer of the Hugging Face
     folder in --init-from or --upcycle."""
-    vocab_size: int = setting(1024, kept=("resume", "tune", "upcycle"))
+    vocab_size: int = setting(1024, kept=("resume", "tune", "upcycle"), within=(257, 2**20))
     """Entries of a `bpe` tokenizer, the 256 bytes and the separator included."""
-    stories: int = setting(60_000, kept=("resume", "upcycle"))
+    stories: int = setting(60_000, kept=("resume", "upcycle"), within=(1, 10**8))
     """Training stories that the embedded corpus generates."""
     stories_seed: ClassVar[int] = 0
     """Seed of the embedded corpus."""
-    eval_tokens: int = 65_536
+    eval_tokens: int = setting(65_536, within=(2, 65_536))
     """Most tokens of the validation stream that are scored during training, always the same ones. At the end of a run
     the whole stream is scored."""
     format: DataFormat = setting("text", kept=("resume", "upcycle"))
@@ -41,11 +41,8 @@ class DataConfig(Section):
     answers are learned and scored."""
 
     def __post_init__(self) -> None:
-        self.check_choices()
+        super().__post_init__()
         self.check(bool(self.source.strip()), "source", "a corpus name or a path")
-        self.check_range(("vocab_size",), 257, 2**20)
-        self.check_range(("stories",), 1, 10**8)
-        self.check_range(("eval_tokens",), 2, 65_536)
 
 
 # Steps
@@ -66,21 +63,21 @@ class TrainConfig(Section):
 
     section_name: ClassVar[str] = "train"
 
-    steps: int = setting(1000, "--steps")
+    steps: int = setting(1000, "--steps", within=(1, 10**9))
     """Optimizer steps of the whole run, and the horizon of the learning-rate schedule."""
-    minutes: float = setting(0.0, "--minutes")
+    minutes: float = setting(0.0, "--minutes", within=(0, 1e6))
     """Train for about this time instead of `steps`: after 20 steps their number is set from the measured pace, once.
     0: as many as `steps` says."""
-    batch_size: int = setting(16, "--batch-size")
+    batch_size: int = setting(16, "--batch-size", within=(1, 2**16))
     """B, sequences of one micro-batch."""
-    grad_accum: int = setting(1, "--grad-accum")
+    grad_accum: int = setting(1, "--grad-accum", within=(1, 2**16))
     """Micro-batches whose gradients are averaged into one step."""
     optimizer: OptimizerKind = setting("adamw", "--optimizer", kept=("resume",))
     """AdamW; AdamW with a bfloat16 first moment, or with 8-bit moments; Adafactor; or Muon for the matrices of the
     blocks and AdamW for the rest."""
-    lr: float = setting(3e-3, "--lr")
+    lr: float = setting(3e-3, "--lr", within=(1e-12, 1e3))
     """Peak learning rate of AdamW and Adafactor."""
-    muon_lr: float = 0.02
+    muon_lr: float = setting(0.02, within=(1e-12, 1e3))
     """Peak learning rate of Muon."""
     muon_router: bool = False
     """Train the routers with Muon too. Large AdamW steps move all experts' columns in the direction that all tokens
@@ -89,68 +86,54 @@ class TrainConfig(Section):
     lr_schedule: Schedule = "cosine"
     """How the learning rate falls, from the end of the warm-up to the last step. It follows the steps of the run: a
     skipped step does not hold it back."""
-    final_lr_ratio: float = 0.0
+    final_lr_ratio: float = setting(0.0, within=(0, 1))
     """Learning rate of the last step, relative to the peak."""
-    warmup_steps: int = 50
+    warmup_steps: int = setting(50, within=(0, 10**9))
     """Steps of linear warm-up. At most a tenth of `steps` is used, unless `minutes` sets their number."""
-    beta1: float = 0.9
+    beta1: float = setting(0.9, within=(0, 0.999999))
     """Decay of the running mean of gradients (first moment), per step."""
-    beta2: float = 0.95
+    beta2: float = setting(0.95, within=(0, 0.999999))
     """Decay of the running mean of squared gradients (second moment), per step."""
-    eps: float = 1e-8
+    eps: float = setting(1e-8, within=(1e-30, 1))
     """Added to the root of the second moment."""
-    weight_decay: float = 0.1
+    weight_decay: float = setting(0.1, within=(0, 1e3))
     """Decoupled decay of matrices. Vectors (norms, biases) are not decayed."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = setting(1.0, within=(1e-6, 1e9))
     """Global norm that gradients are clipped to."""
-    aux_loss_coef: float = 0.01
+    aux_loss_coef: float = setting(0.01, within=(0, 1e3))
     """Weight of the balance loss (1 at perfect balance, can be lower). Unused with `routing.balancing` = bias."""
-    router_bias_lr: float = 1e-3
+    router_bias_lr: float = setting(1e-3, within=(0, 1e3))
     """Amount by which each balance bias changes after a training step, with `routing.balancing` = bias."""
-    z_loss_coef: float = 1e-3
+    z_loss_coef: float = setting(1e-3, within=(0, 1e3))
     """Weight of the router's z-loss."""
     param_dtype: ParamDtype = setting("float32", kept=("resume",))
     """Dtype in which matrices are stored between steps. bfloat16 halves the memory of matrices and of their gradients.
     Updated bfloat16 matrices are rounded stochastically: an update smaller than the spacing of bfloat16 still counts on
     average."""
-    seed: int = setting(0, "--seed")
+    seed: int = setting(0, "--seed", within=(0, 2**31 - 1))
     """Seed of the initial parameters, the order of the data, dropout and samples."""
-    log_every: int = 10
+    log_every: int = setting(10, within=(1, 10**9))
     """Steps between lines of metrics.jsonl and of the terminal."""
-    eval_every: int = setting(200, "--eval-every")
+    eval_every: int = setting(200, "--eval-every", within=(1, 10**9))
     """Steps between evaluations. Each evaluation also writes a sample of text."""
-    save_every: int = setting(200, "--save-every")
+    save_every: int = setting(200, "--save-every", within=(1, 10**9))
     """Steps between checkpoints. The last step and the best evaluated step are always saved."""
-    patience: int = 0
+    patience: int = setting(0, within=(0, 10**9))
     """Stop early after this many evaluations in a row without improvement. 0 never stops early."""
-    lora_rank: int = setting(0, "--lora", kept=("resume",))
+    lora_rank: int = setting(0, "--lora", kept=("resume",), within=(0, 4096))
     """Fine-tuning by low-rank adapters (LoRA): their rank on the attention matrices. Each expert's matrices get
     adapters of rank / top-k, at least 1. The weights of the model stay as they are. 0 trains all weights."""
-    lora_alpha: float = setting(0.0, kept=("resume",))
+    lora_alpha: float = setting(0.0, kept=("resume",), within=(0, 1e6))
     """Adapters add (alpha / rank) A B to a matrix. 0 is twice the rank."""
     train_router: bool = setting(False, "--train-router", kept=("resume",))
     """With adapters, train the routers too. Without it every expert keeps its tokens, as far as it can."""
 
     def __post_init__(self) -> None:
-        self.check_choices()
-        self.check_range(("steps",), 1, 10**9)
-        self.check_range(("batch_size", "grad_accum"), 1, 2**16)
-        self.check_range(("log_every", "eval_every", "save_every"), 1, 10**9)
-        self.check_range(("warmup_steps", "patience"), 0, 10**9)
-        self.check_range(("seed",), 0, 2**31 - 1)
-        self.check_range(("minutes",), 0, 1e6)
-        self.check_range(("lora_rank",), 0, 4096)
-        self.check_range(("lora_alpha",), 0, 1e6)
+        super().__post_init__()
         adapted = self.lora_rank > 0
         self.check(adapted or self.lora_alpha == 0, "lora_alpha", "left out; it is for --lora only")
         without = "left out; without --lora the routers are trained"
         self.check(adapted or not self.train_router, "train_router", without)
-        self.check_range(("lr", "muon_lr"), 1e-12, 1e3)
-        self.check_range(("aux_loss_coef", "router_bias_lr", "z_loss_coef", "weight_decay"), 0, 1e3)
-        self.check_range(("final_lr_ratio",), 0, 1)
-        self.check_range(("beta1", "beta2"), 0, 0.999999)
-        self.check_range(("eps",), 1e-30, 1)
-        self.check_range(("max_grad_norm",), 1e-6, 1e9)
 
     @property
     def lora_scale(self) -> float:

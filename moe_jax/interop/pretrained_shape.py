@@ -5,15 +5,16 @@ the classes of transformers ignore them. No weight is read, and neither jax nor 
 """
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_jax.config import ConfigError, ModelConfig, RoutingConfig, UserError
-from moe_jax.config.rope import KINDS, scaling_text
+from moe_jax.config.rope import KINDS, ORIGINAL
 from moe_jax.interop.architectures import FIXED, LAYOUTS, MULTIPLIERS, OLMOE, Architecture, Layout
 from moe_jax.system.errors import shortened
-from moe_jax.system.files import parse_json, read_json
+from moe_jax.system.files import json_text, parse_json, read_json
 
 CONFIG = "config.json"
 
@@ -253,3 +254,18 @@ class _Fields:
 
 def _shown(value: Any) -> str:
     return shortened(json.dumps(value, default=str))
+
+
+def scaling_text(rope: dict[str, Any], longest: int) -> str:
+    """What `ModelConfig.rope_scaling` holds for the object `rope_scaling` of a config.json, whose model reads `longest`
+    positions. Raises ValueError for a number that is missing, and for a field that is not known."""
+    values = {name: value for name, value in rope.items() if value is not None}
+    kind = values.pop("rope_type", values.pop("type", None))
+    values.pop("type", None)
+    numbers = KINDS[kind] | ({ORIGINAL: longest} if kind == "yarn" else {}) | values
+    if kind == "yarn":
+        one, other = (numbers.pop(name, 0) for name in ("mscale", "mscale_all_dim"))
+        growth = 0.1 * math.log(max(numbers["factor"] or 1, 1))
+        size = (1 + one * growth) / (1 + other * growth) if one and other else 1 + growth
+        numbers["attention_factor"] = values.get("attention_factor", size)
+    return json_text({"rope_type": kind} | {name: numbers[name] for name in sorted(numbers)})

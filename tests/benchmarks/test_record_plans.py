@@ -92,6 +92,6 @@ def test_a_pair_compiles_to_what_is_recorded(name: str, gpu: str) -> None:
 def test_two_cards_divide_the_experts() -> None:
     """Half of the experts and of their state on each card, and all of the rest: what is measured is one card's."""
     card = Target.load("rtx3060-12gb")
-    one, two = (record_plans.mesh_mib(CONFIG.on_mesh(f"expert={n}", 2), card) for n in (1, 2))
+    one, two = (record_plans.mesh_mib(record_plans.on_mesh(CONFIG, f"expert={n}", 2), card) for n in (1, 2))
     experts = sum(count.total for name, count in count_parameters(CONFIG.model).items() if name == "experts")
     assert (one - two) * MIB == pytest.approx(experts / 2 * 3 * 4, rel=0.5)

@@ -10,9 +10,9 @@ import pytest
 from comparison import tuning
 from comparison.baselines import Plan
 from comparison.tuning import MIXTURE, Candidate, Side, Tuning, hidden_at_depth, search, sides, text_to_choose_on
+from suites.dense_baselines import DENSE_BASELINES
 
 from moe_jax.config import Dense, RunConfig
-from moe_jax.config.presets import DENSE_BASELINES
 from moe_jax.model.costs import training_flops
 from tests.benchmarks.invented_runs import Trainer, recipe
 
