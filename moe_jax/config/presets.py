@@ -149,9 +149,5 @@ def largest_vocabulary(data: DataConfig) -> int:
 
 
 def with_vocabulary(config: RunConfig) -> RunConfig:
-    """The settings with the vocabulary size that the tokenizer will have, without building the tokenizer.
-
-    A `bpe` tokenizer of a small text can end up smaller.
-    """
-    size = config.model.vocab_size or largest_vocabulary(config.data)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=size))
+    """The settings with the vocabulary size that the tokenizer will have at most, without building the tokenizer."""
+    return config.override({("model", "vocab_size"): config.model.vocab_size or largest_vocabulary(config.data)})
