@@ -21,16 +21,12 @@ The alphabet of the project, used in every annotation, einsum and comment:
 from moe_jax.config.execution import ComputeDtype, ExecutionConfig, MeshShape, ProcessGroup
 from moe_jax.config.model import (
     Activation,
-    Balancing,
     Dense,
-    Dispatch,
     ModelConfig,
     Norm,
-    Positions,
     QKNorm,
     RoutingConfig,
     capacity,
-    device_rows,
 )
 from moe_jax.config.run import SECTIONS, PresetName, RunConfig
 from moe_jax.config.train import (
@@ -40,8 +36,6 @@ from moe_jax.config.train import (
     OptimizerKind,
     ParamDtype,
     Role,
-    Schedule,
-    TokenizerKind,
     TrainConfig,
 )
 from moe_jax.system.errors import ConfigError, UserError

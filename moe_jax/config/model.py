@@ -188,11 +188,6 @@ class ModelConfig(Section):
         """C, slots of one expert for one training sequence of T tokens: see `capacity`."""
         return capacity(self.seq_len, self.experts, self.routing.top_k, self.routing.capacity_factor)
 
-    def device_rows(self, devices: int) -> int:
-        """R, rows of one of n devices along a mesh axis `expert` for one training sequence: see `device_rows`."""
-        routing = self.routing
-        return device_rows(self.seq_len, self.experts, routing.top_k, devices, routing.device_capacity_factor)
-
     @property
     def dropless(self) -> bool:
         """Whether training drops nothing on one device. True for a dense baseline and for dispatch by blocks."""
@@ -227,14 +222,3 @@ def capacity(tokens: int, experts: int, top_k: int, capacity_factor: float) -> i
     """
     exact = Fraction(str(capacity_factor)) * tokens * top_k / experts
     return min(tokens, max(1, math.ceil(exact)))
-
-
-def device_rows(tokens: int, experts: int, top_k: int, devices: int, factor: float) -> int:
-    """Rows of one of n devices, with E / n experts each, for a group of `tokens`: min(T * min(K, E / n), max(1,
-    ceil(factor * T * K / n))).
-
-    The arithmetic is exact, as that of `capacity`. A token's choices are distinct, so at most E / n of them are experts
-    of one device.
-    """
-    exact = Fraction(str(factor)) * tokens * top_k / devices
-    return min(tokens * min(top_k, experts // devices), max(1, math.ceil(exact)))

@@ -97,8 +97,7 @@ class RunConfig(Section):
 
     def kept_settings(self, *origins: Origin) -> dict[tuple[str, str], Any]:
         """(section, name) -> value of the settings that a run keeps which starts from weights of all these origins."""
-        kept = {name: set.intersection(*({*self.section(name).kept(o)} for o in origins)) for name in ("", *SECTIONS)}
-        return {(section, name): value for section, name, value in self.settings() if name in kept[section]}
+        return {(s, name): v for s, name, v in self.settings() if {*origins} <= {*self.section(s).kept(name)}}
 
     def to_dict(self) -> dict[str, Any]:
         """A dict ready for JSON, with the version of its schema. `routing` is a section of its own in it."""

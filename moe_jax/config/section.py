@@ -59,11 +59,9 @@ class Section:
             if not isinstance(value := getattr(self, f.name), Section):
                 yield f.name, value
 
-    def kept(self, origin: Origin) -> Iterator[str]:
-        """The fields whose value a run keeps that starts from such weights."""
-        for f in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
-            if origin in f.metadata.get("kept", ()):
-                yield f.name
+    def kept(self, name: str) -> Collection[Origin]:
+        """The starts from which a run keeps the value of a field."""
+        return self.__dataclass_fields__[name].metadata.get("kept", ())  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @cache

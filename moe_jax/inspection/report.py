@@ -37,10 +37,10 @@ from moe_jax.inspection.specialisation import group_preferences, specialisation
 from moe_jax.inspection.trace import RoutingTrace, attention_data, routing_trace, trace_tokens
 from moe_jax.model.costs import count_parameters, totals
 from moe_jax.pages import filled, page_file, page_script, page_style, security_policy
-from moe_jax.plots import run_figures, save_figures
+from moe_jax.plots import load_entropy, run_figures, save_figures
 from moe_jax.runs.catalog import title
 from moe_jax.runs.load import LoadedRun, open_run
-from moe_jax.runs.records import load_entropy, read_metrics, read_snapshots, read_summary
+from moe_jax.runs.records import read_metrics, read_snapshots, read_summary
 from moe_jax.system.files import json_text, write_output
 from moe_jax.system.terminal import working
 

@@ -12,22 +12,23 @@ The gate of each row goes with it, and its gradient comes back: one number more 
 
 By blocks nothing is dropped on one device. Here the size of an array cannot depend on the router. So a sequence may
 send at most R rows to one device: its fair share T * K / n of the (token, choice) pairs times a factor
-(`config.device_rows`). A pair that finds no row is dropped and counted. An expert has no bound of its own: the experts
+(`device_rows`). A pair that finds no row is dropped and counted. An expert has no bound of its own: the experts
 of a device share its R rows. The rows are given out in token-major order, for each sequence on its own. So no token
 takes a row from an earlier one, and no sequence from another one: what holds for dispatch by capacity holds here.
 
 `jax.lax.ragged_all_to_all` would send only the rows that are filled. XLA does not have it for CPUs (jax 0.12).
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from moe_jax.config import device_rows
 from moe_jax.model.moe.dispatch import (
     Blocks,
     Capacity,
@@ -84,7 +85,7 @@ class ExchangedBlocks:
     devices: int
     """n, which divides E. Device j holds the experts j*E/n to (j+1)*E/n - 1."""
     rows: int
-    """R, see `moe_jax.config.device_rows`."""
+    """R, see `device_rows`."""
 
     def trace(self, routing: Routing) -> QueuedPairs:
         """The place of each pair in the queue of its expert's device. Two choices of a token may be in one queue, so
@@ -137,6 +138,17 @@ class ExpertParallelMoE(MoE):
         policy, devices = self.routing, jax.lax.axis_size(AXIS)
         rows = device_rows(tokens, self.router.shape[-1], policy.top_k, devices, policy.device_capacity_factor)
         return ExchangedBlocks(devices, rows)
+
+
+def device_rows(tokens: int, experts: int, top_k: int, devices: int, factor: float) -> int:
+    """Rows of one of n devices, with E / n experts each, for a group of `tokens`: min(T * min(K, E / n), max(1,
+    ceil(factor * T * K / n))).
+
+    The arithmetic is exact, as that of `capacity`. A token's choices are distinct, so at most E / n of them are experts
+    of one device.
+    """
+    exact = Fraction(str(factor)) * tokens * top_k / devices
+    return min(tokens * min(top_k, experts // devices), max(1, math.ceil(exact)))
 
 
 def _expert_of_rows(expert: Int[Array, "B T K"], plan: Plan, empty: int) -> Int[Array, "n S"]:

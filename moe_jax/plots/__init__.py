@@ -5,6 +5,7 @@ and a program without a display can save them.
 """
 
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,20 @@ from typing import Any
 import numpy as np
 
 from moe_jax.config import UserError
-from moe_jax.runs.records import load_entropy, read_metrics, read_summary
+from moe_jax.runs.records import read_metrics, read_summary
 from moe_jax.system.files import write_output
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc6fa3", "#e69f00", "#56b4e9", "#7a4fa3", "#737373")
 """Colours that colour-blind readers can distinguish (after Okabe and Ito)."""
 FORMATS = ("png", "svg")
+
+
+def load_entropy(load: np.ndarray) -> np.ndarray:
+    """Entropy of the load float [..., E], divided by ln E and rounded to 4 decimals. 1: all experts have the same load;
+    0: one expert has all."""
+    share = load / np.maximum(load.sum(-1, keepdims=True), 1e-12)
+    nats = -(share * np.log(np.maximum(share, 1e-12))).sum(-1)
+    return np.asarray(np.round(nats / math.log(max(load.shape[-1], 2)), 4) + 0.0)  # no -0.0, which is shown as -0.000
 
 
 def check_installed() -> None:

@@ -33,15 +33,6 @@ def saved_config(checkpoint: Checkpoint) -> RunConfig:
         raise CheckpointCorrupted(f"{checkpoint.path}: its manifest holds no configuration ({error})") from None
 
 
-def check_same_model(checkpoint: Checkpoint, config: RunConfig) -> None:
-    """Raise UserError unless a checkpoint belongs to the model of a configuration."""
-    for (name, field), value in saved_config(checkpoint).kept_settings("resume").items():
-        section = config.section(name)
-        if name in ("model", "routing") and getattr(section, field) != value:
-            problem = f"{checkpoint.path} was saved with {value}; start a new run with another --out"
-            raise UserError(str(section.wrong(field, problem)))
-
-
 def saved_weights(checkpoint: Checkpoint) -> Weights | None:
     """The form of the weights if `quantize` made the checkpoint, else None. Raises CheckpointCorrupted for a form that
     this program does not know."""

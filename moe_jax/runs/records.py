@@ -10,12 +10,9 @@ describes summary.json. `traces/step_00000200.json` (written by `training/evalua
 A crash may leave the last line of metrics.jsonl incomplete. A line that is no record is left out everywhere.
 """
 
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from moe_jax.config import UserError
 from moe_jax.system.files import parse_json, read_json, steps_in
@@ -32,18 +29,13 @@ def record_lines(run: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
         return
     with file:
         for line in file:
-            record = _record(line)
-            if record is not None:
+            try:
+                record = parse_json(line)
+            except ValueError:
+                continue
+            usual = isinstance(record, dict) and isinstance(record.get("step"), int)
+            if usual and record.get("split") in ("train", "val"):
                 yield line, record
-
-
-def _record(line: bytes) -> dict[str, Any] | None:
-    try:
-        record = parse_json(line)
-    except ValueError:
-        return None
-    usual = isinstance(record, dict) and isinstance(record.get("step"), int)
-    return record if usual and record.get("split") in ("train", "val") else None
 
 
 def read_metrics(run: Path) -> dict[str, list[dict[str, Any]]]:
@@ -57,14 +49,6 @@ def read_metrics(run: Path) -> dict[str, list[dict[str, Any]]]:
 def last_train_record(run: Path) -> dict[str, Any]:
     """The newest record of the training split in a run's metrics.jsonl. Empty if there is none."""
     return next(reversed(read_metrics(run)["train"]), {})
-
-
-def load_entropy(load: np.ndarray) -> np.ndarray:
-    """Entropy of the load float [..., E], divided by ln E and rounded to 4 decimals. 1: all experts have the same load;
-    0: one expert has all."""
-    share = load / np.maximum(load.sum(-1, keepdims=True), 1e-12)
-    nats = -(share * np.log(np.maximum(share, 1e-12))).sum(-1)
-    return np.asarray(np.round(nats / math.log(max(load.shape[-1], 2)), 4) + 0.0)  # no -0.0, which is shown as -0.000
 
 
 def read_summary(run: Path) -> dict[str, Any]:

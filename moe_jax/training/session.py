@@ -28,7 +28,7 @@ from moe_jax.runs.arrays import named_leaves
 from moe_jax.runs.catalog import holds_run
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointCorrupted, CheckpointStore, doctor_of
 from moe_jax.runs.folder import RunFolder, read_entry
-from moe_jax.runs.load import check_full_weights, check_same_model, load_run_tokenizer, saved_config
+from moe_jax.runs.load import check_full_weights, load_run_tokenizer, saved_config
 from moe_jax.system.machine import versions
 from moe_jax.system.random_keys import Purpose, purpose_key
 from moe_jax.training.data import SessionData
@@ -257,4 +257,8 @@ def check_same_data_and_model(checkpoint: Checkpoint, config: RunConfig, store: 
             f"--data {config.data.source}: not the text that the run in {config.run_dir} was trained on; "
             "resume with that text, or start a new run with another --out"
         )
-    check_same_model(checkpoint, config)
+    for (section, name), value in saved_config(checkpoint).kept_settings("resume").items():
+        there = config.section(section)
+        if section in ("model", "routing") and getattr(there, name) != value:
+            problem = f"{checkpoint.path} was saved with {value}; start a new run with another --out"
+            raise UserError(str(there.wrong(name, problem)))

@@ -20,10 +20,10 @@ from moe_jax.config import (
     TrainConfig,
     UserError,
     capacity,
-    device_rows,
 )
 from moe_jax.config.presets import PRESETS, preset
 from moe_jax.config.section import flag_of, long_flag
+from moe_jax.parallel.experts import device_rows
 from moe_jax.runs.catalog import load_config
 
 
@@ -70,8 +70,6 @@ def test_capacity(tokens: int, experts: int, top_k: int, factor: float, slots: i
 )
 def test_device_rows(tokens: int, experts: int, top_k: int, devices: int, factor: float, rows: int, why: str) -> None:
     assert device_rows(tokens, experts, top_k, devices, factor) == rows, why
-    routing = RoutingConfig(top_k=top_k, device_capacity_factor=factor)
-    assert ModelConfig(seq_len=tokens, experts=experts, routing=routing).device_rows(devices) == rows
 
 
 TIED = {"tie_value_output_init": True}

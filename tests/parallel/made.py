@@ -16,6 +16,7 @@ from moe_jax.certify.causality import perturbed, tight
 from moe_jax.config import ExecutionConfig, RunConfig, TrainConfig
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.transformer import Params, merge
+from moe_jax.parallel.experts import device_rows
 from moe_jax.parallel.layout import AXES, Layout, gathered, mesh_of
 from moe_jax.training.programs import Programs
 from tests.support import tiny
@@ -99,6 +100,8 @@ def mesh_causality(config: RunConfig, params: Params) -> Certificate:
     assert layout is not None
     placed = jax.device_put(params, layout.shardings(params, layout.params))
     forward = make_mesh_forward(layout, programs.trained_graphdef, programs.param_shapes)
-    slots = model.device_rows(layout.mesh.shape["expert"]) if model.dropless else model.capacity
+    n, routing = layout.mesh.shape["expert"], model.routing
+    rows = device_rows(T, model.experts, routing.top_k, n, routing.device_capacity_factor)
+    slots = rows if model.dropless else model.capacity
     before, other = np.random.default_rng(0).integers(0, V, (2, 2 * DEVICES, T)).astype(np.int32)
     return perturbed("mesh", lambda tokens: forward(placed, tokens)[:2], before, other, 1.0, slots)
