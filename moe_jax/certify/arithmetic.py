@@ -9,21 +9,20 @@ backward pass computes again and with the padding of the head's blocks.
 """
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from moe_jax.certify import Certificate
 from moe_jax.certify.formulas import layer_flops, multiplied_rows, router_flops, step_products
 from moe_jax.certify.hlo import Program, read_program, scopes
 from moe_jax.config import ModelConfig, RunConfig
-from moe_jax.model.kernels import cross_entropy
 from moe_jax.model.moe.layer import Mode, MoE
-from moe_jax.model.transformer import build_layer
+from moe_jax.model.transformer import Params, build_layer
 from moe_jax.training.programs import Programs
 
 PARTS = {"attention": "attention", "ffn": "the expert layers", "head": "the head"}
@@ -96,15 +95,46 @@ def router_precision(step: Program, needed: int) -> Certificate:
     )
 
 
+def router_values(config: ModelConfig, params: Params, compute: str) -> Certificate:
+    """The probabilities and gates of every router on random inputs, beside the same in float64 by NumPy. The layer gets
+    its input in the dtype `compute`, so nothing may be rounded further between the input and the gates.
+
+    The bound is the error of a sum in float32, 64 x 2^-24 of the sum of magnitudes.
+    """
+    x = jax.random.normal(jax.random.key(2), (1, config.seq_len, config.width)).astype(compute)
+    layer = build_layer(config, nnx.Rngs(params=jax.random.key(0)))
+    graphdef = nnx.split(layer)[0]
+
+    @jax.jit
+    def decisions(ffn: Params) -> tuple[jax.Array, ...]:
+        routing = nnx.merge(graphdef, nnx.State(ffn)).route(x)
+        return routing.probs, routing.gate, routing.expert_index
+
+    worst = 0.0
+    for block in params["blocks"].values():
+        probs, gate, expert = (np.asarray(a) for a in decisions(block["ffn"]))
+        wide, matrix = np.asarray(x, np.float64), np.asarray(block["ffn"]["router"], np.float64)
+        powers = np.exp(wide @ matrix)
+        expected = powers / powers.sum(-1, keepdims=True)
+        gates = np.take_along_axis(expected, expert, -1)
+        if config.routing.renormalise_gates and config.routing.top_k > 1:
+            gates /= gates.sum(-1, keepdims=True)
+        allowed = 64 * 2.0**-24 * (1 + (np.abs(wide) @ np.abs(matrix)).max())
+        off = max(np.abs(probs / expected - 1).max(), np.abs(gate / gates - 1).max())
+        worst = max(worst, float(off / allowed))
+    return Certificate(
+        "arithmetic: values of the router",
+        worst <= 1,
+        f"probabilities and gates differ from float64 by {worst:.2g} x the bound, at most, in {config.layers} layers",
+        "at most the error of sums in float32 (64 x 2^-24 of their magnitudes)",
+        title="no router rounds its input, its logits or its gates",
+    )
+
+
 def part_products(programs: Programs, batch: int) -> dict[str, int]:
-    """`step_products`, with the form of attention of the programs, and with the head as it is padded: its columns on a
-    card, and its blocks of tokens where these are many."""
-    model = programs.config.model
-    form = cross_entropy.CPU_FORM if jax.default_backend() == "cpu" else cross_entropy.GPU_FORM
-    columns = -(-model.vocab_size // form.columns) * form.columns
-    rows = math.prod(cross_entropy.token_blocks(batch * model.seq_len, columns))
+    """`step_products`, with the form of attention of the programs and the padding of this platform."""
     cudnn = programs.attention.implementation == "cudnn"
-    return step_products(programs.config, batch, cudnn=cudnn) | {"head": 6 * model.width * columns * rows}
+    return step_products(programs.config, batch, cudnn=cudnn, on_card=jax.default_backend() != "cpu")
 
 
 # A layer as a plain function of its parameters

@@ -52,7 +52,28 @@ def _score_product(config: ModelConfig, batch: int, scores: int) -> int:
     return 2 * batch * config.heads * config.head_width * scores
 
 
-def step_products(config: RunConfig, batch: int, cudnn: bool = False) -> dict[str, int]:
+HEAD_BYTES = 128 * 2**20
+"""The head works on as few equal blocks of tokens as keep the float32 logits of a block within so many bytes."""
+CARD_COLUMNS = 128
+"""On a card the head is padded to a multiple of so many columns."""
+
+
+def head_flops(width: int, vocabulary: int, tokens: int, on_card: bool = False) -> int:
+    """Floating-point operations of the head in a training step, with its padding, by a rule of its own.
+
+    Tokens are padded only where no number of equal blocks, up to twice as many as needed, divides them.
+    """
+    columns = -(-vocabulary // CARD_COLUMNS) * CARD_COLUMNS if on_card else vocabulary
+    needed = math.ceil(Fraction(tokens, max(HEAD_BYTES // (4 * columns), 1)))
+    if any(tokens % blocks == 0 for blocks in range(needed, min(2 * needed, tokens) + 1)):
+        padded = tokens
+    else:
+        rows = math.ceil(Fraction(tokens, needed))
+        padded = math.ceil(Fraction(tokens, rows)) * rows
+    return 6 * width * columns * padded
+
+
+def step_products(config: RunConfig, batch: int, cudnn: bool = False, on_card: bool = False) -> dict[str, int]:
     """Floating-point operations of all matrix products of a training step with one micro-batch of `batch` sequences, by
     named scope of the program: attention, ffn, head. The `rest` are those of the optimizer. For models without
     adapters.
@@ -84,6 +105,6 @@ def step_products(config: RunConfig, batch: int, cudnn: bool = False) -> dict[st
     return {
         "attention": model.layers * ((3 + again) * qkv + 3 * out + scores * score),
         "ffn": model.layers * ffn,
-        "head": 6 * model.vocab_size * model.width * tokens,
+        "head": head_flops(model.width, model.vocab_size, tokens, on_card),
         "rest": muon,
     }

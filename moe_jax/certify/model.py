@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from moe_jax.certify import Certificate
-from moe_jax.certify.arithmetic import layer_arithmetic, step_arithmetic
+from moe_jax.certify.arithmetic import layer_arithmetic, router_values, step_arithmetic
 from moe_jax.certify.causality import layer_causality, model_causality, writing_causality
 from moe_jax.config import RunConfig
 from moe_jax.inference.decode import Decoder
@@ -48,6 +48,7 @@ def certify(config: RunConfig, params: Params, batch_size: int) -> Iterator[Cert
     if config.model.dense == "none":
         yield layer_arithmetic(config.model)
         yield from step_arithmetic(config, batch_size)
+        yield router_values(config.model, params, Programs.of(config).policy.compute)
     yield compilations(config, params, batch_size)
 
 

@@ -178,8 +178,9 @@ def quantized_shapes(shapes: dict[str, Any], weights: Weights) -> dict[str, Any]
 def rounded(matrix: Float[Array, "*E D F"], weights: Weights) -> QuantizedMatrix:
     """The nearest codes. An entry is off by at most half the scale of its group.
 
-    The scale is the largest magnitude of the group, divided by the largest code. A group of zeros has scale 0. In int4
-    the codes are found with the scale after its rounding to bfloat16.
+    The scale is the largest magnitude of the group, divided by the largest code. A group of zeros has scale 0, and one
+    with a value that is not finite has scale NaN. In int4 the codes are found with the scale after its rounding to
+    bfloat16.
     """
     *experts, inputs, outputs = matrix.shape
     size = inputs if weights == "int8" else group_size(inputs)
@@ -194,6 +195,8 @@ def _nearest(
     """Codes, and the scale of each group."""
     largest, dtype = (127, jnp.float32) if weights == "int8" else (7, jnp.bfloat16)
     groups = groups.astype(jnp.float32)
-    scale = (jnp.abs(groups).max(-2) / largest).astype(dtype)
+    # XLA's maximum leaves a NaN out on some processors, so finiteness is a question of its own.
+    most = jnp.where(jnp.isfinite(groups).all(-2), jnp.abs(groups).max(-2), jnp.nan)
+    scale = (most / largest).astype(dtype)
     divisor = jnp.where(scale > 0, scale, 1).astype(jnp.float32)[..., None, :]
     return jnp.round(groups / divisor).clip(-largest, largest).astype(jnp.int8), scale

@@ -40,10 +40,11 @@ def test_all_certificates_of_a_small_model(changes: dict) -> None:
     config = run_config(small(**changes))
     found = list(certify(config, jax.device_put(initial_params(config), jax.devices()[0]), batch_size=2))
     assert [c.name for c in found if not c.passed] == []
-    assert len(found) == 1 + 3 + 1 + 5 + 1
+    assert len(found) == 1 + 3 + 1 + 6 + 1
     trained = [found[0], found[1]]
     assert all(" at each of 32 positions" in c.found for c in trained)
-    assert not any("; 0% of the choices" in c.found for c in trained)  # tried under drops
+    assert "; 0% of the choices" not in trained[0].found  # a layer is tried under drops
+    assert ("; 0% of the choices" in trained[1].found) == config.model.dropless
     assert len({c.title for c in found}) == len(found)
 
 

@@ -7,13 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from moe_jax.certify import arithmetic, causality
+from moe_jax.certify import arithmetic, causality, formulas
 from moe_jax.certify.arithmetic import step_arithmetic
 from moe_jax.certify.causality import PerturbationResult, count_changes
 from moe_jax.certify.formulas import step_products
 from moe_jax.certify.hlo import Dot, Program
 from moe_jax.config import RunConfig, TrainConfig
-from moe_jax.model.kernels import cross_entropy
 from moe_jax.training.programs import Programs
 from tests.support import tiny
 
@@ -163,7 +162,7 @@ def test_the_head_is_padded_where_the_device_pads_it(monkeypatch: pytest.MonkeyP
     with monkeypatch.context() as m:
         m.setattr(arithmetic.jax, "default_backend", lambda: "gpu")
         assert of_step(m, padded) == []
-    monkeypatch.setattr(cross_entropy, "LOGITS_BYTES", 5 * 13 * 4)
+    monkeypatch.setattr(formulas, "HEAD_BYTES", 5 * 13 * 4)
     model = dataclasses.replace(MODEL, seq_len=23)
     programs = dataclasses.replace(PROGRAMS, config=dataclasses.replace(CONFIG, model=model))
     assert arithmetic.part_products(programs, 1)["head"] == 6 * 25 * 13 * model.width

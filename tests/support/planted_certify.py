@@ -4,14 +4,14 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 from moe_jax.certify import Certificate, hlo
-from moe_jax.certify.arithmetic import layer_arithmetic, step_arithmetic
+from moe_jax.certify.arithmetic import layer_arithmetic, router_values, step_arithmetic
 from moe_jax.certify.causality import layer_causality, model_causality, writing_causality
 from moe_jax.certify.model import compilations, initial_params
 from moe_jax.config import DataConfig, ExecutionConfig, ModelConfig, RoutingConfig, RunConfig, TrainConfig
 from moe_jax.inference import decode
 from moe_jax.inference.decode import Decoder
 from moe_jax.model import attention, transformer
-from moe_jax.model.kernels import cached_attention, causal_attention
+from moe_jax.model.kernels import cached_attention, causal_attention, cross_entropy
 from moe_jax.model.moe import layer, router
 from moe_jax.model.transformer import abstract_model
 from moe_jax.training import loss
@@ -34,6 +34,8 @@ def certificates(name: str) -> Iterator[Certificate]:
     config = run_config(small(layers=1, activation="swiglu"), "bfloat16" if "router" in claim else "float32")
     if "one layer," in claim:  # 80 slots
         yield layer_arithmetic(dataclasses.replace(config.model, seq_len=256))
+    elif "values" in claim:
+        yield router_values(config.model, initial_params(config), "float32")
     elif kind == "arithmetic":
         yield from step_arithmetic(config, batch_size=2)
     else:
@@ -91,6 +93,19 @@ BUGS = [
     Bug(
         "certify: the router multiplies in TF32", router.router_logits, claim("arithmetic: precision of the router")
     ).edit(", precision=dot_precision(dtype))", ")"),
+    *(
+        Bug(
+            f"certify: the router rounds its {what} to bfloat16", where, claim("arithmetic: values of the router")
+        ).edit(old, f"jax.lax.reduce_precision({old}, 8, 7)")
+        for what, where, old in [
+            ("input", router.router_logits, "x.astype(dtype)"),
+            ("logits", router.route, "checkpoint_name(logits, DECISIONS)"),
+            ("gates", router.route, "jnp.where(valid[..., None], gate, jnp.nan)"),
+        ]
+    ),
+    Bug("certify: the head multiplies one block too many", cross_entropy.token_blocks, claim(STEP.format("head"))).edit(
+        "return blocks, tokens // blocks", "return blocks + 1, tokens // blocks"
+    ),
     Bug("certify: one slot of 80 too many", layer.MoE.dispatch_for, claim(LAYER)).edit(
         "return Capacity(", "return Capacity(1 + "
     ),
