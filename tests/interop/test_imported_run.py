@@ -1,10 +1,12 @@
 """`import`: a folder with the layout of a public mixture becomes a run, of the rounded weights and nothing else."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -100,16 +102,46 @@ def test_unquantised_weights_go_back(tmp_path: Path) -> None:
         np.testing.assert_array_equal(back[name], array, err_msg=name)
 
 
-def test_a_value_that_is_not_finite_is_named(tmp_path: Path) -> None:
-    folder = published(tmp_path / "hf")
-    name = "model.layers.1.mlp.experts.4.up_proj.weight"
-    for file in folder.glob("*.safetensors"):
-        if name in (tensors := load_file(file)):
-            tensors = {n: array.copy() for n, array in tensors.items()}
-            tensors[name][3, 5] = np.nan
-            save_file(tensors, file)
-    for form in ("int4", "int8", "bfloat16"):
-        with pytest.raises(UserError, match=f"{name} has NaN or infinite values") as failure:
+LAYER = "model.layers.0"
+PLACES = {
+    "norm": f"{LAYER}.input_layernorm.weight",
+    "attention": f"{LAYER}.self_attn.v_proj.weight",
+    "router": f"{LAYER}.mlp.gate.weight",
+    "expert": f"{LAYER}.mlp.experts.4.up_proj.weight",
+    "head": "lm_head.weight",
+    "embedding": "model.embed_tokens.weight",
+}
+
+
+@pytest.fixture(scope="module")
+def by_width(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """A folder with one layer of a width, made once."""
+    made: dict[int, Path] = {}
+
+    def of(width: int) -> Path:
+        if width not in made:
+            folder = tmp_path_factory.mktemp("width") / "hf"
+            made[width] = published(folder, hidden_size=width, num_hidden_layers=1, shard_bytes=10**9)
+        return made[width]
+
+    return of
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize(("width", "place"), [*((128, place) for place in PLACES), (2048, "expert"), (2048, "head")])
+def test_a_single_value_that_is_not_finite_is_named(
+    width: int, place: str, value: float, by_width: Callable[[int], Path], tmp_path: Path
+) -> None:
+    """A processor's maximum may leave a NaN out, so each kind of place, in each form, has one value of many."""
+    folder = tmp_path / "hf"
+    shutil.copytree(by_width(width), folder)
+    (file,) = folder.glob("*.safetensors")
+    tensors = {n: array.copy() for n, array in load_file(file).items()}
+    tensors[PLACES[place]].reshape(-1)[-77] = value
+    save_file(tensors, file)
+    forms: tuple[Form, ...] = ("int4", "int8", "bfloat16") if width == 128 else ("int4", "int8")
+    for form in forms:
+        with pytest.raises(UserError, match=f"{PLACES[place]} has NaN or infinite values") as failure:
             import_run(opened(folder), form, 40, tmp_path / "run")
         assert "\n" not in str(failure.value)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]

@@ -215,6 +215,26 @@ def test_zeros_stay_zeros(weights: Weights) -> None:
     assert not scale[:, 1].any()
 
 
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("inputs", [32, 128, 2048])
+def test_one_value_that_is_not_finite_shows_in_one_scale(weights: Weights, inputs: int) -> None:
+    """Wherever it is: the maximum of a CPU leaves a NaN out at some places."""
+    rng = np.random.default_rng(inputs)
+    for value in (np.nan, np.inf, -np.inf):
+        for row in (0, 1, 7, inputs - 2, inputs - 1, *rng.integers(0, inputs, 4).tolist()):
+            matrix = rng.normal(size=(inputs, 5)).astype(np.float32)
+            matrix[row, 3] = value
+            bad = ~np.isfinite(np.asarray(rounded(matrix, weights)[0].scale, np.float32))
+            group = row // group_size(inputs) if weights == "int4" else 0
+            assert np.argwhere(bad).tolist() == [[group, 3]]
+
+
+def test_the_nearest_code_of_a_half_is_even() -> None:
+    """-127, 2.5 and 3.5 times the scale 1: a half goes to the even code, as IEEE 754 rounds (section 4.3.1)."""
+    matrix = np.array([[-127.0], [2.5], [3.5], [-0.5]], np.float32)
+    assert np.asarray(rounded(matrix, "int8")[0].codes)[:, 0].tolist() == [-127, 2, 4, 0]
+
+
 def test_an_odd_number_of_inputs_is_refused_in_int4() -> None:
     with pytest.raises(UserError, match="head: has 5 inputs, and int4 packs two into a byte; take int8"):
         quantize({"head": jnp.ones((5, 4))}, "int4")
