@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from moe_jax.cli.main import main, run_as, run_command
+from moe_jax.runs.load import open_run, with_fewer_experts
+from moe_jax.training.evaluate import evaluate_run
 from tests.reliability import runs
 from tests.support import saved_run
 
@@ -76,3 +78,9 @@ def test_evaluation_ends_with_json(trained: Path, place: Path, capsys: pytest.Ca
     assert scored["val_loss"] == pytest.approx(summary["val_loss"], rel=1e-6)
     (place / "other.txt").write_text("a dog sat on the mat.")
     assert evaluate("--data", str(place / "other.txt"))["tokens"] == 22
+    fewer = evaluate("--active", "1")
+    run = with_fewer_experts(open_run(trained), 1)
+    expected = evaluate_run(run, run.validation_text()[0].valid.stream).loss
+    assert fewer["val_loss"] == scored["val_loss"]
+    assert (fewer["active"], fewer["val_loss_active"]) == (1, pytest.approx(expected, rel=1e-6))
+    assert abs(expected - scored["val_loss"]) > 1e-4

@@ -37,6 +37,14 @@ def test_equals_at_the_edge_of_top_k_are_taken_by_lower_id() -> None:
     assert np.flatnonzero(np.isfinite(out[0])).tolist() == [0, 1, 3]
 
 
+def test_top_p_stops_where_it_is_reached_exactly() -> None:
+    """Probabilities 1/2, 1/4, 1/8, 1/8 are exact in float32: 3/4 is reached by the first two tokens."""
+    logits = jnp.log(jnp.array([[0.125, 0.5, 0.125, 0.25]]))
+    for top_p, left in ((0.5, [1]), (0.75, [1, 3]), (0.7501, [0, 1, 3])):
+        out = adjust(logits, Sampling(temperature=1.0, top_p=top_p), jnp.zeros((1, 4), bool))
+        assert np.flatnonzero(np.isfinite(out[0])).tolist() == left
+
+
 @pytest.mark.parametrize("settings", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 0.0}])
 def test_the_likeliest_token_is_always_allowed(settings: dict[str, float]) -> None:
     for temperature in (1e-2, 1.0, 100.0):

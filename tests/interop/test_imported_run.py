@@ -91,6 +91,14 @@ def test_the_weights_are_those_of_the_folder_rounded(name: str, form: Form, tmp_
     assert np.isfinite(run.logits("Once upon a time")).all()
 
 
+def test_a_longer_context_than_the_model_reads_is_not_taken(tmp_path: Path) -> None:
+    """Positions beyond those of its training, or of its window of attention, would give other logits."""
+    model = opened(published(tmp_path / "hf", max_position_embeddings=50))
+    for context, read in ((96, 50), (50, 50), (20, 20)):
+        import_run(model, "int8", context, tmp_path / f"run-{context}")
+        assert moe_jax.load_run(tmp_path / f"run-{context}").config.model.seq_len == read
+
+
 def test_unquantised_weights_go_back(tmp_path: Path) -> None:
     folder = published(tmp_path / "hf")
     import_run(opened(folder), "bfloat16", 40, tmp_path / "run")
