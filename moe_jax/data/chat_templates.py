@@ -9,6 +9,7 @@ Python object. It may take any time and memory. Whatever goes wrong is one line.
 """
 
 import json
+import re
 import time
 from collections.abc import Sequence
 from functools import cached_property
@@ -84,14 +85,25 @@ class ChatTemplate:
         return library
 
     @cached_property
-    def _special(self) -> list[str]:
-        return [token.content for token in self._library.get_added_tokens_decoder().values() if token.special]
+    def _special(self) -> set[str]:
+        return {token.content for token in self._library.get_added_tokens_decoder().values() if token.special} - {""}
 
     def _harmless(self, content: str) -> str:
-        for token in self._special:
-            while token and token in content:
-                content = content.replace(token, token[:-1])
-        return content
+        """The content without the last character of each special token, also of one that this brings about.
+
+        What is kept never ends with a special token. The time is proportional to the length.
+        """
+        if not any(token in content for token in self._special):
+            return content
+        sizes = sorted({len(token) for token in self._special})
+        ends = "".join(re.escape(end) for end in sorted({token[-1] for token in self._special}))
+        kept, tail = [], ""
+        for piece in re.split(f"([{ends}])", content):
+            longer = tail + piece
+            if not any(longer[-size:] in self._special for size in sizes):
+                kept.append(piece)
+                tail = longer[-sizes[-1] :]
+        return "".join(kept)
 
     def _ids(self, text: str) -> list[int]:
         with one_line():

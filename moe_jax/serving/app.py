@@ -3,7 +3,9 @@
 import asyncio
 import hmac
 import re
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -27,6 +29,10 @@ from moe_jax.serving.streams import GenerationResponse, error_response, json_res
 
 OPEN_PATHS = {"/", "/health"}
 """Paths that need no key."""
+LARGE_BODY = 1 << 16
+"""Bodies with more bytes are read one after another, so that they leave the processor to other requests."""
+READING_SECONDS = 10.0
+"""Within this time a body must have become tokens."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,7 @@ class Server:
 
     def __init__(self, engine: Engine, card: ModelCard, policy: AccessPolicy) -> None:
         self.engine, self.card = engine, card
+        self._large_body = asyncio.Semaphore(1)
         self.stopping = False
         """Whether /health says so."""
         routes = [
@@ -104,14 +111,43 @@ class Server:
 
     async def generation(self, kind: type[Completion | ChatCompletion], request: Request) -> GenerationResponse:
         body = await read_body(request)
-        # A megabyte of text takes a while to encode, so another thread does it.
-        return GenerationResponse(await asyncio.to_thread(kind, body, self.card), self.engine)
+        async with self._large_body if len(body) > LARGE_BODY else nullcontext():
+            generation = await on_own_thread(kind, body, self.card)
+        return GenerationResponse(generation, self.engine)
 
     async def health(self, request: Request) -> Response:
         engine = self.engine
         status = "stopping" if self.stopping else "ok" if engine.running else "failed"
         counts = {"slots": engine.slots, "busy": engine.busy, "queued": engine.queued, "cancelled": engine.cancelled}
         return json_response({"status": status, **counts}, 200 if status == "ok" else 503)
+
+
+async def on_own_thread[**P, T](function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """What a function of a request returns, computed on a thread of its own. Raises ApiError after READING_SECONDS.
+
+    A thread that is late then holds up no other request, as it would in a pool, and not the end of the process.
+    """
+    loop = asyncio.get_running_loop()
+    answer: asyncio.Future[T] = loop.create_future()
+
+    def tell(set_answer: Callable[[Any], None], value: Any) -> None:
+        if not answer.done():
+            set_answer(value)
+
+    def work() -> None:
+        try:
+            told = answer.set_result, function(*args, **kwargs)
+        except Exception as error:
+            told = answer.set_exception, error
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(tell, *told)
+
+    threading.Thread(target=work, daemon=True).start()
+    try:
+        return await asyncio.wait_for(answer, READING_SECONDS)
+    except TimeoutError:
+        problem = f"the request was not read within {READING_SECONDS:g} seconds; shorten its text"
+        raise ApiError(503, problem, code="too_slow") from None
 
 
 async def _error(request: Request, error: Exception) -> Response:

@@ -75,12 +75,12 @@ class Site:
         sock.connect(("127.0.0.1", self.port))
         return sock
 
-    def open(self, **fields: Any) -> socket.socket:
-        """A socket that has asked for a completion, and has read nothing yet."""
+    def open(self, path: str = "/v1/completions", **fields: Any) -> socket.socket:
+        """A socket that has asked, and has read nothing yet."""
         sock = self.connect()
         body = json.dumps(fields).encode()
         sock.sendall(
-            b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+            b"POST %b HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % (path.encode(), len(body)) + body
         )
         return sock
 

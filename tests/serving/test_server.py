@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import signal
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,6 +42,38 @@ def test_a_signal_ends_the_server(number: int) -> None:
         for n, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
             signal.signal(n, handler)
     assert (running.stopping, engine.running) == (True, False)
+
+
+@pytest.mark.parametrize("size", [10, app.LARGE_BODY + 1])
+def test_requests_that_are_never_read_hold_up_no_other(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than a pool would have threads: other requests are answered, and the server ends although they wait."""
+    begun, never = threading.Semaphore(0), threading.Event()
+
+    def stuck(body: bytes, card: ModelCard) -> None:
+        begun.release()
+        never.wait(60)
+
+    monkeypatch.setattr(app, "ChatCompletion", stuck)
+    with site(tmp_path) as served:
+        chats = [served.open("/v1/chat/completions", prompt="a" * size) for _ in range(40)]
+        assert begun.acquire(timeout=30)
+        assert served.complete(prompt="the", max_tokens=3).status == 200
+    assert not never.is_set()
+    never.set()
+    for sock in chats:
+        sock.close()
+
+
+def test_a_request_that_takes_too_long_is_answered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    never = threading.Event()
+    monkeypatch.setattr(app, "READING_SECONDS", 0.2)
+    monkeypatch.setattr(app, "Completion", lambda body, card: never.wait(60))
+    with site(tmp_path) as served:
+        answer = served.complete(prompt="the")
+    never.set()
+    assert (answer.status, answer.json["error"]["code"]) == (503, "too_slow")
 
 
 def test_a_server_of_a_public_address_answers_to_any_name_with_its_key() -> None:
