@@ -162,7 +162,7 @@ def test_ids_and_pieces_are_those_of_the_tokenizer(blank: Any, kind: str) -> Non
     )
     page = html_page(made("nano", tokenizer=ours), kind, {})
     alphabet, draw = [*"aeht .,'\n\r\x00\u00a0é日😀İſ0١²", " the", "  "], random.Random(0)
-    texts = ODD + ["".join(draw.choices(alphabet, k=40)) for _ in range(200)]
+    texts = [*ODD, "the dragon" * 300] + ["".join(draw.choices(alphabet, k=40)) for _ in range(200)]
     chat = [Message("user", " hello "), Message("assistant", "a cat"), Message("user", "assistant\nx")]
     messages = [{"role": role, "content": content} for role, content in chat]
     code = f"""await open(file);
@@ -336,9 +336,9 @@ def test_a_conversation_a_dense_model_and_a_file_that_was_spoiled(browser: Any, 
     inside = Inside(browser, (folder / "dense.html").as_uri())
     inside.write("Hi", 6, seed="5")
     assert not inside.page.locator("#switches").is_visible()
-    inside.page.locator("#prompt").fill("a beginning that is longer than the context")
+    inside.page.locator("#prompt").fill("a" * 50_000)  # one word, whose tokens are not even computed
     inside.page.locator("#write").click()
-    inside.page.locator("#error", has_text="has 44 tokens, and the model reads 32. Shorten it.").wait_for()
+    inside.page.locator("#error", has_text="has more than 32 tokens, and the model reads 32. Shorten it.").wait_for()
     inside.page.close()
     data = bytearray(page_of("dense"))
     data[data.rindex(b'id="weights">') + 600] ^= 1

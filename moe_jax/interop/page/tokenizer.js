@@ -12,22 +12,26 @@ class Tokenizer {
     for (const [left, right] of merges) this.entries.push(this.entries[left] + this.entries[right]);
     this.ids = new Map(this.entries.map((entry, id) => [entry, id]));
     this.separator = this.entries.length;
+    this.longest = Math.max(...this.entries.map((entry) => entry.length)); // in bytes
     this.pieces = [...this.entries.map(shownAs), "<|endoftext|>"];
   }
 
   encode(text) { return (text.match(WORD) ?? []).flatMap((word) => this.merged(bytesOf(word))); }
 
-  // Of all neighbours in a word, those that join to the entry with the lowest id are joined first.
+  // Of all neighbours in a word, those that join to the entry with the lowest id are joined first, from the left. Their
+  // new neighbours join to higher ids, so all of one id are joined in one pass.
   merged(word) {
-    const parts = this.ids.has(word) ? [word] : [...word];
+    let parts = this.ids.has(word) ? [word] : [...word];
     for (;;) {
-      let best = Infinity, at = -1;
-      for (let i = 0; i + 1 < parts.length; i++) {
-        const id = this.ids.get(parts[i] + parts[i + 1]) ?? Infinity;
-        if (id < best) [best, at] = [id, i];
+      let best = Infinity;
+      for (let i = 0; i + 1 < parts.length; i++) best = Math.min(best, this.ids.get(parts[i] + parts[i + 1]) ?? Infinity);
+      if (best === Infinity) return parts.map((part) => this.ids.get(part));
+      const joined = [];
+      for (let i = 0; i < parts.length; i++) {
+        const pair = i + 1 < parts.length ? parts[i] + parts[i + 1] : "";
+        joined.push(pair === this.entries[best] ? (i++, pair) : parts[i]);
       }
-      if (at < 0) return parts.map((part) => this.ids.get(part));
-      parts.splice(at, 2, parts[at] + parts[at + 1]);
+      parts = joined;
     }
   }
 

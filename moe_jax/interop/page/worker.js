@@ -120,9 +120,15 @@ const reading = async (prompt, off, alive, each = () => {}) => {
 
 const write = async (number, { prompt, messages, echo, max_tokens, temperature, seed, off }) => {
   const T = model.config.seq_len, V = entry.moe_jax.vocab_size, fresh = typeof prompt === "string", alive = () => stopped < number;
+  const refuse = (count) => {
+    const [what, remedy] = messages ? ["conversation", "Begin a new one"] : ["beginning", "Shorten it"];
+    throw new Error(`The ${what} has ${count} tokens, and the model reads ${T}. ${remedy}`);
+  };
+  // A long text is refused before it is cut into tokens: until that is done, no message is read.
+  const size = fresh ? prompt.length : (messages ?? []).reduce((sum, { content }) => sum + content.length, 0);
+  if (size > T * tokenizer.longest) refuse(`more than ${T}`);
   const ids = messages ? tokenizer.conversation(messages) : fresh ? [tokenizer.separator, ...tokenizer.encode(prompt)] : prompt;
-  if (messages && ids.length >= T) throw new Error(`The conversation has ${ids.length} tokens, and the model reads ${T}. Begin a new one`);
-  if (fresh && ids.length > T) throw new Error(`The beginning has ${ids.length} tokens, and the model reads ${T}. Shorten it`);
+  if (messages ? ids.length >= T : fresh && ids.length > T) refuse(ids.length);
   const tell = (choice) => postMessage({ text: number, event: { choices: [choice] } });
   const after = (hidden) => logProbabilities(model.logits(hidden).subarray(0, V));
   let more = { prompt_token_ids: ids }, logprobs = null, place = ids.length;
