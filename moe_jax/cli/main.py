@@ -74,6 +74,9 @@ def console() -> int:
 def main(program: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None = None) -> int:
     """Run a program on the arguments, by default those of this process. An error that the user can fix becomes one line
     and an exit status."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # the stream is closed: `moe-jax chat <&-`
+            setattr(sys, name, Path(os.devnull).open(mode))  # noqa: SIM115, to the end of the process
     try:
         status = program(sys.argv[1:] if argv is None else argv) or 0
         sys.stdout.flush()  # an error of the last write is found here, and not while Python shuts down

@@ -4,8 +4,11 @@ import os
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from moe_jax.config import UserError
 from moe_jax.runs.catalog import RUNS, SHIPPED, is_shipped, runs_in, saved_at
+from moe_jax.system.errors import shortened
 from moe_jax.system.files import steps_in
 from moe_jax.system.terminal import say
 
@@ -27,14 +30,16 @@ def runs() -> int:
 def _row(run: Path) -> tuple[str, ...]:
     from moe_jax.runs.records import read_summary
 
-    saved = steps_in(run / "checkpoints")
-    summary = {"steps": max(saved), **read_summary(run)}  # a run that was stopped early has no summary
+    summary: dict[str, Any] = {"steps": max(steps_in(run / "checkpoints"))}
+    with suppress(UserError, OSError):  # the other runs are listed
+        summary |= read_summary(run)  # a run that was stopped early has none
     values = [summary.get(name) for name in ("steps", "val_bits_per_byte", "params_total")]
-    shown = ["-" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:.4f}" for value in values]
+    shown = [f"{v:,}" if isinstance(v, int) else f"{v:.4f}" if isinstance(v, float) else "-" for v in values]
     date = time.strftime("%Y-%m-%d %H:%M", time.localtime(saved_at(run)))
     when = "comes with moe-jax" if is_shipped(run) else date
     weights = f" ({summary['weights']})" if "weights" in summary else ""
-    return (run.name, summary.get("preset", "-") + weights, *shown, f"{_folder_size(run) / 1e6:,.1f}", when)
+    cells = run.name, f"{summary.get('preset', '-')}{weights}", *shown, f"{_folder_size(run) / 1e6:,.1f}", when
+    return tuple(shortened(" ".join(cell.split()), 40) for cell in cells)  # a line end would begin another row
 
 
 def _folder_size(folder: Path) -> int:

@@ -16,8 +16,7 @@ from moe_jax.interop.source import ExportSource
 from moe_jax.interop.tokenizers import modelfile, tokenizer_files
 from moe_jax.model.costs import count_parameters, totals, training_flops
 from moe_jax.runs.arrays import SafetensorsWriter
-from moe_jax.system.errors import disk_cause
-from moe_jax.system.files import json_text, new_folder
+from moe_jax.system.files import json_text, out_folder
 
 LAYOUT = """\
 # The layout of model.safetensors
@@ -66,20 +65,14 @@ def export(source: ExportSource, to: ExportTarget, dtype: ExportDtype, out: Path
     """
     architecture = check_exportable(source, to)
     texts = _texts(source, architecture, to, dtype)
-    try:
-        with new_folder(out) as draft:
-            if to != "gguf":
-                _write_weights(draft / "model.safetensors", source, architecture, dtype)
-            if architecture is not None and to in ("gguf", "both"):
-                gguf_file.write_gguf(draft / "model.gguf", source, architecture, out.name, dtype)
-            files = sorted([*texts, *(path.name for path in draft.iterdir())])
-            for name, text in (texts | {"README.md": model_card(source, out.name, command, files)}).items():
-                (draft / name).write_bytes(text.encode())
-    except Exception as error:
-        cause = disk_cause(error)
-        if cause is None:
-            raise
-        raise UserError(f"--out {out}: cannot be written ({cause}); nothing was exported") from None
+    with out_folder(out, "exported") as draft:
+        if to != "gguf":
+            _write_weights(draft / "model.safetensors", source, architecture, dtype)
+        if architecture is not None and to in ("gguf", "both"):
+            gguf_file.write_gguf(draft / "model.gguf", source, architecture, out.name, dtype)
+        files = sorted([*texts, *(path.name for path in draft.iterdir())])
+        for name, text in (texts | {"README.md": model_card(source, out.name, command, files)}).items():
+            (draft / name).write_bytes(text.encode())
     return sorted(out.iterdir())
 
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import xxhash
 
-from moe_jax.config import RunConfig, UserError
+from moe_jax.config import RunConfig
 from moe_jax.config.presets import preset
 from moe_jax.interop.pretrained import Part, Pretrained
 from moe_jax.model.costs import Count, count_parameters, totals
@@ -27,8 +27,7 @@ from moe_jax.model.transformer import abstract_model
 from moe_jax.runs.arrays import WEIGHTS, SafetensorsWriter, named_leaves
 from moe_jax.runs.checkpoint import CheckpointStore
 from moe_jax.runs.folder import RunFolder
-from moe_jax.system.errors import disk_cause
-from moe_jax.system.files import new_folder
+from moe_jax.system.files import out_folder
 from moe_jax.system.terminal import progress_bar
 
 Form = Literal["int4", "int8", "bfloat16"]
@@ -65,18 +64,12 @@ def import_run(model: Pretrained, form: Form, context: int, out: Path) -> Import
         _write_weights(model, shapes, quantized, folder, digest)
         origin["digest"] = digest.hexdigest()
 
-    try:
-        with new_folder(out) as draft:
-            folder = RunFolder(draft)
-            folder.save_tokenizer(model.tokenizer)
-            CheckpointStore(draft).save_weights(write, 0, elapsed=0.0, context=context_of_run)
-            folder.start(config, model.tokenizer, [origin])
-            folder.write_summary(summary | {"weights": form})
-    except Exception as error:
-        cause = disk_cause(error) or (isinstance(error.__cause__, Exception) and disk_cause(error.__cause__))
-        if not cause:
-            raise
-        raise UserError(f"--out {out}: cannot be written ({cause}); nothing was imported") from None
+    with out_folder(out, "imported") as draft:
+        folder = RunFolder(draft)
+        folder.save_tokenizer(model.tokenizer)
+        CheckpointStore(draft).save_weights(write, 0, elapsed=0.0, context=context_of_run)
+        folder.start(config, model.tokenizer, [origin])
+        folder.write_summary(summary | {"weights": form})
     written = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
     return ImportedRun(origin["model_type"], counts, model.size(), written)
 

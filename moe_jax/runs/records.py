@@ -52,12 +52,13 @@ def last_train_record(run: Path) -> dict[str, Any]:
 
 
 def read_summary(run: Path) -> dict[str, Any]:
-    """The summary of a run. Empty if there is none. Raises UserError if it is not JSON, and OSError if it cannot be
-    read."""
-    try:
-        return _parsed(run / SUMMARY)
-    except FileNotFoundError:
-        return {}
+    """The summary of a run. Empty if there is none. Raises UserError if it is no JSON object, and OSError if it cannot
+    be read."""
+    path = run / SUMMARY
+    summary = _parsed(path) if path.is_file() else {}
+    if not isinstance(summary, dict):
+        raise UserError(f"{path}: is no JSON object, so it was changed; remove it, or put the file of the run back")
+    return summary
 
 
 def read_snapshots(run: Path) -> list[dict[str, Any]]:

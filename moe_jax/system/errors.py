@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 
 
 class ConfigError(ValueError):
@@ -18,6 +19,8 @@ class UserError(Exception):
     """
 
 
+_SHORT_WRITE = re.compile(r"\d+ requested and \d+ written")
+"""What numpy says where a file takes a part of an array."""
 _CAUSES = {
     "the disk is full": (errno.ENOSPC, errno.EDQUOT),
     "a file is larger than `ulimit -f` allows": (errno.EFBIG,),
@@ -27,6 +30,8 @@ _CAUSES = {
 def disk_cause(error: Exception) -> str | None:
     """The cause of an error of the file system, or None for another error. Tensorstore and safetensors say it in the
     text of their errors."""
+    if _SHORT_WRITE.search(str(error)):
+        return "the disk is full"
     for cause, numbers in _CAUSES.items():
         if isinstance(error, OSError) and error.errno is not None:
             if error.errno in numbers:

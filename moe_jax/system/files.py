@@ -16,6 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from moe_jax.system.errors import UserError, disk_cause
+
 _STEP = re.compile(r"step_(\d{8,18})", re.ASCII)
 
 
@@ -90,6 +92,20 @@ def new_folder(out: Path) -> Iterator[Path]:
         draft.rename(out)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextmanager
+def out_folder(out: Path, done: str) -> Iterator[Path]:
+    """`new_folder` for the flag --out of a command. Raises UserError if it cannot be written: it says what the disk
+    said, and that nothing was `done`, such as "exported"."""
+    try:
+        with new_folder(out) as draft:
+            yield draft
+    except Exception as error:
+        cause = disk_cause(error) or (isinstance(error.__cause__, Exception) and disk_cause(error.__cause__))
+        if not cause:
+            raise
+        raise UserError(f"--out {out}: cannot be written ({cause}); nothing was {done}") from None
 
 
 @contextmanager

@@ -19,9 +19,10 @@ from moe_jax.model.transformer import Params
 from moe_jax.runs import records
 from moe_jax.runs.arrays import named_leaves, write_weights
 from moe_jax.runs.checkpoint import CheckpointStore
-from moe_jax.runs.folder import RunFolder, locked_for_training
+from moe_jax.runs.folder import RunFolder
 from moe_jax.runs.load import LoadedRun, check_full_weights, open_run
 from moe_jax.runs.records import read_summary
+from moe_jax.system.files import out_folder
 from moe_jax.training.evaluate import Evaluation, evaluate_run
 
 
@@ -66,18 +67,19 @@ def _write(loaded: LoadedRun, run: Path, out: Path, weights: Weights, params: Pa
     train = dataclasses.replace(loaded.config.train, lora_rank=0, lora_alpha=0.0, train_router=False)
     config = dataclasses.replace(loaded.config, out=str(out), resume=False, train=train)
     source = {"quantized_from": str(run), "step": old.step, "weights": weights, "weights_digest": old.weights_digest}
-    with locked_for_training(out):
-        folder = RunFolder(out)
+    with out_folder(out, "quantized") as draft:
+        folder = RunFolder(draft)
         folder.start(config, loaded.tokenizer, [source])
         for name in (records.METRICS, folder.samples.name):
             if (run / name).exists():
-                shutil.copyfile(run / name, out / name)
+                shutil.copyfile(run / name, draft / name)
         folder.write_summary(summary | {"weights": weights})
         folder.truncate_logs_after(old.step, old.step)
         context = old.context | {"config": config.to_dict()}
         context |= {"quantized": {"weights": weights, "made_from": str(run)}}
         write = partial(write_weights, leaves=named_leaves({"params": params}))
-        return CheckpointStore(out).save_weights(write, old.step, elapsed=old.elapsed, context=context)
+        checkpoint = CheckpointStore(draft).save_weights(write, old.step, elapsed=old.elapsed, context=context)
+    return out / checkpoint.relative_to(draft)
 
 
 def _summary_at(loaded: LoadedRun, run: Path, scored: Evaluation | None) -> dict[str, Any]:

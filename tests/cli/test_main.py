@@ -29,6 +29,18 @@ def test_a_platform_that_does_not_exist(error: str, monkeypatch, capsys: pytest.
     )
 
 
+def test_closed_streams_are_empty_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with `moe-jax chat <&- >&-`: Python has None in their place."""
+    for name in ("stdin", "stdout", "stderr"):
+        monkeypatch.setattr(sys, name, None)
+
+    def program(argv: Sequence[str]) -> int:
+        print("nobody reads this")
+        return 0 if (sys.stdin.isatty(), sys.stdin.read()) == (False, "") else 1
+
+    assert main.main(program, []) == 0
+
+
 def test_a_defect_keeps_its_traceback(monkeypatch) -> None:
     monkeypatch.setattr(sys, "argv", ["moe-jax"])
 

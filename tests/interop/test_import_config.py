@@ -226,12 +226,35 @@ def edit_tokenizer(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Non
     (folder / "tokenizer.json").write_text(json.dumps(values))
 
 
+def cut(pattern: Any, behaviour: str, after: Any) -> dict[str, Any]:
+    """A pre-tokenizer that cuts a text at a pattern, before another one."""
+    pattern = {"String": pattern} if isinstance(pattern, str) else pattern
+    split = {"type": "Split", "pattern": pattern, "behavior": behaviour, "invert": False}
+    return {"type": "Sequence", "pretokenizers": [split, after]}
+
+
 TOKENIZERS: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "Unigram": (lambda t: t["model"].update(type="Unigram"), "tokenizer.json: cannot be read"),
     "random": (lambda t: t["model"].update(dropout=0.1), "must be a BPE without dropout"),
     "lower case": (
         lambda t: t.update(normalizer={"type": "Lowercase"}),
         "does not give every character of a text back",
+    ),
+    "a replaced word": (
+        lambda t: t.update(normalizer={"type": "Replace", "pattern": {"String": "dragon"}, "content": "cat"}),
+        "replaces {'String': 'dragon'}, so a text would not come back",
+    ),
+    "a removed word": (
+        lambda t: t.update(pre_tokenizer=cut("dragon", "Removed", t["pre_tokenizer"])),
+        "removes {'String': 'dragon'}, so a text would not come back",
+    ),
+    "eaten spaces": (
+        lambda t: t["added_tokens"].append(t["added_tokens"][0] | {"content": "=", "special": False, "lstrip": True}),
+        "removes the spaces beside =, so a text would not come back",
+    ),
+    "a panic": (
+        lambda t: t.update(pre_tokenizer=cut({"Regex": "(.*)*!(.*)*~(.*)*="}, "Isolated", t["pre_tokenizer"])),
+        "retry-limit-in-match over",
     ),
     "a huge id": (lambda t: t["model"]["vocab"].update(a=2**40), "tokenizer.json: cannot be read"),
     "a lost byte": (lambda t: t["model"]["vocab"].pop("\u00f4"), "does not give every character of a text back"),

@@ -47,6 +47,23 @@ def test_without_a_name_the_newest_run_and_one_line_says_which(capsys: pytest.Ca
     assert capsys.readouterr() == ("", "no --run: this is runs/new, the newest run in runs\n")
 
 
+def test_one_odd_run_hides_no_other(capsys: pytest.CaptureFixture[str]) -> None:
+    """A name with a line end makes one row, a long text is cut, and a summary that cannot be read counts as none."""
+    make_run(Path("runs/a\nb"), 1, preset="x\n" * 100)
+    for name in ("pipe", "folder", "list", "words"):
+        make_run(Path("runs") / name, 2, val_bits_per_byte="much")
+    for name in ("pipe", "folder"):
+        Path("runs", name, "summary.json").unlink()
+    os.mkfifo("runs/pipe/summary.json")
+    Path("runs/folder/summary.json").mkdir()
+    Path("runs/list/summary.json").write_text("[1]")
+    assert run_command(["runs"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 1 + 5 + 2
+    assert max(map(len, rows)) < 160
+    assert sum(row.split()[:4] == ["a", "b", "x", "x"] for row in rows) == 1
+
+
 def test_no_command_shows_the_commands_and_the_version_is_that_of_the_package(capsys) -> None:
     assert main(run_command, []) == 2
     assert "  chat  " in capsys.readouterr().out
