@@ -24,8 +24,10 @@ CUDA_MIB = 400
 """MiB that are kept free for memory outside JAX's block: the CUDA context, loaded kernels, handles and workspaces."""
 
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
-_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
 """Parameters of glibc's `mallopt`."""
+LARGE_BLOCK = 32 * MIB
+"""The largest threshold that glibc takes."""
 
 
 def usable_cores() -> int:
@@ -128,6 +130,17 @@ def _set_memory_fraction() -> list[str]:
         f"small card: {free:,.0f} of {total:,.0f} MiB are free; JAX takes {share:.0%} "
         "(XLA_PYTHON_CLIENT_MEM_FRACTION overrides)"
     ]
+
+
+def return_large_blocks() -> None:
+    """Give blocks of LARGE_BLOCK or more back to the kernel when they are freed, after `keep_freed_memory`. For large
+    models: their step has one block of gigabytes. A small block that takes a part of it would make the next step ask
+    for as much again, so the process would hold twice what it needs.
+    """
+    if platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ and runs_on_cpu():
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_MMAP_THRESHOLD, LARGE_BLOCK)
+        libc.mallopt(_MMAP_MAX, 1 << 16)
 
 
 def keep_freed_memory() -> None:

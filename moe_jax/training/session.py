@@ -21,6 +21,7 @@ from moe_jax.data.token_store import TokenStore, prepare_token_store
 from moe_jax.data.tokenizers import Stream
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
+from moe_jax.model.costs import least_step_bytes
 from moe_jax.model.transformer import Params
 from moe_jax.parallel.layout import mesh_of
 from moe_jax.parallel.processes import agree_on, place
@@ -29,6 +30,7 @@ from moe_jax.runs.catalog import holds_run
 from moe_jax.runs.checkpoint import Checkpoint, CheckpointCorrupted, CheckpointStore, doctor_of
 from moe_jax.runs.folder import RunFolder, read_entry
 from moe_jax.runs.load import check_full_weights, load_run_tokenizer, saved_config
+from moe_jax.system import environment
 from moe_jax.system.machine import versions
 from moe_jax.system.random_keys import Purpose, purpose_key
 from moe_jax.training.data import SessionData
@@ -41,6 +43,8 @@ from moe_jax.training.state import RunCounters, TrainState
 if TYPE_CHECKING:
     from moe_jax.training.initial_weights import InitialWeights
 
+LARGE_STEP = 2**30
+"""A step with at least so many bytes gives its memory back to the system."""
 SAMPLE_TOKENS = 200
 """Longest sample of text at an evaluation."""
 
@@ -103,6 +107,8 @@ class Session:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
         fitted = fit(config, precision, saved, read_entry(folder.path, "fitted") if saved else None, failed)
         config = fitted.config
+        if least_step_bytes(config) > LARGE_STEP:
+            environment.return_large_blocks()
         programs = Programs.of(config, mesh=mesh, kept_precision=precision)
         agree_on(_facts(config, saved is not None, store, programs.policy.compute))
         data = SessionData(config, store, corpus_baselines(config.data, store))

@@ -113,31 +113,36 @@ from moe_jax.system import environment
 environment.keep_freed_memory()
 import numpy as np
 
-def faults():
+def faults(size=1 << 23):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    np.ones(1 << 23)
+    np.ones(size)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 faults()
 print(faults(), os.environ.get("TOKENIZERS_PARALLELISM"))
+os.environ["JAX_PLATFORMS"] = "cpu"
+environment.return_large_blocks()
+faults(1 << 24)
+print(faults(1 << 24))  # larger than what the heap has
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only for glibc")
 def test_freed_memory_is_used_again_without_a_page_fault() -> None:
     """An array of 64 MiB has 16,384 pages. The second array takes the pages of the first. A user's own setting of the
-    allocator stays."""
+    allocator stays. For large models, large blocks go back to the system."""
 
-    def run(**settings: str) -> tuple[int, str]:
+    def run(**settings: str) -> tuple[int, str, int]:
         plain = {k: v for k, v in os.environ.items() if k not in ("GLIBC_TUNABLES", "TOKENIZERS_PARALLELISM")}
         command = [sys.executable, "-c", HEAP]
         done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=plain | settings)
-        count, parallel = done.stdout.split()
-        return int(count), parallel
+        count, parallel, returned = done.stdout.split()
+        return int(count), parallel, int(returned)
 
-    few, parallel = run()
+    few, parallel, returned = run()
+    assert returned > 4 * few + 100
     assert few < 100
     assert parallel == "false"
-    many, parallel = run(GLIBC_TUNABLES="glibc.malloc.hugetlb=0", TOKENIZERS_PARALLELISM="true")
+    many, parallel, _ = run(GLIBC_TUNABLES="glibc.malloc.hugetlb=0", TOKENIZERS_PARALLELISM="true")
     assert many > 4 * few + 100
     assert parallel == "true"
