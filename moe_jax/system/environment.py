@@ -13,6 +13,7 @@ import subprocess
 from contextlib import suppress
 from pathlib import Path
 
+from moe_jax.system.errors import UserError
 from moe_jax.system.files import cache_dir
 
 GIB, MIB = 2**30, 2**20
@@ -22,6 +23,9 @@ SMALL_CARD_MIB = 8500
 other programs."""
 CUDA_MIB = 400
 """MiB that are kept free for memory outside JAX's block: the CUDA context, loaded kernels, handles and workspaces."""
+
+ADDRESS_SPACE = 3 * GIB // 2
+"""The least that `ulimit -v` must leave."""
 
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
@@ -95,6 +99,7 @@ def prepare_environment(deterministic: bool = False) -> list[str]:
     additions, or kernels that are chosen by timing them.
     """
     notes: list[str] = []
+    _check_address_space()
     if deterministic and _DETERMINISTIC not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DETERMINISTIC}".strip()
     if not os.environ.get("JAX_PLATFORMS") and runs_on_cpu():
@@ -107,6 +112,17 @@ def prepare_environment(deterministic: bool = False) -> list[str]:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
     os.environ.setdefault("MPLCONFIGDIR", str(cache_dir() / "matplotlib"))  # its list of fonts, else in the home folder
     return notes
+
+
+def _check_address_space() -> None:
+    """Raise UserError if `ulimit -v` leaves too little: jax would abort, and no handler sees that."""
+    with suppress(ImportError):  # Windows has none
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        if limit != resource.RLIM_INFINITY and limit < ADDRESS_SPACE:
+            problem = f"ulimit -v {limit // 1024}: JAX needs at least {ADDRESS_SPACE // 1024} KiB of address space"
+            raise UserError(f"{problem}; raise it, or use `ulimit -v unlimited`")
 
 
 def _set_memory_fraction() -> list[str]:

@@ -23,6 +23,7 @@ def test_text_that_may_begin_a_stop_string_is_held_back() -> None:
     assert fed(b"a\nb", ["\n\n"]) == (["a", "", "\nb"], [], False)
     assert fed(b"a\n", ["\n\n"]) == (["a", ""], ["\n"], False)
     assert fed(b"xaab", ["aab"]) == (["x", "", "", ""], [], True)
+    assert fed(b"xaab", ["b", "aab"])[0] == ["x", "", "", ""]  # of two that end together, the one that began first
     assert fed(b"xaaab", ["aab"])[0] == ["x", "", "", "a", ""]
 
 

@@ -107,6 +107,14 @@ def test_the_estimate_of_a_step_is_a_lower_bound(name: str) -> None:
     assert least_step_bytes(preset(name)) < 16 * 2**30
 
 
+def test_too_little_address_space_is_one_line() -> None:
+    """Less than 1.5 GiB: jax would abort with a stack of its own."""
+    code = "import resource; resource.setrlimit(resource.RLIMIT_AS, (2**29, 2**29))\n"
+    code += "from moe_jax.system.environment import prepare_environment; prepare_environment()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT)
+    assert "UserError: ulimit -v 524288: JAX needs at least 1572864 KiB" in done.stderr.splitlines()[-1]
+
+
 HEAP = """
 import os, resource
 from moe_jax.system import environment
