@@ -76,7 +76,6 @@ def make_held(folder: Path, routing: dict[str, object] | None = None, **model_ch
         (["--run", "held"], "--run"),
         (["--tokenizer", "byte", "--model.vocab-size", "256"], "--model.vocab-size 256: the byte tokenizer has 257"),
         (["--num-processes", "2"], "--coordinator-address : must be HOST:PORT of process 0, such as 127.0.0.1:9876"),
-        (["--num-processes", "2", "--coordinator-address", "h:1"], "--num-processes: needs --mesh"),
     ],
     ids=lambda x: " ".join(x)[:40] if isinstance(x, list) else "",
 )
@@ -103,10 +102,6 @@ def test_bad_training_arguments(tmp_path: Path, capsys, arguments: list[str], sa
         (["sft", "--data", "x.jsonl"], "--run: must be given"),
         (["sft", "--run", "held"], "--data: must be given"),
         (["doctor"], "--run RUN: give either the folder of a run, or --gpu"),
-        (
-            ["serve", "--run", "held", "--host", "0.0.0.0"],
-            "--host 0.0.0.0: other machines can reach it; give an --api-key",
-        ),
     ],
     ids=lambda x: " ".join(x)[:40] if isinstance(x, list) else "",
 )

@@ -15,9 +15,8 @@ from moe_jax.interop.source import open_source
 from moe_jax.runs.catalog import load_config
 from moe_jax.training.session import Session
 from moe_jax.training.start import IMPORTED_LR
-from tests.cli.test_cli import ROOT, run_without_jax
 from tests.interop.made import EXPERTS, llama, text_file
-from tests.support.commands import plain, refusal, train_settings
+from tests.support.commands import refusal, train_settings
 from tests.support.saved_run import quick_training
 
 MIXTRAL = {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"], "num_local_experts": 4, **EXPERTS}
@@ -85,13 +84,6 @@ def test_flags_that_contradict_the_folder(place: Path, flags: list[str], names: 
     said = refusal(parsed, "--init-from", "hf", *flags)
     assert all(name in said for name in names), said
     assert "\n" not in said
-
-
-def test_a_contradiction_is_said_before_jax_is_imported(place: Path) -> None:
-    result = run_without_jax(place, [str(ROOT / "train.py"), "--init-from", "hf", "--model.width", "64"])
-    assert (result.returncode, result.stdout) == (2, "")
-    assert "--model.width 64: must stay 32 with the model in hf" in plain(result.stderr)
-    assert sorted(p.name for p in place.iterdir()) == ["hf", "poison", "text.txt"]
 
 
 @pytest.mark.parametrize(
