@@ -117,12 +117,9 @@ def uninterrupted(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return session, finish(session)
 
 
-def test_every_program_is_compiled_once(uninterrupted: tuple[Session, dict[str, Any]]) -> None:
-    assert compilations(uninterrupted[0]) == ONCE, "with three evaluations, samples and the whole validation stream"
-
-
 def test_what_a_run_leaves(uninterrupted: tuple[Session, dict[str, Any]]) -> None:
     session, result = uninterrupted
+    assert compilations(session) == ONCE, "with three evaluations, samples and the whole validation stream"
     folder = session.folder.path
     document = json.loads((folder / "config.json").read_text())
     assert RunConfig.from_dict(document) == session.config

@@ -216,8 +216,6 @@ def test_resumed_is_uninterrupted_by_bits(flags: tuple[str, ...], base: Path, da
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--data", "{data}"], "--run: must be given, the folder of the run to fine-tune, or --init-from"),
-        (["--run", "{data}", "--data", "{data}"], "no run with a complete checkpoint there"),
         (["--run", "{base}", "--data", "{base}/config.json"], "must be JSON lines"),
         (["--run", "{base}", "--data", "{data}", "--train-router"], "--train-router True: must be left out"),
         (
