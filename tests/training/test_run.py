@@ -190,13 +190,9 @@ def test_a_session_runs_the_program_that_is_counted_and_timed(uninterrupted: tup
     assert own == counted == timed
 
 
-def copy_of(session: Session, out: Path) -> RunConfig:
-    shutil.copytree(session.folder.path, out)
-    return dataclasses.replace(session.config, out=str(out))
-
-
 def test_other_text_is_refused(uninterrupted: tuple[Session, dict[str, Any]], text: Path, tmp_path: Path) -> None:
-    config = copy_of(uninterrupted[0], tmp_path / "other")
+    shutil.copytree(uninterrupted[0].folder.path, tmp_path / "other")
+    config = dataclasses.replace(uninterrupted[0].config, out=str(tmp_path / "other"))
     before = timeless(tmp_path / "other")
     other = tmp_path / "other.txt"
     other.write_text(text.read_text().replace("cat", "cow"))
