@@ -108,6 +108,7 @@ def test_bad_commands(tmp_path: Path, capsys, arguments: list[str], said: str) -
         (["train.py", "--top-k", "9"], "--top-k 9: must be between 1 and --experts 8"),
         (["train.py", "--out", "held"], "--out held: already holds a run; add --resume"),
         (["train.py", "--upcycle", "held"], "--upcycle held: has experts already"),
+        (["train.py", "--init-from", "held"], "--init-from held: is a run of moe-jax"),
         (["-m", "moe_jax", "generate", "--run", "no/such/run"], "--run no/such/run"),
     ],
     ids=lambda x: " ".join(x)[:40],
