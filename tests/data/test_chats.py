@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from moe_jax.config import DataConfig, UserError
-from moe_jax.data.batches import MaskedBatch, evaluation_windows
 from moe_jax.data.chats import answer_prompt, encode_chats
 from moe_jax.data.corpora import check_source, open_corpus
 from moe_jax.data.documents import SEPARATOR, Message
@@ -74,25 +73,6 @@ def test_rows_are_held_out_and_the_store_is_kept(tmp_path: Path) -> None:
     np.testing.assert_array_equal(stream.tokens, store.valid.tokens[:])
     np.testing.assert_array_equal(stream.answers, store.valid.answers[:])
     assert openings(BYTE, store.valid.stream) == ["q38"]
-
-
-def test_the_weights_of_a_batch() -> None:
-    """M / count where an answer is, however it is spread over micro-batches; all 0 without one."""
-    counted = np.zeros((2, 3, 4), bool)
-    counted[0, 0, 1:] = counted[1, 2, 0] = True
-    found = MaskedBatch.of(np.zeros((2, 3, 5), np.int32), counted)
-    np.testing.assert_array_equal(found.weights, counted * np.float32(2 / 4))
-    assert found.weights.dtype == np.float32
-    assert not MaskedBatch.of(np.zeros((2, 3, 5), np.int32), counted & False).weights.any()
-
-
-def test_evaluation_counts_each_answer_once() -> None:
-    rng = np.random.default_rng(1)
-    for n in (2, 9, 50, 203):
-        tokens, answers = np.arange(n), rng.random(n) < 0.3
-        batches = list(evaluation_windows(tokens, seq_len=8, batch_size=3, answers=answers))
-        found = sorted(int(t) for b in batches for t in b.targets[b.weights > 0])
-        assert found == np.flatnonzero(answers & (tokens > 0)).tolist()
 
 
 def test_made_conversations_have_their_answers_in_the_text(tmp_path: Path) -> None:

@@ -48,20 +48,16 @@ texts = st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_f
 )
 
 
-def check_lossless(tokenizer: Tokenizer, text: str) -> None:
+@both
+@settings(deadline=None)
+@given(text=texts)
+def test_every_text_survives(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.decode_bytes(ids) == text.encode()
     assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
     assert all(0 <= i < tokenizer.vocab_size and i != tokenizer.separator_id for i in ids)
     assert list(tokenizer.encode_batch([text, "x", text])[2]) == ids
-
-
-@both
-@settings(deadline=None)
-@given(text=texts)
-def test_every_text_survives(tokenizer, text):
-    check_lossless(tokenizer, text)
 
 
 def test_the_sizes():

@@ -13,13 +13,12 @@ from safetensors.numpy import load_file
 import moe_jax.interop.export as module
 from moe_jax.cli import main
 from moe_jax.config import UserError
-from moe_jax.config.presets import PRESETS, preset
+from moe_jax.config.presets import preset
 from moe_jax.interop import html
 from moe_jax.interop.architectures import architecture_of
 from moe_jax.interop.export import export
 from moe_jax.interop.gguf_file import CONTROL, NORMAL, _kind, gguf_vocabulary
-from moe_jax.interop.huggingface import config_json
-from moe_jax.interop.source import embedding, open_source
+from moe_jax.interop.source import open_source
 from tests.interop.saved import save
 from tests.support.commands import refused as refused_command
 
@@ -31,28 +30,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def command(*arguments: str) -> int:
     return main.main(main.run_command, ["export", *arguments])
-
-
-ARCHITECTURES = {
-    "nano": "qwen3_moe",
-    "story": "mixtral",
-    "story-cpu": "qwen3_moe",
-    "story-4gb": "qwen3_moe",
-    "seed-158m": "--model.positions learned",
-    "max-4gb": "mixtral",
-}
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_each_preset_has_a_class_or_a_reason(name: str) -> None:
-    model = preset(name).model
-    expected = ARCHITECTURES[name]
-    if expected.startswith("--"):
-        with pytest.raises(UserError) as failure:
-            architecture_of(model)
-        assert expected in str(failure.value)
-    else:
-        assert architecture_of(model).model_type == expected
 
 
 HELD = {
@@ -169,43 +146,6 @@ def test_a_folder_for_transformers(run: Path, tmp_path: Path, capsys: pytest.Cap
     generation = json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert generation == {"bos_token_id": 256, "eos_token_id": 256, "do_sample": True, "temperature": 0.8}
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-
-
-@pytest.mark.parametrize(
-    ("changes", "routing", "expected"),
-    [
-        ({"qk_norm": "head"}, {}, {"model_type": "qwen3_moe", "norm_topk_prob": True, "num_experts_per_tok": 2}),
-        ({"qk_norm": "head"}, {"top_k": 1}, {"norm_topk_prob": False, "num_experts_per_tok": 1}),
-        ({"qk_norm": "full"}, {"renormalise_gates": False}, {"model_type": "olmoe", "norm_topk_prob": False}),
-        ({"qk_norm": "none"}, {}, {"model_type": "mixtral", "num_local_experts": 8, "sliding_window": None}),
-        (
-            {"qk_norm": "none", "shared_experts": 2},
-            {},
-            {"moe_num_shared_experts": 2, "moe_k": 2, "moe_layer_end_index": 0},
-        ),
-        (
-            {"qk_norm": "none", "scaled_embedding": True, "tied_head": True},
-            {},
-            {"embedding_multiplier": 8.0, "attention_multiplier": 0.25, "tie_word_embeddings": True},
-        ),
-    ],
-)
-def test_what_config_json_says_of_each_class(run: Path, changes: dict, routing: dict, expected: dict) -> None:
-    source = open_source(run)
-    model = dataclasses.replace(source.config.model, **changes).with_routing(**routing)
-    source = dataclasses.replace(source, config=dataclasses.replace(source.config, model=model))
-    found = config_json(source, architecture_of(model), "float32")
-    assert found | expected == found
-    assert (found["eos_token_id"], found["bos_token_id"]) == (256, 256)
-
-
-@pytest.mark.parametrize(("scaled", "tied", "factor"), [(False, False, 1), (True, False, 8), (True, True, 1)])
-def test_the_scale_of_an_untied_embedding_is_in_its_table(run: Path, scaled: bool, tied: bool, factor: int) -> None:
-    """A tied table is the head too, so there the class must scale it. The width is 64."""
-    source = open_source(run)
-    model = dataclasses.replace(source.config.model, scaled_embedding=scaled, tied_head=tied)
-    source = dataclasses.replace(source, config=dataclasses.replace(source.config, model=model))
-    np.testing.assert_array_equal(embedding(source), factor * source.array("embedding"))
 
 
 def test_gguf_pads_the_vocabulary_and_keeps_rows_that_no_block_fills(run: Path) -> None:

@@ -17,10 +17,10 @@ from moe_jax.training.optimizers.factory import muon_labels
 from tests.support import tiny
 
 
-def stored(config: ModelConfig) -> int:
-    """Numbers that the model holds, by the shapes of its arrays."""
+def arrays(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shapes of the model's arrays by name."""
     _, shapes = split(nnx.eval_shape(lambda: create(config, jax.random.key(0))))
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+    return {name: leaf.shape for name, leaf in named_leaves(shapes).items()}
 
 
 OPTIONS = [
@@ -51,9 +51,22 @@ OPTIONS = [
     ],
     ids=str,
 )
-def test_groups_sum_to_the_model(changes: dict) -> None:
+def test_parameters_of_every_option(changes: dict) -> None:
+    """Counted from the arrays. A token uses one row of embedding and positions, K of E experts, and all else. It is
+    multiplied with each of these that is a matrix, but for the tables."""
     config = tiny.config(**changes)
-    assert totals(count_parameters(config)).total == stored(config)
+    total = active = multiplied = 0.0
+    for name, shape in arrays(config).items():
+        size = math.prod(shape)
+        if name == "position" or (name == "embedding" and not config.tied_head):
+            used, matrix = size / shape[0], 0
+        elif ".ffn.experts." in name and config.dense == "none":
+            used = matrix = size * config.routing.top_k / config.experts
+        else:
+            used, matrix = size, size if len(shape) > 1 else 0
+        total, active, multiplied = total + size, active + used, multiplied + matrix
+    found = totals(count_parameters(config))
+    assert (found.total, found.active, found.multiplied) == (total, active, multiplied)
 
 
 def test_the_published_size() -> None:
@@ -66,7 +79,7 @@ def test_the_published_size() -> None:
     """
     config = dataclasses.replace(preset("seed-158m").model, vocab_size=50_257)
     groups = count_parameters(config)
-    assert stored(config) == totals(groups).total == 158_623_744
+    assert sum(map(math.prod, arrays(config).values())) == totals(groups).total == 158_623_744
     assert groups["embedding"] == Count(25_731_584, 512, 0)
     assert groups["head"] == Count(25_731_584, 25_731_584, 25_731_584)
     assert groups["positions"] == Count(131_072, 512, 0)
@@ -95,31 +108,6 @@ def test_dense_baselines_match_to_half_a_hidden_unit_a_layer(name: str, activati
         groups = count_parameters(dataclasses.replace(sparse, dense=kind))
         rest = [group for name, group in groups.items() if not name.startswith(("embedding", "positions"))]
         assert all(group.active == group.total for group in rest), "of a dense model, but for the tables"
-
-
-def arrays(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shapes of the model's arrays by name."""
-    _, shapes = split(nnx.eval_shape(lambda: create(config, jax.random.key(0))))
-    return {name: leaf.shape for name, leaf in named_leaves(shapes).items()}
-
-
-@pytest.mark.parametrize("changes", OPTIONS, ids=str)
-def test_active_and_multiplied_parameters_of_every_option(changes: dict) -> None:
-    """Counted from the arrays. A token uses one row of embedding and positions, K of E experts, and all else. It is
-    multiplied with each of these that is a matrix, but for the tables."""
-    config = tiny.config(**changes)
-    active = multiplied = 0.0
-    for name, shape in arrays(config).items():
-        size = math.prod(shape)
-        if name == "position" or (name == "embedding" and not config.tied_head):
-            used, matrix = size / shape[0], 0
-        elif ".ffn.experts." in name and config.dense == "none":
-            used = matrix = size * config.routing.top_k / config.experts
-        else:
-            used, matrix = size, size if len(shape) > 1 else 0
-        active, multiplied = active + used, multiplied + matrix
-    found = totals(count_parameters(config))
-    assert (found.active, found.multiplied) == (active, multiplied)
 
 
 @pytest.mark.parametrize("routers", [False, True])

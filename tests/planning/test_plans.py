@@ -31,6 +31,8 @@ def test_what_is_recorded_is_of_the_presets_as_they_are() -> None:
         for plan in plans:
             computed = with_values(config, plan.setting).override({("execution", "compute_dtype"): plan.precision})
             assert least_step_bytes(computed) / MIB == pytest.approx(plan.least, abs=0.051)
+            assert plan.least <= plan.programs.get("step", plan.least), "it is a lower bound"
+        assert least_step_bytes(config) < 16 * 2**30, "a machine of 16 GiB refuses no preset"
 
 
 def test_the_budget_of_a_4_gb_card_by_hand() -> None:

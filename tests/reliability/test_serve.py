@@ -52,13 +52,7 @@ def test_a_port_in_use_is_one_line(served: Served, commands: runs.Commands) -> N
     assert f"error: --host 127.0.0.1 --port {port}: [Errno 98] Address already in use; give" in finished.stderr
 
 
-def test_another_host_needs_a_key(served: Served, commands: runs.Commands) -> None:
-    finished = commands.run(["-m", "moe_jax", "serve", "--run", str(served.run), "--host", "0.0.0.0"], served.run)
-    assert (finished.returncode, finished.stdout) == (2, "")
-    assert "give an --api-key" in finished.stderr
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_ends_streams_with_a_last_event(
     number: signal.Signals, whole: tuple[Path, dict[str, Any]], cache: Path
 ) -> None:

@@ -241,6 +241,7 @@ def test_where_none_is_good_or_one_is_of_another_run_nothing_is_renamed(
 
 def test_every_checkpoint_is_examined_and_nothing_changes(store: CheckpointStore) -> None:
     folders = [put(store, step) for step in (1, 2, 3)]
+    (folders[0] / "unknown").write_text("not in the manifest")
     change_file(folders[1])
     cut_manifest(folders[2])
     before = {p: p.read_bytes() for p in store.folder.rglob("*") if p.is_file()}

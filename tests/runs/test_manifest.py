@@ -61,35 +61,3 @@ def test_a_changed_and_a_missing_manifest_are_refused(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(CheckpointCorrupted, match="its manifest is missing"):
         manifest.read(tmp_path)
-
-
-@pytest.fixture
-def files(tmp_path: Path) -> Path:
-    for name in ("plain", "arrays/d/1", "weights.safetensors"):
-        (tmp_path / "step" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "step" / name).write_bytes(name.encode())
-    return tmp_path / "step"
-
-
-def described(folder: Path) -> dict[str, Any]:
-    return {"files": manifest.describe_files(folder, (p for p in folder.rglob("*") if p.is_file()))}
-
-
-@pytest.mark.parametrize("name", ["arrays/d/1", "weights.safetensors"])
-@pytest.mark.parametrize(
-    ("harm", "said"),
-    [
-        (Path.unlink, "is missing"),
-        (lambda path: path.write_bytes(path.read_bytes()[::-1]), "was changed"),
-        (lambda path: path.write_bytes(b""), "was changed"),
-    ],
-    ids=["missing", "changed", "empty"],
-)
-def test_the_first_damage_is_named(name: str, harm: Any, said: str, files: Path) -> None:
-    expected = described(files)
-    (files / "unknown").write_bytes(b"not in the manifest")
-    assert manifest.damage(files, expected) is None
-    harm(files / name)
-    words = str(manifest.damage(files, expected))
-    assert name.rpartition("/")[2] in words
-    assert said in words

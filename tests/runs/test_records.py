@@ -15,7 +15,7 @@ def line(**record: Any) -> bytes:
 def test_records_are_sorted_by_split_and_what_a_crash_leaves_is_left_out(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == {"train": [], "val": []}
     assert last_train_record(tmp_path) == {}
-    lines = [line(loss=float("nan")), line(step=2, split="val"), b"\n", b"[1]\n", b'{"step": 1}\n', line(step=3)]
+    lines = [line(loss=float("nan")), b"\n", b"[1]\n", b'{"step": 1}\n', line(step=3), line(step=2, split="val")]
     (tmp_path / records.METRICS).write_bytes(b"".join([*lines, line(step=4)[:-5]]))
     assert read_metrics(tmp_path) == {
         "train": [{"split": "train", "step": 1, "loss": None}, {"split": "train", "step": 3}],

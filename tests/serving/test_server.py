@@ -3,8 +3,6 @@
 import asyncio
 import dataclasses
 import json
-import os
-import signal
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,30 +16,15 @@ pytest.importorskip("pydantic", reason="needs the extra `serve`")
 
 from starlette.datastructures import Headers
 
-from moe_jax.serving import app, server, streams
+from moe_jax.serving import app, streams
 from moe_jax.serving.completions import Completion
-from moe_jax.serving.engine import Engine, QueueFull, Stopping
+from moe_jax.serving.engine import QueueFull, Stopping
 from moe_jax.serving.requests import ApiError, ModelCard
-from moe_jax.serving.sockets import bind
 from moe_jax.serving.texts import Event, TextRequest
 from tests.serving import made
 from tests.serving.site import site
 
 CARD = ModelCard(made.run(), "tiny", made.SLOTS, Path("absent"))
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_ends_the_server(number: int) -> None:
-    before = [signal.signal(n, signal.SIG_IGN) for n in (signal.SIGTERM, signal.SIGINT)]
-    engine = Engine(made.decoder(), made.run().params, made.run().tokenizer, queue=1)
-    running = app.Server(engine, CARD, app.AccessPolicy("127.0.0.1"))
-    web = server.WebServer(running, ready=lambda: os.kill(os.getpid(), number))
-    try:
-        server.serve(web, bind("127.0.0.1", 0))
-    finally:
-        for n, handler in zip((signal.SIGTERM, signal.SIGINT), before, strict=True):
-            signal.signal(n, handler)
-    assert (running.stopping, engine.running) == (True, False)
 
 
 @pytest.mark.parametrize("size", [10, app.LARGE_BODY + 1])

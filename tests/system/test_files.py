@@ -150,9 +150,3 @@ def test_names_of_steps_and_causes_of_errors(tmp_path: Path) -> None:
     assert errors.disk_cause(OSError(13, "Permission denied")) == "Permission denied"
     assert errors.disk_cause(ValueError("else")) is None
     assert (errors.shortened("x" * 60), errors.shortened("abcdef", 5)) == ("x" * 60, "ab...")
-
-
-def test_what_runs_first_loads_the_standard_library_alone() -> None:
-    code = "import sys; from moe_jax.system import environment, files, signals, terminal; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    assert not {"jax", "numpy", "flax", "rich", "platformdirs", "filelock"} & set(loaded.split())

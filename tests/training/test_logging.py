@@ -12,18 +12,10 @@ import numpy as np
 import pytest
 
 from moe_jax.config import RunConfig, TrainConfig, UserError
-from moe_jax.runs.records import last_train_record
 from moe_jax.training import logging
 from moe_jax.training.logging import StepLogger
 from moe_jax.training.state import STARVED_STEPS, RunCounters
 from tests.support import tiny
-
-
-def test_the_newest_record_of_training_is_found_among_those_of_validation(tmp_path: Path) -> None:
-    records = [{"step": step, "split": split} for step, split in ((1, "train"), (2, "train"), (2, "val"), (3, "val"))]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
-    assert last_train_record(tmp_path) == {"step": 2, "split": "train"}
-
 
 # The reports of steps
 

@@ -16,29 +16,6 @@ from moe_jax.training.start import resumed_run
 from tests.support import tiny
 from tests.support.saved_run import resuming
 
-MAY_CHANGE = ["train.steps", "train.lr", "train.batch_size", "data.source", "data.eval_tokens"]
-MAY_CHANGE += ["routing.device_capacity_factor", "execution.remat", "execution.compute_dtype", "execution.mesh"]
-STAY = [
-    "model.experts",
-    "model.expert_hidden",
-    "routing.capacity_factor",
-    "routing.dispatch",
-    "data.tokenizer",
-    "data.format",
-]
-STAY += ["train.optimizer", "train.param_dtype", "train.lora_rank"]
-OTHER = {"tokenizer": "byte", "source": "tinystories", "mesh": "data=2", "dispatch": "blocks", "format": "chat"}
-OTHER |= {
-    "optimizer": "adafactor",
-    "param_dtype": "bfloat16",
-    "compute_dtype": "float32",
-    "remat": True,
-    "lora_rank": 4,
-}
-
-
-# Whole runs
-
 
 def run(folder: Path, steps: int, **execution: Any) -> Session:
     """Train to a step, from the newest checkpoint where there is one."""

@@ -117,12 +117,9 @@ def uninterrupted(text: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple
     return session, finish(session)
 
 
-def test_every_program_is_compiled_once(uninterrupted: tuple[Session, dict[str, Any]]) -> None:
-    assert compilations(uninterrupted[0]) == ONCE, "with three evaluations, samples and the whole validation stream"
-
-
 def test_what_a_run_leaves(uninterrupted: tuple[Session, dict[str, Any]]) -> None:
     session, result = uninterrupted
+    assert compilations(session) == ONCE, "with three evaluations, samples and the whole validation stream"
     folder = session.folder.path
     document = json.loads((folder / "config.json").read_text())
     assert RunConfig.from_dict(document) == session.config
@@ -193,13 +190,9 @@ def test_a_session_runs_the_program_that_is_counted_and_timed(uninterrupted: tup
     assert own == counted == timed
 
 
-def copy_of(session: Session, out: Path) -> RunConfig:
-    shutil.copytree(session.folder.path, out)
-    return dataclasses.replace(session.config, out=str(out))
-
-
 def test_other_text_is_refused(uninterrupted: tuple[Session, dict[str, Any]], text: Path, tmp_path: Path) -> None:
-    config = copy_of(uninterrupted[0], tmp_path / "other")
+    shutil.copytree(uninterrupted[0].folder.path, tmp_path / "other")
+    config = dataclasses.replace(uninterrupted[0].config, out=str(tmp_path / "other"))
     before = timeless(tmp_path / "other")
     other = tmp_path / "other.txt"
     other.write_text(text.read_text().replace("cat", "cow"))

@@ -38,17 +38,6 @@ def batch(seed: int = 3) -> np.ndarray:
     return tiny.tokens(1, 2, tiny.T + 1, seed=seed)
 
 
-def test_it_learns_one_batch_by_heart() -> None:
-    """The loss falls below 0.05 nats, where a guess costs ln 13 = 2.6; no step is skipped."""
-    state, losses = fresh(), []
-    for _ in range(150):
-        state, report = step_of()(state, batch())
-        losses.append(float(report.metrics.loss))
-    assert losses[0] > 1
-    assert losses[-1] < 0.05
-    assert (int(state.step), int(state.skipped)) == (150, 0)
-
-
 def test_a_step_moves_every_parameter_and_leaves_the_scale_of_1() -> None:
     state = fresh()
     before = jax.tree.map(np.array, state.params)

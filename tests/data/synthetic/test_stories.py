@@ -16,7 +16,6 @@ from moe_jax.data.synthetic.stories import (
     RULES_DIGEST,
     SLOTS,
     VALIDATION_STORIES,
-    entropy_floor_bits_per_byte,
     fingerprint,
     generate,
 )
@@ -82,12 +81,6 @@ def test_a_text_that_forgets_itself_is_impossible(valid: list[str]):
         other = next(name for name in names if name not in story)
         assert math.isfinite(code_length_bits(story))
         assert code_length_bits(head + other + tail) == math.inf
-
-
-def test_the_floor_is_all_bits_over_all_bytes(valid: list[str]):
-    a, b = valid[:2]
-    expected = (code_length_bits(a) + code_length_bits(b)) / (len(a.encode()) + len(b.encode()))
-    assert entropy_floor_bits_per_byte(0, "valid", 2) == pytest.approx(expected)
 
 
 # Generation.
