@@ -83,7 +83,7 @@ def importing(folder: Path, form: Form, out: Path) -> dict[str, float]:
     matrices = (part for part in model.read(table, xxhash.xxh3_128()) if part.stored.ndim > 1)
     parts = list(islice(matrices, PARTS))
     rounds = sum(part.stored.nbytes for part in parts) / seconds(
-        lambda: [rounded_part(part.stored, part.piece.factor, "int4" if form == "int4" else "int8") for part in parts]
+        lambda: [rounded_part(part.stored, "int4" if form == "int4" else "int8") for part in parts]
     )
     began = time.perf_counter()
     import_run(model, form, 1024, out)

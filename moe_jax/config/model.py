@@ -116,6 +116,14 @@ class ModelConfig(Section):
     scaled_embedding: bool = shape(False)
     """Multiply embedding rows by the square root of the width, so that the entries of the residual stream start at size
     1. For an untied head only: with a tied head every token would at first predict itself."""
+    embedding_multiplier: float = shape(1.0, within=(1e-6, 1e6))
+    """Multiply embedding rows. This factor and the next three are Granite's."""
+    attention_multiplier: float = shape(0.0, within=(0, 1e6))
+    """Multiply the products of queries and keys. 0 is 1 / sqrt(A)."""
+    residual_multiplier: float = shape(1.0, within=(1e-6, 1e6))
+    """Multiply what attention and experts add to the residual stream."""
+    logits_scaling: float = shape(1.0, within=(1e-6, 1e6))
+    """Divide the logits."""
     tie_value_output_init: bool = in_training(False)
     """Start each attention head as a copier: its output projection is its value projection transposed."""
     zero_init_residual: bool = in_training(False)
@@ -187,6 +195,12 @@ class ModelConfig(Section):
     def capacity(self) -> int:
         """C, slots of one expert for one training sequence of T tokens: see `capacity`."""
         return capacity(self.seq_len, self.experts, self.routing.top_k, self.routing.capacity_factor)
+
+    @property
+    def multiplied(self) -> bool:
+        """Whether one of Granite's factors changes something."""
+        factors = self.embedding_multiplier, self.attention_multiplier, self.residual_multiplier, self.logits_scaling
+        return factors != (1, 0, 1, 1)
 
     @property
     def dropless(self) -> bool:

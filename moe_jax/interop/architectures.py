@@ -5,8 +5,8 @@ The table is `architecture_of`. Each class computes what our model computes, to 
     mixtral     experts, gates renormalised over the K                       MixtralForCausalLM       llama
     qwen3_moe   the same with normalised queries and keys; K = 1 too         Qwen3MoeForCausalLM      qwen3moe
     ernie4_5_moe  balance by bias, shared experts                            Ernie4_5_MoeForCausalLM  ernie4_5-moe
-    granitemoe  a tied embedding that is scaled                              GraniteMoeForCausalLM    granitemoe
-    granitemoeshared  only imported: shared experts beside it                GraniteMoeSharedForCausalLM
+    granitemoe  a tied embedding that is scaled; multipliers                 GraniteMoeForCausalLM    granitemoe
+    granitemoeshared  shared experts beside it                               GraniteMoeSharedForCausalLM  none
     qwen2_moe   shared experts behind a gate, biases of q, k and v            Qwen2MoeForCausalLM      qwen2moe
     olmoe       queries and keys normalised over all heads                   OlmoeForCausalLM         olmoe
     llama       a dense baseline                                             LlamaForCausalLM         llama
@@ -47,13 +47,19 @@ QWEN3_MOE = Architecture("qwen3_moe", "Qwen3MoeForCausalLM", "qwen3moe")
 OLMOE = Architecture("olmoe", "OlmoeForCausalLM", "olmoe")
 ERNIE = Architecture("ernie4_5_moe", "Ernie4_5_MoeForCausalLM", "ernie4_5-moe")
 GRANITE = Architecture("granitemoe", "GraniteMoeForCausalLM", "granitemoe")
-GRANITE_SHARED = Architecture("granitemoeshared", "GraniteMoeSharedForCausalLM", None)
+GRANITE_SHARED = Architecture(
+    "granitemoeshared",
+    "GraniteMoeSharedForCausalLM",
+    None,
+    "--model.shared-experts: Granite's are not written as GGUF; export to hf",
+)
 LLAMA = Architecture("llama", "LlamaForCausalLM", "llama")
 QWEN3 = Architecture("qwen3", "Qwen3ForCausalLM", "qwen3")
 GPT2 = Architecture("gpt2", "GPT2LMHeadModel", None, "GPT-2 layouts are not written as GGUF; export to hf")
 
 SHAPE = ("norm", "positions", "activation", "bias", "qkv_bias", "qk_norm", "kv_heads", "head_size", "dense")
 SHAPE += ("shared_experts", "shared_gate", "scaled_embedding", "tied_head")
+SHAPE += ("embedding_multiplier", "attention_multiplier", "residual_multiplier", "logits_scaling")
 ROUTING = ("top_k", "renormalise_gates", "balancing")
 """The settings that decide the class."""
 
@@ -66,6 +72,8 @@ def architecture_of(config: ModelConfig) -> Architecture:
         found = None
     else:
         found = _dense(config) if config.dense != "none" else _with_experts(config)
+    if config.multiplied and found not in (GRANITE, GRANITE_SHARED):
+        found = None
     if found is None:
         raise UserError(
             f"{', '.join(_unusual(config))}: no class of transformers holds a model with these settings together; "
@@ -106,8 +114,9 @@ def _with_experts(config: ModelConfig) -> Architecture | None:
         if config.qkv_bias and not renormalised:
             return QWEN2_MOE
         return QWEN2_MOE.without_gguf("llama.cpp's qwen2moe has biases of q, k and v, and never renormalises the gates")
-    if scaled_head:
-        return GRANITE if norm == "none" and not shared and renormalised and _heads_fill(config) else None
+    if scaled_head or config.multiplied:
+        fits = norm == "none" and not by_bias and renormalised and _heads_fill(config)
+        return (GRANITE_SHARED if shared else GRANITE) if fits else None
     if norm == "full":
         if shared or not _heads_fill(config):
             return None

@@ -11,7 +11,7 @@ import numpy as np
 from moe_jax.config import UserError
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.interop.architectures import ERNIE, GRANITE, Architecture, ExportDtype
-from moe_jax.interop.huggingface import norm_eps, trunk, written
+from moe_jax.interop.huggingface import multipliers, norm_eps, trunk, written
 from moe_jax.interop.source import ExportSource, balance_bias, embedding, experts
 from moe_jax.interop.tokenizers import jinja, merges, separator_text, spelled
 
@@ -195,10 +195,11 @@ def _write_shape(writer: Any, source: ExportSource, architecture: Architecture, 
         writer.add_interleave_moe_layer_step(1)
         writer.add_leading_dense_block_count(0)
     if architecture == GRANITE:
-        writer.add_embedding_scale(float(np.sqrt(model.width)))
-        writer.add_attention_scale(float(1 / np.sqrt(model.head_width)))
-        writer.add_residual_scale(1.0)
-        writer.add_logit_scale(1.0)
+        factors = multipliers(model)
+        writer.add_embedding_scale(factors["embedding_multiplier"])
+        writer.add_attention_scale(factors["attention_multiplier"])
+        writer.add_residual_scale(factors["residual_multiplier"])
+        writer.add_logit_scale(factors["logits_scaling"])
 
 
 def _write_tokenizer(writer: Any, vocabulary: GgufVocabulary, separator: int) -> None:

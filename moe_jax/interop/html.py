@@ -43,8 +43,9 @@ def write_html(run: Path, out: Path, step: int | None = None) -> None:
     be written.
     """
     config, tokenizer, checkpoint = find_checkpoint(run, step)
-    if config.model.rope_scaling:
-        raise ConfigError("--to html: the page has no scaled rotation (model.rope_scaling); take --to hf")
+    if config.model.rope_scaling or config.model.multiplied:
+        missing = "scaled rotation (model.rope_scaling)" if config.model.rope_scaling else "multipliers (of Granite)"
+        raise ConfigError(f"--to html: the page has no {missing}; take --to hf")
     if tokenizer.kind not in ("byte", "bpe"):
         raise ConfigError(f"--to html: the page has no {tokenizer.kind} tokenizer, only byte and bpe; take --to hf")
     if saved_weights(checkpoint) == "int4":

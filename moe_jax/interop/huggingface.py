@@ -17,10 +17,8 @@ from moe_jax.interop.architectures import (
     GRANITE_SHARED,
     LAYOUTS,
     MIXTRAL,
-    MULTIPLIERS,
     Architecture,
 )
-from moe_jax.interop.pretrained_shape import PretrainedShape
 from moe_jax.interop.source import ExportSource, balance_bias, embedding
 
 type Tensors = Iterator[tuple[str, np.ndarray]]
@@ -52,8 +50,6 @@ class Piece(NamedTuple):
     """Index into our parameter. A piece is repeated where the place is larger."""
     part: Any = ...
     """Index into the tensor."""
-    factor: float = 1.0
-    """By which its values are multiplied."""
 
 
 type Table = dict[str, list[Piece]]
@@ -65,26 +61,14 @@ def is_fused(names: Container[str]) -> bool:
     return any(f"model.layers.0.{name}" in names for name in FUSED)
 
 
-def table(shape: PretrainedShape, fused: bool, copies: bool = False) -> Table:
-    """The table of a model in a folder, with its factors. With `copies`, the pieces of a dense network fill all experts
-    of an upcycled model."""
-    head, factor = EMBEDDING if shape.tied else HEAD, shape.multipliers.of
-    entries = _entries(shape.model, shape.architecture, head, fused, copies)
-    return {
-        name: [piece._replace(factor=factor(name, piece.tensor)) for piece in pieces]
-        for name, pieces in entries.items()
-    }
-
-
-def _entries(
-    model: ModelConfig, architecture: Architecture, head: str = HEAD, fused: bool = False, copies: bool = False
-) -> Table:
+def table(model: ModelConfig, architecture: Architecture, fused: bool = False, copies: bool = False) -> Table:
+    """The table of a model. With `copies`, the pieces of a dense network fill all experts of an upcycled model."""
     entries: Table = {
         "embedding": [Piece(EMBEDDING, (model.vocab_size, model.width), transposed=False)],
         "norm.scale": [Piece(NORM, (model.width,), transposed=False)],
     }
     if not model.tied_head:
-        entries["head"] = [Piece(head, (model.vocab_size, model.width))]
+        entries["head"] = [Piece(HEAD, (model.vocab_size, model.width))]
     for layer in range(model.layers):
         ffn = _ffn(model, layer, architecture, fused, copies)
         entries |= trunk(model, layer) | {f"blocks.{layer}.ffn.{name}": pieces for name, pieces in ffn.items()}
@@ -200,7 +184,7 @@ def tensors(source: ExportSource, architecture: Architecture) -> Tensors:
         yield from _gpt2_tensors(source)
         return
     model = source.config.model
-    yield from written(source, _entries(model, architecture), interleaved=architecture == ERNIE)
+    yield from written(source, table(model, architecture), interleaved=architecture == ERNIE)
     if architecture == ERNIE:
         for layer in range(model.layers):
             name = f"model.layers.{layer}.mlp.moe_statics.e_score_correction_bias"
@@ -298,6 +282,17 @@ def config_json(source: ExportSource, architecture: Architecture, dtype: str) ->
     return shared if model.dense != "none" else shared | _expert_config(model, architecture)
 
 
+def multipliers(model: ModelConfig) -> dict[str, float]:
+    """Granite's fields. A scaled embedding is one of its cases."""
+    embedding = model.width**0.5 if model.scaled_embedding and model.tied_head else 1.0
+    return {
+        "embedding_multiplier": model.embedding_multiplier * embedding,
+        "attention_multiplier": model.attention_multiplier or model.head_width**-0.5,
+        "residual_multiplier": model.residual_multiplier,
+        "logits_scaling": model.logits_scaling,
+    }
+
+
 def _expert_config(model: ModelConfig, architecture: Architecture) -> dict[str, Any]:
     top_k, shared = model.routing.top_k, model.shared_experts * model.expert_hidden
     if architecture == ERNIE:
@@ -322,8 +317,10 @@ def _expert_config(model: ModelConfig, architecture: Architecture) -> dict[str, 
     else:
         renormalised = top_k > 1 and model.routing.renormalise_gates
         config |= {"norm_topk_prob": renormalised, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    if layout.shared:
+        config[layout.shared] = shared
     if layout.gated:
-        config |= {layout.shared: shared, "qkv_bias": model.qkv_bias, "use_sliding_window": False}
+        config |= {"qkv_bias": model.qkv_bias, "use_sliding_window": False}
     if layout.multipliers:
-        config |= dict(zip(MULTIPLIERS, (model.width**0.5, model.head_width**-0.5, 1.0, 1.0), strict=True))
+        config |= multipliers(model)
     return config

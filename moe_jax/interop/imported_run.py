@@ -99,7 +99,7 @@ def _write_weights(
         for name, parts in groupby(model.read(table, digest), lambda part: part.parameter):
             made = [np.empty(leaves[full].shape, leaves[full].dtype) for full in _stored_names(name, leaves)]
             if len(made) > 1 and quantized:
-                rounding = ((part, rounded_part(part.stored, part.piece.factor, quantized)) for part in parts)
+                rounding = ((part, rounded_part(part.stored, quantized)) for part in parts)
                 for part, matrix in _one_ahead(rounding):
                     _put_rounded(model, part, made, matrix)
                     advance(part.stored.nbytes)
@@ -135,7 +135,7 @@ def _put_rounded(model: Pretrained, part: Part, made: list[np.ndarray], matrix: 
         part.put(parameter, values)
 
 
-@partial(jax.jit, static_argnums=2)
-def rounded_part(rows: Any, factor: float, weights: Weights) -> QuantizedMatrix:
-    """Rows of a tensor `[outputs, inputs]`, times a factor, rounded."""
-    return rounded((rows.astype(jnp.float32) * factor).T, weights)
+@partial(jax.jit, static_argnums=1)
+def rounded_part(rows: Any, weights: Weights) -> QuantizedMatrix:
+    """Rows of a tensor `[outputs, inputs]`, rounded."""
+    return rounded(rows.astype(jnp.float32).T, weights)

@@ -52,9 +52,8 @@ class Part(NamedTuple):
     """`[columns, inputs]`, or a vector, as the file has it."""
 
     def values(self) -> np.ndarray:
-        """`[inputs, columns]`, or a vector. float32 if the piece has a factor."""
-        factor = self.piece.factor
-        return self.stored.T if factor == 1 else self.stored.T.astype(np.float32) * np.float32(factor)
+        """`[inputs, columns]`, or a vector."""
+        return self.stored.T
 
     def put(self, parameter: np.ndarray, values: Any) -> np.ndarray:
         """Fill the columns of a parameter `[*E, inputs, outputs]` with `[inputs, columns]`, or a vector. What has
@@ -92,7 +91,7 @@ class Pretrained:
         shape = read_shape(folder, flag)
         tokenizer = _tokenizer(folder, shape)
         opened = cls(shape, tokenizer, WeightFiles.open(folder))
-        opened.weights.check(expected(opened.table()), {HEAD} if shape.tied else set())
+        opened.weights.check(expected(opened.table()), {HEAD} if shape.model.tied_head else set())
         return opened
 
     def params(self, shapes: Params, fresh: Params | None = None) -> tuple[Params, str]:
@@ -119,7 +118,7 @@ class Pretrained:
 
     def table(self, copies: bool = False) -> Table:
         """Which tensors are which of our parameters. With `copies`, of a model with experts made of a dense one."""
-        return table(self.shape, is_fused(self.weights.tensors), copies)
+        return table(self.shape.model, self.shape.architecture, is_fused(self.weights.tensors), copies)
 
     def size(self) -> int:
         """Bytes of all tensors of the model in the folder."""
@@ -145,7 +144,7 @@ class Pretrained:
                 part = ahead.popleft().result()
                 ahead.extend(reader.submit(read, *job) for job in islice(jobs, 1))
                 yield part
-        if self.shape.tied and HEAD in self.weights.tensors:
+        if self.shape.model.tied_head and HEAD in self.weights.tensors:
             self._check_tied()
 
     def fill(self, parameter: np.ndarray, part: Part) -> None:

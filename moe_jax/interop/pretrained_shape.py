@@ -50,25 +50,6 @@ def model_folder(source: str) -> Path:
         ) from None
 
 
-class Multipliers(NamedTuple):
-    """Factors that a class of transformers multiplies with (Granite), and that our model has in its weights."""
-
-    embedding: float = 1.0
-    queries: float = 1.0
-    """The scale of attention scores, divided by the usual 1 / sqrt(A)."""
-    residual: float = 1.0
-    """Of what attention and experts add to the residual stream."""
-    head: float = 1.0
-
-    def of(self, parameter: str, tensor: str) -> float:
-        """The factor of a tensor in one of our parameters."""
-        if parameter in ("embedding", "head"):
-            return getattr(self, parameter)
-        if ".q_proj." in tensor:
-            return self.queries
-        return self.residual if parameter.endswith((".out", ".w_out")) else 1.0
-
-
 class PretrainedShape(NamedTuple):
     """What config.json says."""
 
@@ -80,9 +61,6 @@ class PretrainedShape(NamedTuple):
     """`eos_token_id`: the token that ends a text."""
     text: bytes
     """The content of config.json."""
-    tied: bool
-    """Whether the head in the folder is the embedding. Ours is not where their factors differ."""
-    multipliers: Multipliers = Multipliers()
 
 
 def holds_pretrained(folder: Path) -> bool:
@@ -131,10 +109,7 @@ class _Fields:
         if layout.architecture == OLMOE and head_dim * heads != width:
             raise self._unheld("head_dim", f"hidden_size / num_attention_heads = {width} / {heads}")
         kv_heads = self._size("num_key_value_heads", layout.kv_heads or heads)
-        tied, multipliers = self._of("tie_word_embeddings", bool, False), Multipliers()
-        if layout.multipliers:
-            embedding, scores, residual, logits = (self._number(name, 1, 1e-6, 1e6) for name in MULTIPLIERS)
-            multipliers = Multipliers(embedding, scores * head_dim**0.5, residual, 1 / logits)
+        multipliers = {name: self._number(name, 1, 1e-6, 1e6) for name in (MULTIPLIERS if layout.multipliers else ())}
         model = ModelConfig(
             vocab_size=self._size("vocab_size"),
             seq_len=self._context(),
@@ -146,10 +121,11 @@ class _Fields:
             norm_eps=self._number("rms_norm_eps", layout.eps, 1e-12, 1),
             **self._rotation(layout),
             qk_norm=layout.qk_norm,
-            tied_head=tied and multipliers.embedding == multipliers.head,
+            tied_head=self._of("tie_word_embeddings", bool, False),
+            **multipliers,
             **self._network(layout),
         )
-        return PretrainedShape(folder, layout.architecture, model, self._separator(), text, tied, multipliers)
+        return PretrainedShape(folder, layout.architecture, model, self._separator(), text)
 
     def _layout(self) -> Layout:
         layout = LAYOUTS.get(str(self._values.get("model_type")))

@@ -1,5 +1,6 @@
 """Causal multi-head attention (Vaswani et al. 2017, section 3.2), whole or one token at a time with a cache."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -90,6 +91,8 @@ class Attention(nnx.Module):
         if self.config.positions == "rope":
             theta, scaling = self.config.rope_theta, self.config.rope_scaling
             query, key = (apply_rope(z, positions, theta, scaling) for z in (query, key))
+        if self.config.attention_multiplier:  # the scores are divided by sqrt(A) later
+            query = query * (self.config.attention_multiplier * math.sqrt(self.config.head_width))
         return query, key, value
 
     def _output(self, mixed: Float[Array, "B T H A"]) -> Float[Array, "B T D"]:

@@ -83,7 +83,7 @@ class Block(nnx.Module):
         # Each of the 2L branches adds to the residual stream. With this scale, the sum of all branches has the variance
         # of a single unscaled branch.
         out_scale = 0.0 if config.zero_init_residual else 1 / math.sqrt(2 * config.layers)
-        self.dropout = config.dropout
+        self.dropout, self.multiplier = config.dropout, config.residual_multiplier
         self.attention_norm = Normalisation(config.norm, config.width, config.bias, config.norm_eps)
         self.attention = Attention(config, out_scale, rngs, forms.attention)
         self.ffn_norm = Normalisation(config.norm, config.width, config.bias, config.norm_eps)
@@ -112,12 +112,12 @@ class Block(nnx.Module):
         def attend(block: Block, x: Array) -> tuple[Array, KeyValue]:
             with jax.named_scope("attention"):
                 y, kv = block.attention(block.attention_norm(x), own[0])
-            return _sum(x, dropout(y, block.dropout, own[1])), kv
+            return _sum(x, block.scaled(dropout(y, block.dropout, own[1]))), kv
 
         def feed(block: Block, x: Array) -> tuple[Array, RouterStats | None]:
             with jax.named_scope("ffn"):
                 y, stats = block.ffn(block.ffn_norm(x), mode, trace)
-            return _sum(x, dropout(y, block.dropout, own[2])), stats
+            return _sum(x, block.scaled(dropout(y, block.dropout, own[2]))), stats
 
         between, kv = (jax.checkpoint(attend) if remat else attend)(self, x)
         kept = jax.checkpoint_policies.save_only_these_names(DECISIONS)
@@ -137,9 +137,13 @@ class Block(nnx.Module):
         on a CPU its cache and its experts are not read.
         """
         y, cache = self.attention.decode(self.attention_norm(x), cache, index)
-        x = x + y
+        x = x + self.scaled(y)
         y, stats = self.ffn(self.ffn_norm(x), Mode.SERVE if index.ndim else Mode.GENERATE, trace=trace)
-        return x + y, stats, cache
+        return x + self.scaled(y), stats, cache
+
+    def scaled(self, branch: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """What attention or the experts add to the residual stream."""
+        return branch if self.multiplier == 1 else branch * self.multiplier
 
 
 def _sum(x: Float[Array, "B T D"], y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -174,7 +178,13 @@ class Transformer(nnx.Module):
         if self.config.positions == "learned":
             # A slice, because its gradient is a plain sum. The gradient of indexing is a scatter-add.
             x = x + (self.position[: tokens.shape[1]] if positions is None else self.position[...][positions])
-        return x.astype(self.compute)
+        x = x.astype(self.compute)
+        return x if self.config.embedding_multiplier == 1 else x * self.config.embedding_multiplier
+
+    def _final(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The normalised hidden states, whose products with the head are the logits."""
+        x = self.norm(x)
+        return x if self.config.logits_scaling == 1 else x / self.config.logits_scaling
 
     def __call__(
         self, tokens: Int[Array, "B T"], mode: Mode, key: Key[Array, "..."] | None = None, trace: bool = False
@@ -196,7 +206,7 @@ class Transformer(nnx.Module):
             x, layer_stats, kv = block(x, mode, block_keys, remat=self.remat and mode is Mode.TRAIN, trace=trace)
             stats.append(layer_stats)
             cache.append(kv)
-        return self.norm(x), _stacked(stats), cache
+        return self._final(x), _stacked(stats), cache
 
     def head_matrix(self) -> Float[Array, "D V"] | QuantizedMatrix:
         """The vocabulary head, which is the transposed embedding where they are tied."""
@@ -241,7 +251,7 @@ class Transformer(nnx.Module):
             x, layer_stats, kv = block.decode(x, kv, index, trace)
             stats.append(layer_stats)
             new.append(kv)
-        return self.norm(x), _stacked(stats), new
+        return self._final(x), _stacked(stats), new
 
 
 def _stacked(stats: list[RouterStats | None]) -> RouterStats | None:

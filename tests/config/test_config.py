@@ -140,7 +140,7 @@ def test_every_field_survives_json() -> None:
         base="there",
         model=ModelConfig(
             *(7, 6, 5, 12, 3, 3, 4, 9, 24, 2, True, "active", "gelu", "layernorm", 0.5, "learned", 10_000.0, ""),
-            *(True, True, "full", False, True, True, True, 0.25, 0.5),
+            *(True, True, "full", False, True, 2.0, 0.1, 0.2, 3.0, True, True, 0.25, 0.5),
             routing=routing,
         ),
         data=DataConfig("pg19", "byte", 300, 5, 7, "chat"),

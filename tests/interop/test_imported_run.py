@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 import moe_jax
 from moe_jax.config import UserError
+from moe_jax.interop.architectures import MULTIPLIERS
 from moe_jax.interop.export import export
 from moe_jax.interop.imported_run import Form, import_run
 from moe_jax.interop.pretrained import Pretrained
@@ -98,15 +99,19 @@ def test_a_longer_context_than_the_model_reads_is_not_taken(tmp_path: Path) -> N
         assert moe_jax.load_run(tmp_path / f"run-{context}").config.model.seq_len == read
 
 
-def test_unquantised_weights_go_back(tmp_path: Path) -> None:
-    folder = published(tmp_path / "hf")
+@pytest.mark.parametrize("name", SMALLER)
+def test_unquantised_weights_go_back(name: str, tmp_path: Path) -> None:
+    """With Granite's multipliers too, which are no part of the weights."""
+    folder = published(tmp_path / "hf", name)
     import_run(opened(folder), "bfloat16", 40, tmp_path / "run")
     export(open_source(tmp_path / "run"), "hf", "bfloat16", tmp_path / "back", "")
     back = load_file(tmp_path / "back" / "model.safetensors")
     there = {n: array for file in folder.glob("*.safetensors") for n, array in load_file(file).items()}
     assert back.keys() == there.keys()
-    for name, array in there.items():
-        np.testing.assert_array_equal(back[name], array, err_msg=name)
+    for tensor, array in there.items():
+        np.testing.assert_array_equal(back[tensor], array, err_msg=tensor)
+    found, given = (json.loads((path / "config.json").read_text()) for path in (tmp_path / "back", folder))
+    assert [found.get(field) for field in MULTIPLIERS] == [given.get(field) for field in MULTIPLIERS]
 
 
 LAYER = "model.layers.0"

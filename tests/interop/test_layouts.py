@@ -136,7 +136,9 @@ EXPORTED: dict[str, dict[str, Any]] = {
     "qwen2_moe": {"qk_norm": "none", "shared_experts": 2, "shared_gate": True, "qkv_bias": True}
     | {"renormalise_gates": False},
     "ernie4_5_moe": {"qk_norm": "none", "balancing": "bias", "shared_experts": 2},
-    "granitemoe": {"qk_norm": "none", "scaled_embedding": True, "tied_head": True},
+    "granitemoe": {"qk_norm": "none", "scaled_embedding": True, "tied_head": True, "embedding_multiplier": 0.5}
+    | {"attention_multiplier": 0.4, "residual_multiplier": 0.22, "logits_scaling": 6.0},
+    "granitemoeshared": {"qk_norm": "none", "residual_multiplier": 0.22, "shared_experts": 2, "tied_head": False},
     "llama": {"qk_norm": "none", "dense": "active", "tied_head": False, "kv_heads": 1},
     "qwen3": {"qk_norm": "head", "dense": "active", "norm_eps": 1e-3, "rope_theta": 500.0},
     "gpt2": {"norm": "layernorm", "positions": "learned", "activation": "gelu", "bias": True, "qk_norm": "none"}
