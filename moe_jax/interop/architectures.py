@@ -210,3 +210,14 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "scoring_func": ("softmax", None),
 }
 """Field -> the values with which the model computes what ours does."""
+
+
+def multipliers(model: ModelConfig) -> dict[str, float]:
+    """Granite's fields. A scaled embedding is one of its cases."""
+    embedding = model.width**0.5 if model.scaled_embedding and model.tied_head else 1.0
+    return {
+        "embedding_multiplier": model.embedding_multiplier * embedding,
+        "attention_multiplier": model.attention_multiplier or model.head_width**-0.5,
+        "residual_multiplier": model.residual_multiplier,
+        "logits_scaling": model.logits_scaling,
+    }

@@ -10,8 +10,8 @@ import numpy as np
 
 from moe_jax.config import UserError
 from moe_jax.data.tokenizers import Tokenizer
-from moe_jax.interop.architectures import ERNIE, GRANITE, Architecture, ExportDtype
-from moe_jax.interop.huggingface import multipliers, norm_eps, trunk, written
+from moe_jax.interop.architectures import ERNIE, GRANITE, Architecture, ExportDtype, multipliers
+from moe_jax.interop.huggingface import norm_eps, trunk, written
 from moe_jax.interop.source import ExportSource, balance_bias, embedding, experts
 from moe_jax.interop.tokenizers import jinja, merges, separator_text, spelled
 

@@ -18,6 +18,7 @@ from moe_jax.interop.architectures import (
     LAYOUTS,
     MIXTRAL,
     Architecture,
+    multipliers,
 )
 from moe_jax.interop.source import ExportSource, balance_bias, embedding
 
@@ -280,17 +281,6 @@ def config_json(source: ExportSource, architecture: Architecture, dtype: str) ->
         "use_cache": True,
     }
     return shared if model.dense != "none" else shared | _expert_config(model, architecture)
-
-
-def multipliers(model: ModelConfig) -> dict[str, float]:
-    """Granite's fields. A scaled embedding is one of its cases."""
-    embedding = model.width**0.5 if model.scaled_embedding and model.tied_head else 1.0
-    return {
-        "embedding_multiplier": model.embedding_multiplier * embedding,
-        "attention_multiplier": model.attention_multiplier or model.head_width**-0.5,
-        "residual_multiplier": model.residual_multiplier,
-        "logits_scaling": model.logits_scaling,
-    }
 
 
 def _expert_config(model: ModelConfig, architecture: Architecture) -> dict[str, Any]:

@@ -4,7 +4,6 @@ transformer.py  the whole model: embedding, blocks, head
 attention.py    causal attention, whole or one token at a time
 moe/            routing and experts
 layers.py       the small parts: initial values, norms, rotary positions, dropout
-rotation.py     the formulas of scaled rotations
 low_rank.py     adapters of low rank
 quantized.py    weights of 8 or 4 bits, for inference only
 kernels/        the expensive operations, one function each

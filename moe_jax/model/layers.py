@@ -8,9 +8,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from moe_jax.config import Norm
+from moe_jax.config.rope import scaled_rotation
 from moe_jax.model.kernels.processor import rotated_pairs
 from moe_jax.model.precision import at_least_float32
-from moe_jax.model.rotation import scaled_rotation
 
 
 def matrix_init(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float = 1.0) -> Float[Array, "..."]:
@@ -68,7 +68,7 @@ def apply_rope(
     `positions` are those of all sequences, `[T]`, or each sequence has its own, `[B, T]`.
 
     Pair i of a head is rotated by the angle position * theta^(-2i/A), so that the positions of q and k enter q . k only
-    through their distance. With `scaling`, frequencies, cosines and sines have the factors of `rotation.py`.
+    through their distance. With `scaling`, frequencies, cosines and sines have the factors of `config/rope.py`.
     """
     half = x.shape[-1] // 2
     dtype = at_least_float32(x.dtype)

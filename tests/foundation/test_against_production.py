@@ -30,7 +30,7 @@ from foundation import (
 from foundation.losses import IGNORE
 from foundation.parity import max_relative_error
 from moe_jax.config import ModelConfig, TrainConfig
-from moe_jax.config.rope import ORIGINAL
+from moe_jax.config.rope import ORIGINAL, scaled_rotation
 from moe_jax.data.batches import MaskedBatch
 from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.inference.sampling import Sampling, adjusted_logits
@@ -42,7 +42,6 @@ from moe_jax.model.moe.layer import Mode, MoE
 from moe_jax.model.moe.router import Routing, adjusted_bias, balance_loss, queue_positions, route
 from moe_jax.model.precision import stochastic_round
 from moe_jax.model.quantized import quantize
-from moe_jax.model.rotation import scaled_rotation
 from moe_jax.model.transformer import build_layer
 from moe_jax.system.random_keys import sequence_keys
 from moe_jax.training.initial_weights import copy_dense_params

@@ -12,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from moe_jax.config import UserError
+from moe_jax.config.rope import scaled_rotation
 from moe_jax.interop.export import export
 from moe_jax.interop.huggingface import table
 from moe_jax.interop.pretrained import Pretrained
@@ -19,7 +20,6 @@ from moe_jax.interop.pretrained_shape import scaling_text
 from moe_jax.interop.source import open_source
 from moe_jax.model.kernels.cross_entropy import mean_cross_entropy
 from moe_jax.model.moe.layer import Mode
-from moe_jax.model.rotation import scaled_rotation
 from moe_jax.model.transformer import abstract_model, merge
 from moe_jax.runs.arrays import named_leaves
 from moe_jax.training.session import Session
