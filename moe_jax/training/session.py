@@ -21,7 +21,6 @@ from moe_jax.data.token_store import TokenStore, prepare_token_store
 from moe_jax.data.tokenizers import Stream
 from moe_jax.inference.decode import Decoder
 from moe_jax.inference.sampling import Sampling
-from moe_jax.model.costs import least_step_bytes
 from moe_jax.model.transformer import Params
 from moe_jax.parallel.layout import mesh_of
 from moe_jax.parallel.processes import agree_on, place
@@ -43,8 +42,8 @@ from moe_jax.training.state import RunCounters, TrainState
 if TYPE_CHECKING:
     from moe_jax.training.initial_weights import InitialWeights
 
-LARGE_STEP = 2**30
-"""A step with at least so many bytes gives its memory back to the system."""
+LARGE_MODEL = 50_000_000
+"""A model with more parameters gives the memory of a step back to the system."""
 SAMPLE_TOKENS = 200
 """Longest sample of text at an evaluation."""
 
@@ -107,9 +106,9 @@ class Session:
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
         fitted = fit(config, precision, saved, read_entry(folder.path, "fitted") if saved else None, failed)
         config = fitted.config
-        if least_step_bytes(config) > LARGE_STEP:
-            environment.return_large_blocks()
         programs = Programs.of(config, mesh=mesh, kept_precision=precision)
+        if sum(leaf.size for leaf in jax.tree.leaves(programs.param_shapes)) > LARGE_MODEL:
+            environment.return_large_blocks()
         agree_on(_facts(config, saved is not None, store, programs.policy.compute))
         data = SessionData(config, store, corpus_baselines(config.data, store))
         data.subset()  # raises UserError now, and not at the first evaluation
