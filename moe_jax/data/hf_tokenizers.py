@@ -49,9 +49,6 @@ def library_of(file: str) -> "tokenizers.Tokenizer":
 
     with one_line():
         library = tokenizers.Tokenizer.from_str(file)
-        lossy = next(_lossy(json.loads(file)), None)
-    if lossy:
-        raise UserError(f"tokenizer.json: {lossy}, so a text would not come back; no such tokenizer can be imported")
     if not isinstance(library.model, tokenizers.models.BPE) or library.model.dropout:
         raise UserError("tokenizer.json: must be a BPE without dropout; no other kind can be imported")
     library.no_truncation()
@@ -92,8 +89,11 @@ def vocabulary(file: str, separator: int) -> tuple[list[bytes], Callable[[list[s
     return entries, encode_batch
 
 
-def check_lossless(encode: Callable[[str], list[int]], decode: Callable[[list[int]], str]) -> None:
-    """Raise UserError unless the ids of a text of many characters give it back, but for what the kinds may change."""
+def check_lossless(file: str, encode: Callable[[str], list[int]], decode: Callable[[list[int]], str]) -> None:
+    """Raise UserError unless the ids of a text of many characters give it back, but for what the kinds may change, and
+    no rule of the tokenizer.json loses a part of other texts."""
+    if lossy := next(_lossy(json.loads(file)), None):
+        raise UserError(f"tokenizer.json: {lossy}, so a text would not come back; no such tokenizer can be imported")
     if _comparable(decode(encode(_PROBE))) != _comparable(_PROBE):
         raise UserError(
             "tokenizer.json: does not give every character of a text back; it must be a byte-level BPE, or one with "

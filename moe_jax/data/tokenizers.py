@@ -201,7 +201,7 @@ def imported_tokenizer(file: str, settings: str, separator_id: int | None, templ
     if found := template_in(values, template):
         definition["template"] = found
     tokenizer = Tokenizer(definition)
-    hf_tokenizers.check_lossless(tokenizer.encode, tokenizer.decode)
+    hf_tokenizers.check_lossless(file, tokenizer.encode, tokenizer.decode)
     return tokenizer
 
 
