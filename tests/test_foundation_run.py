@@ -168,9 +168,11 @@ def test_every_setting_of_a_model_is_read_refused_or_known_to_change_nothing() -
     """A new setting that changes the forward pass must be named in `weights.py`, or the run is refused."""
     model = preset("nano").model
     names = [field.name for part in (model, model.routing) for field in dataclasses.fields(part)]
-    groups = (weights.SHAPES, weights.READ, weights.ONLY_TRAINING)
+    groups = (weights.SHAPES, weights.READ, weights.MULTIPLIERS, weights.ONLY_TRAINING)
     assert sorted(names) == sorted(name for group in groups for name in group)
     weights.config_of(dataclasses.asdict(model), dataclasses.asdict(model.routing))
+    with pytest.raises(weights.Problem, match="Granite's multipliers, which are not derived"):
+        weights.config_of(dataclasses.asdict(model) | {"logits_scaling": 2.0}, dataclasses.asdict(model.routing))
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ READ = {
     *("tied_head", "scaled_embedding", "routing", "top_k", "renormalise_gates", "balancing"),
 }
 """Settings that this package computes with. `config_of` refuses the values that it has not derived."""
+MULTIPLIERS = {"embedding_multiplier": 1, "attention_multiplier": 0, "residual_multiplier": 1, "logits_scaling": 1}
+"""Granite's factors, with the values that change nothing. No other has been derived."""
 ONLY_TRAINING = {
     *("tie_value_output_init", "zero_init_residual", "dropout", "attention_dropout"),
     *("capacity_factor", "device_capacity_factor", "dispatch"),
@@ -54,12 +56,14 @@ def config_of(model: dict[str, Any], routing: dict[str, Any]) -> ModelConfig:
 
     Raises Problem for what this package has not derived, and for every setting that it does not know.
     """
-    unknown = sorted({*model, *routing} - SHAPES - READ - ONLY_TRAINING - EARLIER)
+    unknown = sorted({*model, *routing} - SHAPES - READ - MULTIPLIERS.keys() - ONLY_TRAINING - EARLIER)
     if unknown:
         raise Problem(
             f"config.json sets {', '.join(unknown)}, which foundation does not know, so it could compute another "
             "model; choose a run without it, or name the setting in foundation/trained/weights.py"
         )
+    if any(model.get(name, plain) != plain for name, plain in MULTIPLIERS.items()):
+        raise Problem("the run has Granite's multipliers, which are not derived; choose another run")
     if routing.get("balancing", "loss") != "loss":
         raise Problem("the run balances by a bias, which is not derived; train with --routing.balancing loss")
     if routing.get("eval_capacity_factor", 0.0) > 0:
