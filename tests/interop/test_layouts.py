@@ -243,8 +243,8 @@ def assert_shape(reader: Any, architecture: str, model: ModelConfig) -> None:
     if architecture == "qwen2moe":
         named["expert_shared_feed_forward_length"] = 2 * model.expert_hidden
     if architecture == "granitemoe":
-        named |= {"embedding_scale": model.width**0.5, "attention.scale": model.head_width**-0.5}
-        named |= {"residual_scale": 1.0, "logit_scale": 1.0}
+        scale = 0.5 * model.width**0.5  # the run's own multiplier, and that of a scaled embedding
+        named |= {"embedding_scale": scale, "attention.scale": 0.4, "residual_scale": 0.22, "logit_scale": 6.0}
     found = {name.partition(".")[2]: fields[name] for name in fields if name.startswith(f"{architecture}.")}
     assert found == pytest.approx(named)
     assert (fields["general.architecture"], fields["general.name"]) == (architecture, "a name")

@@ -139,9 +139,9 @@ BUGS = [
         transformer.Transformer.__call__,
         claim("arithmetic: the whole step"),
     ).edit(
-        "return self.norm(x), ",
+        "return self._final(x), ",
         "x = x + 1e-6 * jnp.tanh(x) @ self.blocks[0].ffn.router[...] @ self.blocks[0].ffn.router[...].T"
-        "\n    return self.norm(x), ",
+        "\n    return self._final(x), ",
     ),
     Bug("certify: prompts without padding", decode.Decoder.read, claim("compilations")).edit(
         "_padded(tokens, length)", "_padded(tokens, len(tokens))"
