@@ -4,7 +4,7 @@ The modules here import only the standard library, and modules of `system` that 
 before jax is imported. A wrong value raises `ConfigError`, whose text names the flag, the value and what is allowed.
 
     model.py       ModelConfig, RoutingConfig: the shape, the routing policy, the capacity rule
-    rope.py        the numbers of the scaled rotations of public models
+    rope.py        the scaled rotations of public models
     train.py       DataConfig, TrainConfig: the text, the steps
     execution.py   ExecutionConfig: precision, memory, devices; MeshShape, ProcessGroup
     run.py         RunConfig: all of them, to and from the `config.json` of a run's folder

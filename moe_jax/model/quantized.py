@@ -176,7 +176,7 @@ def quantized_shapes(shapes: dict[str, Any], weights: Weights) -> dict[str, Any]
 
 
 def rounded(matrix: Float[Array, "*E D F"], weights: Weights) -> QuantizedMatrix:
-    """The nearest codes. An entry is off by at most half the scale of its group, and what the scale is rounded by.
+    """The nearest codes. An entry is off by at most half the scale of its group, plus the rounding of the scale.
 
     The scale is the largest magnitude of the group, divided by the largest code. A group of zeros has scale 0, and one
     with a value that is not finite has scale NaN. In int4 the codes are found with the scale after its rounding to

@@ -49,8 +49,7 @@ class WebServer(uvicorn.Server):
 
 
 def serve(web: WebServer, sock: socket.socket) -> None:
-    """Serve until SIGTERM or Ctrl-C, and wait for the engine's last step: Python's end must not interrupt
-    the device."""
+    """Serve until SIGTERM or Ctrl-C, then wait for the engine's last step, which Python's end must not interrupt."""
     for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn sends itself the signal again at its end
         signal.signal(number, lambda *_: None)
     asyncio.run(web.serve([sock]))

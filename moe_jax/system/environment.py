@@ -149,9 +149,10 @@ def _set_memory_fraction() -> list[str]:
 
 
 def return_large_blocks() -> None:
-    """Give blocks of LARGE_BLOCK or more back to the kernel when they are freed, after `keep_freed_memory`. For large
-    models: their step has one block of gigabytes. A small block that takes a part of it would make the next step ask
-    for as much again, so the process would hold twice what it needs.
+    """For large models, after `keep_freed_memory`: give freed blocks of LARGE_BLOCK or more back to the kernel.
+
+    The step of a large model takes one block of gigabytes. Where it stays in the heap, a small block may take a part of
+    it. The next step then finds no block that is large enough, and the heap grows by as much again.
     """
     if platform.libc_ver()[0] == "glibc" and "GLIBC_TUNABLES" not in os.environ and runs_on_cpu():
         libc = ctypes.CDLL(None)

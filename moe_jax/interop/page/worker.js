@@ -125,7 +125,7 @@ const write = async (number, { prompt, messages, echo, max_tokens, temperature, 
     throw new Error(`The ${what} has ${count} tokens, and the model reads ${T}. ${remedy}`);
   };
   // A long text is refused before it is cut into tokens: until that is done, no message is read.
-  const size = fresh ? prompt.length : (messages ?? []).reduce((sum, { content }) => sum + content.length, 0);
+  const size = fresh ? prompt.length : (messages ?? []).reduce((sum, { content }) => sum + content.trim().length, 0);
   if (size > T * tokenizer.longest) refuse(`more than ${T}`);
   const ids = messages ? tokenizer.conversation(messages) : fresh ? [tokenizer.separator, ...tokenizer.encode(prompt)] : prompt;
   if (messages ? ids.length >= T : fresh && ids.length > T) refuse(ids.length);
