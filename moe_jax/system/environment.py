@@ -30,6 +30,8 @@ ADDRESS_SPACE = 3 * GIB // 2
 _DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 _TRIM_THRESHOLD, _MMAP_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -3, -4, -8
 """Parameters of glibc's `mallopt`."""
+_HUGE_PAGE, _HUGE_PAGES = 2 * MIB, 14
+"""Bytes of a huge page, and `madvise`'s number for MADV_HUGEPAGE."""
 LARGE_BLOCK = 32 * MIB
 """The largest threshold that glibc takes."""
 
@@ -158,6 +160,7 @@ def return_large_blocks() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(_MMAP_THRESHOLD, LARGE_BLOCK)
         libc.mallopt(_MMAP_MAX, 1 << 16)
+        libc.malloc_trim(0)  # what the heap holds free would be used first
 
 
 def keep_freed_memory() -> None:
@@ -166,6 +169,9 @@ def keep_freed_memory() -> None:
     XLA's CPU client allocates the temporary buffers of a program at each call. By default glibc gets them from the
     kernel and returns them, so in every training step the kernel maps and zeroes all their pages again. All threads
     share one heap, because orbax starts new threads at each save. `benchmarks/performance.md` has the gains.
+
+    The heap also gets huge pages. `mallopt` has no setting for them. So the heap grows once to half of the memory, the
+    kernel is told to use huge pages there, and the block is freed again. Pages that nobody writes take no memory.
     """
     if platform.libc_ver()[0] != "glibc" or "GLIBC_TUNABLES" in os.environ:
         return
@@ -175,3 +181,9 @@ def keep_freed_memory() -> None:
     libc.mallopt(_TRIM_THRESHOLD, -1)  # never give the top of the heap back
     libc.mallopt(_MMAP_MAX, 0)  # take large blocks from the heap too
     libc.mallopt(_ARENA_MAX, 1)
+    size = (machine_memory() or 0) // 2
+    libc.malloc.restype = ctypes.c_void_p
+    if block := libc.malloc(ctypes.c_size_t(size)):
+        begin = -(-block // _HUGE_PAGE) * _HUGE_PAGE
+        libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(max(block + size - begin, 0)), _HUGE_PAGES)
+        libc.free(ctypes.c_void_p(block))
