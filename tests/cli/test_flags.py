@@ -4,8 +4,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from moe_jax.config import SECTIONS, RunConfig
 from moe_jax.config.section import flag_of
@@ -15,27 +13,21 @@ HIDDEN = ("base", "format", "lora_rank", "lora_alpha", "train_router")
 """Settings without a flag in `train.py`: those of fine-tuning."""
 ANY_NUMBER = ("capacity_factor", "device_capacity_factor")
 """Every positive number means something."""
-WORDS = st.text(st.characters(codec="ascii", categories=["L"]), min_size=1, max_size=8).filter(
-    lambda word: word.lower() not in ("nan", "inf", "infinity")
-)
 OF_A_FORM = ("upcycle", "init_from", "mesh", "memory", "rope_scaling")
 """Texts that must name something, or have a form of their own."""
 
 
-def bad_values(name: str, kind: Any) -> st.SearchStrategy[str]:
+def bad_values(name: str, kind: Any) -> list[str]:
     """Values that a field cannot have, as typed."""
     if get_origin(kind) is Literal:
-        return WORDS.filter(lambda word: word not in get_args(kind))
+        return ["", "neither", get_args(kind)[0] + "x"]
     if kind is int:
-        number = st.integers(max_value=-1) | st.integers(min_value=2**33) | st.just("9" * 400)
-        return number.map(str) | WORDS | st.floats(0.1, 0.9).map(str)
+        return ["-1", str(2**33), "0.5", "many"]
     if kind is float:
-        number = st.floats(max_value=-1e-3, allow_infinity=False).map(str) | st.sampled_from(["nan", "inf", "-inf"])
-        large = st.floats(min_value=1e10, allow_infinity=False).map(str)
-        return number | WORDS | (st.nothing() if name in ANY_NUMBER else large)
+        return ["-0.001", "nan", "many", *([] if name in ANY_NUMBER else ["1e10", "-inf"])]
     if kind is bool:
-        return WORDS.map(lambda word: word + "x")
-    return WORDS if name in OF_A_FORM else st.just("") if name == "source" else st.nothing()
+        return ["maybe"]
+    return ["neither"] if name in OF_A_FORM else [""] if name == "source" else []
 
 
 FIELDS = {
@@ -51,15 +43,8 @@ def test_bad_values(flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.chdir(tmp_path)
     name, kind = FIELDS[flag]
     values = bad_values(name, kind)
-    if values.is_empty:
-        assert flag == "--out"
-        return
-
-    @settings(max_examples=6)
-    @given(values)
-    def check(value: str) -> None:
+    assert values or flag == "--out"
+    for value in values:
         named = value if kind is bool else flag  # tyro takes what follows a switch for an argument of its own
         assert named in refusal(train_settings, f"{flag}={value}")
-
-    check()
     assert list(tmp_path.iterdir()) == []

@@ -65,7 +65,7 @@ def complains(*_: object) -> None:
     raise RuntimeError("first\nsecond")
 
 
-@pytest.mark.parametrize("number", EXERCISES)
+@pytest.mark.parametrize("number", list(EXERCISES)[::5])
 def test_any_answer_of_any_type_gets_the_hint(number: str, capsys: pytest.CaptureFixture[str]) -> None:
     junk = ["seven", [1, 2], np.zeros((3, 9)), jnp.zeros(()), 1j, object(), math.nan, lambda: 0, complains,
             lambda *a: None, lambda *a: "text", lambda *a: np.zeros((7, 7)), lambda *a: a[0] * math.nan,

@@ -18,6 +18,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import moe_jax
+from moe_jax.cli.main import main, run_as, run_command
 from moe_jax.config import UserError
 from moe_jax.interop.architectures import MULTIPLIERS
 from moe_jax.interop.export import export
@@ -159,34 +160,31 @@ def test_a_single_value_that_is_not_finite_is_named(
         assert sorted(p.name for p in tmp_path.iterdir()) == ["hf"]
 
 
-def test_it_is_read_and_not_trained(tmp_path: Path) -> None:
+def test_it_is_read_and_not_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = published(tmp_path / "hf")
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time. " * 50)
     for form in ("int8", "bfloat16"):
         run = tmp_path / form
         import_run(opened(folder), form, 40, run)
-        failed = runs.complete(["--out", str(run), "--resume"], tmp_path)
-        assert failed.returncode == 2
-        assert len(failed.stderr.splitlines()) == 1, failed.stderr
-        scored = runs.complete(["evaluate", "--run", str(run), "--data", str(text)], tmp_path, runs.COMMANDS)
-        assert scored.returncode == 0, scored.stderr
-        assert json.loads(scored.stdout.splitlines()[-1])["val_loss"] > 0
+        assert main(lambda argv: run_as("train", argv, "train.py"), ["--out", str(run), "--resume"]) == 2
+        failed = capsys.readouterr().err
+        assert len(failed.splitlines()) == 1, failed
+        assert run_command(["evaluate", "--run", str(run), "--data", str(text)]) == 0
+        assert json.loads(capsys.readouterr().out.splitlines()[-1])["val_loss"] > 0
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     folder = published(tmp_path / "Tiny-MoE")
-    done = runs.complete(["import", str(folder), "--context", "32"], tmp_path, runs.COMMANDS)
-    assert done.returncode == 0, done.stderr
-    assert "runs/tiny-moe: olmoe" in done.stdout
-    wrote = runs.complete(["generate", "--prompt", "Once", "--max-tokens", "4"], tmp_path, runs.COMMANDS)
-    assert wrote.returncode == 0, wrote.stderr
-    assert wrote.stdout.startswith("Once")
-    again = runs.complete(["import", str(folder)], tmp_path, runs.COMMANDS)
-    assert again.returncode == 2
-    assert "is not empty" in again.stderr
-    gone = runs.complete(["import", str(tmp_path / "gone")], tmp_path, runs.COMMANDS)
-    assert (gone.returncode, len(gone.stderr.splitlines())) == (2, 1)
+    monkeypatch.chdir(tmp_path)
+    assert main(run_command, ["import", str(folder), "--context", "32"]) == 0
+    assert "runs/tiny-moe: olmoe" in capsys.readouterr().out
+    assert main(run_command, ["generate", "--prompt", "Once", "--max-tokens", "4"]) == 0
+    assert capsys.readouterr().out.startswith("Once")
+    assert main(run_command, ["import", str(folder)]) == 2
+    assert "is not empty" in capsys.readouterr().err
+    assert main(run_command, ["import", str(tmp_path / "gone")]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 MEASURED = """

@@ -8,7 +8,10 @@ import pytest
 
 from moe_jax.system import environment
 
-QUICK_COMPILER = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+QUICK_COMPILER = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_parallel_codegen_split_count=1"
+)
 """XLA_FLAGS that make compiling about twice as fast, and the programs slower. Compared programs must share them: they
 may change the last bits of a float."""
 
