@@ -41,6 +41,7 @@ def test_a_model_is_a_quantised_run_with_a_card(name: str) -> None:
     card = (SHIPPED / name / "README.md").read_text()
     assert f"{summary['val_bits_per_byte']:.4f}" in card
     assert f"{run.checkpoint.step:,} steps" in card
+    assert f"{summary['params_total']:,} parameters" in repr(run), "scales are no parameters"
 
 
 def test_reading_leaves_no_file_in_the_package(capsys: pytest.CaptureFixture[str]) -> None:

@@ -18,13 +18,13 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 
 from moe_jax.cli.options import check_memory, check_out_folder
 from moe_jax.config import ConfigError, DataConfig, MeshShape, ProcessGroup, RunConfig
-from moe_jax.config.presets import PRESETS, preset
+from moe_jax.config.presets import PRESETS
 from moe_jax.config.section import Section, long_flag, short_flags
 from moe_jax.data.corpora import check_source
 from moe_jax.runs.catalog import holds_run
 from moe_jax.system import environment
 from moe_jax.system.terminal import say, working
-from moe_jax.training.start import Start, Values, start_of
+from moe_jax.training.start import Start, Values, new_start, start_of
 
 LORA = ("train", "lora_rank")
 NAMING = {
@@ -67,7 +67,7 @@ def parse_settings(
     """
     brief = {"-h", "--help"} & {*argv}
     naming = given | _naming(argv)
-    start = Start(preset(naming.get(("", "preset"), "nano"))) if brief else start_of(naming)
+    start = new_start(RunConfig().override(naming)) if brief else start_of(naming)
     default = TrainingArguments(config=start.defaults.override(given))
     parsed = tyro.cli(
         TrainingArguments,

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import numpy as np
 from flax import nnx
 
 from moe_jax.config import ConfigError, ModelConfig, RunConfig, UserError
 from moe_jax.data.token_store import TokenStore, prepare_token_store
 from moe_jax.data.tokenizers import Tokenizer, load_tokenizer
+from moe_jax.model.costs import count_parameters, totals
 from moe_jax.model.low_rank import Adapters, LoraShape, merged
 from moe_jax.model.precision import Policy, choose_policy, writing_policy
 from moe_jax.model.quantized import WEIGHTS, Weights, in_tiles, quantized_shapes
@@ -119,7 +119,7 @@ class LoadedRun:
 
     def __repr__(self) -> str:
         """One line for a notebook: the settings and the arrays are its fields."""
-        model, size = self.config.model, sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        model, size = self.config.model, totals(count_parameters(self.config.model)).total
         experts = f"{model.experts} experts" if model.dense == "none" else f"dense {model.dense}"
         shape = f"{model.layers} layers of width {model.width}, {experts}, {size:,} parameters"
         return f"<{type(self).__name__} {self.config.run_dir}, step {self.checkpoint.step}: {shape}>"

@@ -89,7 +89,10 @@ def new_start(config: RunConfig) -> Start:
         return _tuned_run(config)
     if config.init_from:
         return _imported_model(config)
-    return _upcycled(config) if config.upcycle else Start(preset(config.preset))
+    if config.upcycle:
+        return _upcycled(config)
+    usual = preset(config.preset)
+    return Start(_for_conversations(usual, _tuning_lr(config)) if config.data.format == "chat" else usual)
 
 
 def resumed_run(saved: RunConfig) -> Start:
@@ -115,7 +118,7 @@ def _tuned_run(config: RunConfig) -> Start:
     folder = str(run_folder(config.base))
     from_run = _load_run("--run", folder)
     fresh = dataclasses.replace(from_run, base=config.base, init_from="", upcycle="", out="", resume=False)
-    defaults = _for_conversations(fresh, TUNING_LR_ADAPTERS if config.train.lora_rank else TUNING_LR)
+    defaults = _for_conversations(fresh, _tuning_lr(config))
     return Start(
         defaults,
         weights=lambda: _weights_of("run", "--run", folder),
@@ -215,6 +218,10 @@ def _with_pretrained(config: RunConfig, model: ModelConfig) -> RunConfig:
     train = dataclasses.replace(config.train, optimizer="adamw", lr=IMPORTED_LR)
     data = dataclasses.replace(config.data, tokenizer="hf")
     return dataclasses.replace(config, model=model, data=data, train=train)
+
+
+def _tuning_lr(config: RunConfig) -> float:
+    return TUNING_LR_ADAPTERS if config.train.lora_rank else TUNING_LR
 
 
 def _for_conversations(config: RunConfig, lr: float) -> RunConfig:

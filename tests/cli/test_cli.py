@@ -142,6 +142,21 @@ def test_the_help_of_training_shows_the_usual_flags_without_jax(tmp_path: Path) 
             assert flag_of(section, name) in every
 
 
+@pytest.mark.parametrize(
+    ("words", "rate", "context"),
+    [([], "0.001", 256), (["--lora", "4"], "0.003", 256), (["--run", "stories", "--lora=4"], "0.003", 512)],
+)
+def test_the_help_of_tuning_shows_the_values_of_a_tuning(
+    words: list[str], rate: str, context: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """600 steps at a rate of its own, and the model of the run, if one is named."""
+    with pytest.raises(SystemExit):
+        main(run_command, ["sft", *words, "--help"])
+    printed = plain(capsys.readouterr().out)
+    for line in ("--steps INT (default: 600)", f"--lr FLOAT (default: {rate})", f"--seq-len INT (default: {context})"):
+        assert line in printed
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_parameter_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Text stands between a flag and its default."""
