@@ -65,6 +65,7 @@ def memories(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int, b
     return {setting(with_values(config, plan.setting)): plan for plan in plans}
 
 
+@pytest.mark.runs
 def test_no_rung_takes_less_than_its_lower_bound(memories: dict[tuple[int, int, bool], Plan]) -> None:
     """So a rung that is passed over would not have fitted."""
     for plan in memories.values():
@@ -84,6 +85,7 @@ def fitted(
     return folder, session, expected
 
 
+@pytest.mark.runs
 def test_a_run_fits_itself_and_its_losses_are_those_of_the_run_that_was_asked_for(
     fitted: tuple[Path, Session, tuple[int, int, bool]],
     memories: dict[tuple[int, int, bool], Plan],
@@ -102,6 +104,7 @@ def test_a_run_fits_itself_and_its_losses_are_those_of_the_run_that_was_asked_fo
     np.testing.assert_allclose(losses(folder), losses(tmp_path), rtol=1e-5)
 
 
+@pytest.mark.runs
 def test_config_json_has_what_was_chosen_and_beside_it_what_was_asked(
     fitted: tuple[Path, Session, tuple[int, int, bool]], memories: dict[tuple[int, int, bool], Plan]
 ) -> None:

@@ -82,6 +82,8 @@ class MoE(nnx.Module):
     router_delta: nnx.Param | None = None
     """What adapters add to the router, in training only (`model/low_rank.py`)."""
     shared_gate: nnx.Param | None = None
+    deterministic: bool = False
+    """What a pass without a mode is: evaluation or training. Flax's `model.eval()` and `model.train()` set it."""
 
     def __init__(
         self,
@@ -120,11 +122,12 @@ class MoE(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        mode: Mode = Mode.TRAIN,
+        mode: Mode | None = None,
         trace: bool = False,
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         """The layer's output and its statistics. Add `RouterStats.balance_loss` and `z_loss`, weighted, to your loss.
 
+        Without a mode the pass trains, or after Flax's `model.eval()` it evaluates, so that no token is dropped.
         `trace`, a static argument, adds every decision to the statistics.
 
         Raises ValueError where `x` has another shape.
@@ -134,7 +137,7 @@ class MoE(nnx.Module):
             raise ValueError(f"x must be [B, T, {width}], not {list(x.shape)}")
         with jax.named_scope("router"):
             routing = self.route(x)
-        dispatch = self.dispatch_for(mode, *x.shape[:2])
+        dispatch = self.dispatch_for(mode or (Mode.EVALUATE if self.deterministic else Mode.TRAIN), *x.shape[:2])
         y, dropped = dispatch.apply(x, routing, self.experts)
         if self.has_shared:
             with jax.named_scope("shared"):

@@ -77,6 +77,35 @@ def test_it_trains_by_the_tools_of_nnx_too() -> None:
     np.testing.assert_allclose(found, losses(OwnModel(nnx.Rngs(0)), 5), rtol=1e-4)
 
 
+def test_eval_evaluates_and_train_trains() -> None:
+    """Between steps of somebody's own loop, as every user of Flax does. Half of the pairs find a slot in training."""
+    model = OwnModel(nnx.Rngs(0), moe_jax.RoutingConfig(top_k=2, capacity_factor=0.5))
+    optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
+    x, y = problem()
+
+    @nnx.jit
+    def step(model: OwnModel, optimizer: nnx.Optimizer) -> jax.Array:
+        (_, dropped), grads = nnx.value_and_grad(
+            lambda model: (loss_of(model, x, y), model(x)[1].drop_fraction.mean()), has_aux=True
+        )(model)
+        optimizer.update(model, grads)
+        return dropped
+
+    @nnx.jit
+    def evaluate(model: OwnModel) -> tuple[jax.Array, jax.Array]:
+        predicted, stats = model(x)
+        return predicted, stats.drop_fraction
+
+    for _ in range(2):
+        model.train()
+        assert step(model, optimizer) >= 0.5
+        model.eval()
+        predicted, dropped = evaluate(model)
+        assert not dropped.any()
+        one_by_one = jnp.stack([model(x[:, i : i + 1])[0][:, 0] for i in range(x.shape[1])], axis=1)
+        np.testing.assert_allclose(predicted, one_by_one, atol=1e-5)
+
+
 @pytest.mark.parametrize("top_k", [5, 0])
 def test_more_choices_than_experts_are_refused(top_k: int) -> None:
     with pytest.raises(ValueError, match=f"top_k {top_k}: must be between 1 and the number of experts, 4"):
