@@ -1,11 +1,16 @@
 """The models of the package: small, each weight once, opened as any run is, and their folders left alone."""
 
+from functools import partial
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from moe_jax.cli.main import run_command
 from moe_jax.config import UserError
+from moe_jax.data.synthetic.stories import write_chats
+from moe_jax.model.quantized import dequantize
 from moe_jax.runs.catalog import SHIPPED
 from moe_jax.runs.load import open_run
 from moe_jax.runs.records import read_summary
@@ -53,3 +58,15 @@ def test_reading_leaves_no_file_in_the_package(capsys: pytest.CaptureFixture[str
     with pytest.raises(UserError, match=r"the run's validation text is not at hand .* give a text to score"):
         run_command(["evaluate", "--run", "stories"])
     assert files(SHIPPED) == before
+
+
+@pytest.mark.runs
+def test_whoever_talks_with_a_model_can_tune_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """From the values that its int8 weights stand for: a step of nearly nothing leaves them."""
+    write_chats("chats.jsonl", 200)
+    tuning = ["--steps=1", "--lr=1e-9", "--train.warmup-steps=0", "--precision=float32", "--batch-size=2"]
+    assert run_command(["sft", "--run", "nano", "--data", "chats.jsonl", "--out", "tuned", *tuning]) == 0
+    assert "fine-tunes step 900 of" in capsys.readouterr().out
+    tuned = open_run("tuned").params
+    shipped = dequantize(open_run(SHIPPED / "nano").params, jax.eval_shape(lambda: tuned))
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-7), tuned, shipped)

@@ -170,6 +170,18 @@ def quantize(params: dict[str, Any], weights: Weights) -> dict[str, Any]:
     return jax.tree_util.tree_map_with_path(quantized, params)
 
 
+def dequantize(params: dict[str, Any], shapes: dict[str, Any]) -> dict[str, Any]:
+    """The arrays that `quantize(params, ...)` stands for, in the shapes and dtypes of the plain model, `shapes`."""
+
+    def array(path: jax.tree_util.KeyPath, shape: jax.ShapeDtypeStruct, leaf: Array | QuantizedMatrix) -> Array:
+        if not isinstance(leaf, QuantizedMatrix):
+            return leaf.astype(shape.dtype)
+        matrix = leaf.dequantized(shape.dtype)
+        return matrix.T if jax.tree_util.keystr(path, simple=True).endswith("embedding") else matrix
+
+    return jax.tree_util.tree_map_with_path(array, shapes, params)
+
+
 def quantized_shapes(shapes: dict[str, Any], weights: Weights) -> dict[str, Any]:
     """The shapes and dtypes of `quantize(params, weights)`. Allocates nothing. Raises the same error."""
     return jax.eval_shape(partial(quantize, weights=weights), shapes)

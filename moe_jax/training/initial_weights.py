@@ -24,11 +24,12 @@ from moe_jax.data.tokenizers import Tokenizer
 from moe_jax.interop.pretrained import Pretrained
 from moe_jax.model.costs import training_flops
 from moe_jax.model.moe.layer import ROUTER_SCALE
+from moe_jax.model.quantized import dequantize
 from moe_jax.model.transformer import Params, abstract_model
 from moe_jax.parallel.layout import leaf_name
 from moe_jax.runs.arrays import named_leaves
 from moe_jax.runs.checkpoint import Checkpoint
-from moe_jax.runs.load import check_full_weights, find_checkpoint, restore_weights
+from moe_jax.runs.load import check_full_weights, find_checkpoint, restore_weights, saved_weights
 from moe_jax.system.random_keys import Purpose, purpose_key
 from moe_jax.training.programs import Programs
 
@@ -55,10 +56,13 @@ class InitialWeights(NamedTuple):
 
 def of_run(flag: str, folder: str) -> InitialWeights:
     """The best checkpoint of the run in `folder`: as it is for fine-tuning (flag --run), with its adapters merged into
-    its weights; or of a dense run whose network every expert starts as (--upcycle)."""
+    its weights, or with the values that its quantised weights stand for; or of a dense run whose network every expert
+    starts as (--upcycle)."""
     path, upcycled = Path(folder), flag == "--upcycle"
     config, tokenizer, checkpoint = find_checkpoint(path, flag=flag)
-    check_full_weights(flag, path, checkpoint)
+    quantised = saved_weights(checkpoint)
+    if upcycled or checkpoint.step == 0:  # an imported model may be far larger in float32: --init-from reads its folder
+        check_full_weights(flag, path, checkpoint)
 
     def read(programs: Programs, store: TokenStore) -> Initial:
         if upcycled and checkpoint.context.get("data") != store.digest:
@@ -67,11 +71,14 @@ def of_run(flag: str, folder: str) -> InitialWeights:
                 "whose validation text must stay unseen; leave the flag out, or name that text"
             )
         _, shapes = abstract_model(config.model, param_dtype=config.train.param_dtype)
-        params = restore_weights(checkpoint, config, shapes, programs.layout)
+        params = restore_weights(checkpoint, config, shapes, None if quantised else programs.layout)
         origin = _origin("upcycled_from" if upcycled else "tuned_from", folder, checkpoint, config)
         if not upcycled:
-            params = jax.tree.map(lambda shape, p: p.astype(shape.dtype), programs.param_shapes, params)
-            return Initial(params, origin, f"fine-tunes step {checkpoint.step} of {folder}")
+            params = dequantize(params, programs.param_shapes)
+            if quantised and programs.layout is not None:
+                params = jax.device_put(params, programs.param_places)
+            note = f"fine-tunes step {checkpoint.step} of {folder}"
+            return Initial(params, origin, f"{note}, from its {quantised} weights" if quantised else note)
         copy = copy_dense_params
         if programs.layout is not None:  # each device fills its own parts
             copy = jax.jit(copy_dense_params, donate_argnums=0, out_shardings=programs.param_places)

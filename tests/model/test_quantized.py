@@ -15,7 +15,16 @@ from moe_jax.model import quantized as module
 from moe_jax.model.kernels import quantized as kernels
 from moe_jax.model.kernels.grouped_matmul import grouped_matmul
 from moe_jax.model.kernels.quantized import quantized_matmul, vector_product
-from moe_jax.model.quantized import WEIGHTS, QuantizedMatrix, Weights, group_size, packed, quantize, quantized_shapes
+from moe_jax.model.quantized import (
+    WEIGHTS,
+    QuantizedMatrix,
+    Weights,
+    dequantize,
+    group_size,
+    packed,
+    quantize,
+    quantized_shapes,
+)
 from moe_jax.model.transformer import Params
 from moe_jax.runs.arrays import named_leaves
 from tests.support import tiny
@@ -286,6 +295,18 @@ def test_the_model_computes_with_the_rounded_weights(case: str, weights: Weights
         for params in (quantised, plain)
     ]
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(("weights", "most"), [("int8", 0.01), ("int4", 0.15)])
+@pytest.mark.parametrize("case", CASES)
+def test_dequantised_has_the_shapes_and_nearly_the_values_of_the_model(
+    case: str, weights: Weights, most: float
+) -> None:
+    _, params = tiny.build(tiny.config(**CASES[case]))
+    back = dequantize(quantize(params, weights), jax.eval_shape(lambda: params))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), back) == jax.tree.map(lambda x: (x.shape, x.dtype), params)
+    for name, values in named_leaves(params).items():
+        assert not np.any(values) or tiny.relative_error(named_leaves(back)[name], values) < most, name
 
 
 @pytest.mark.parametrize("bits", BITS)

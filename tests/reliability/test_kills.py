@@ -14,6 +14,7 @@ import pytest
 
 from moe_jax.data.synthetic.stories import write_chats
 from tests.reliability import runs
+from tests.reliability.test_export import content
 from tests.support import short_form
 
 pytestmark = pytest.mark.reliability
@@ -75,10 +76,6 @@ def test_killed_four_times(run: Run, seed: int, cache: Path, tmp_path: Path) -> 
     last = runs.complete(words, cache, run.program)
     assert last.returncode == 0, last.stderr
     assert runs.result(tmp_path / "run") == run.result
-
-
-def content(place: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(place)): path.read_bytes() for path in place.rglob("*") if path.is_file()}
 
 
 @pytest.fixture(scope="module")

@@ -66,8 +66,8 @@ def test_commands_that_need_the_full_weights_refuse_it(made: Path, tmp_path: Pat
     says = "its weights are int4; name the run that they were made of"
     with pytest.raises(UserError, match=f"--run .*{says}"):
         open_source(made)
-    with pytest.raises(UserError, match=f"--run .*{says}"):
-        initial_weights.of_run("--run", str(made))
+    with pytest.raises(UserError, match=f"--upcycle .*{says}"):
+        initial_weights.of_run("--upcycle", str(made))
     with pytest.raises(UserError, match=f"--run .*{says}"):
         run_command(["quantize", "--run", str(made), "--to", "int8", "--out", str(tmp_path / "x")])
     with pytest.raises(UserError, match=f"--out .*{says}"):
