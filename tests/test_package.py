@@ -39,8 +39,7 @@ def test_every_command_is_there(program: Path, command: str) -> None:
 
 
 def test_the_wheel_trains_and_tells_and_inspects(program: Path, tmp_path: Path) -> None:
-    """Without a checkout, the package has all the files that it needs, the page of the report and the mark of a package
-    with types included."""
+    """Without a checkout, the package has all the files that it needs, the page of the report included."""
     assert list((program.parents[1] / "lib").rglob("moe_jax/py.typed"))
     small = ["--model.layers=1", "--model.width=32", "--seq-len=64", "--batch-size=2", "--data.stories=200"]
     cache = {"MOE_JAX_CACHE": str(tmp_path / "cache")}

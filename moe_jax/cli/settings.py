@@ -24,7 +24,7 @@ from moe_jax.data.corpora import check_source
 from moe_jax.runs.catalog import holds_run
 from moe_jax.system import environment
 from moe_jax.system.terminal import say, working
-from moe_jax.training.start import Start, Values, new_start, start_of
+from moe_jax.training.start import Start, Values, start_of
 
 LORA = ("train", "lora_rank")
 NAMING = {
@@ -65,9 +65,8 @@ def parse_settings(
 
     Raises ConfigError if the settings do not fit each other, the data or the start.
     """
-    brief = {"-h", "--help"} & {*argv}
     naming = given | _naming(argv)
-    start = new_start(RunConfig().override(naming)) if brief else start_of(naming)
+    start = start_of(naming)
     default = TrainingArguments(config=start.defaults.override(given))
     parsed = tyro.cli(
         TrainingArguments,
@@ -75,7 +74,7 @@ def parse_settings(
         description=doc,
         args=argv,
         default=default,
-        registry=_registry(hidden, short_only=bool(brief)),
+        registry=_registry(hidden, short_only=bool({"-h", "--help"} & {*argv})),
         compact_help=True,
     )
     config = parsed.config

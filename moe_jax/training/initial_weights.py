@@ -55,9 +55,9 @@ class InitialWeights(NamedTuple):
 
 
 def of_run(flag: str, folder: str) -> InitialWeights:
-    """The best checkpoint of the run in `folder`: as it is for fine-tuning (flag --run), with its adapters merged into
-    its weights, or with the values that its quantised weights stand for; or of a dense run whose network every expert
-    starts as (--upcycle)."""
+    """The best checkpoint of the run in `folder`. For fine-tuning (--run) the whole model: adapters are merged into
+    its weights, and quantised weights become the values that they stand for. For --upcycle a dense model, whose network
+    every expert starts as."""
     path, upcycled = Path(folder), flag == "--upcycle"
     config, tokenizer, checkpoint = find_checkpoint(path, flag=flag)
     quantised = saved_weights(checkpoint)

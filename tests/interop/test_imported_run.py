@@ -28,6 +28,7 @@ from moe_jax.interop.source import open_source
 from moe_jax.model.quantized import in_tiles, quantize
 from moe_jax.model.transformer import abstract_model
 from moe_jax.runs.arrays import named_leaves
+from moe_jax.training.initial_weights import of_run
 from tests.interop import public_shapes
 from tests.interop.made import byte_tokenizer
 from tests.reliability import runs
@@ -172,6 +173,8 @@ def test_it_is_read_and_not_trained(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert len(failed.splitlines()) == 1, failed
         assert run_command(["evaluate", "--run", str(run), "--data", str(text)]) == 0
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["val_loss"] > 0
+    with pytest.raises(UserError, match="its weights are int8; name the run that they were made of"):
+        of_run("--run", str(tmp_path / "int8"))
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

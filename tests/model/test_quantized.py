@@ -15,16 +15,7 @@ from moe_jax.model import quantized as module
 from moe_jax.model.kernels import quantized as kernels
 from moe_jax.model.kernels.grouped_matmul import grouped_matmul
 from moe_jax.model.kernels.quantized import quantized_matmul, vector_product
-from moe_jax.model.quantized import (
-    WEIGHTS,
-    QuantizedMatrix,
-    Weights,
-    dequantize,
-    group_size,
-    packed,
-    quantize,
-    quantized_shapes,
-)
+from moe_jax.model.quantized import WEIGHTS, QuantizedMatrix, Weights, group_size, packed, quantize, quantized_shapes
 from moe_jax.model.transformer import Params
 from moe_jax.runs.arrays import named_leaves
 from tests.support import tiny
@@ -254,15 +245,7 @@ def models(case: str, weights: Weights) -> tuple[Any, Params, Params]:
     """(definition, quantised parameters, the same weights in float32)."""
     graphdef, params = tiny.build(tiny.config(**CASES[case]))
     quantised = quantize(params, weights)
-    plain = jax.tree_util.tree_map_with_path(
-        lambda path, q: (
-            (q.dequantized("float32").T if "embedding" in str(path) else q.dequantized("float32"))
-            if isinstance(q, QuantizedMatrix)
-            else q
-        ),
-        quantised,
-        is_leaf=lambda q: isinstance(q, QuantizedMatrix),
-    )
+    plain = module.dequantize(quantised, jax.eval_shape(lambda: params))
     return graphdef, quantised, plain
 
 
@@ -303,7 +286,7 @@ def test_dequantised_has_the_shapes_and_nearly_the_values_of_the_model(
     case: str, weights: Weights, most: float
 ) -> None:
     _, params = tiny.build(tiny.config(**CASES[case]))
-    back = dequantize(quantize(params, weights), jax.eval_shape(lambda: params))
+    back = module.dequantize(module.in_tiles(quantize(params, weights)), jax.eval_shape(lambda: params))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), back) == jax.tree.map(lambda x: (x.shape, x.dtype), params)
     for name, values in named_leaves(params).items():
         assert not np.any(values) or tiny.relative_error(named_leaves(back)[name], values) < most, name

@@ -4,7 +4,6 @@ The moments are drawn from the whole life of a process, its start included. Ever
 """
 
 import random
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from moe_jax.data.synthetic.stories import write_chats
+from moe_jax.interop.export import export
+from moe_jax.interop.source import open_source
 from tests.reliability import runs
 from tests.reliability.test_export import content
 from tests.support import short_form
@@ -78,29 +79,28 @@ def test_killed_four_times(run: Run, seed: int, cache: Path, tmp_path: Path) -> 
     assert runs.result(tmp_path / "run") == run.result
 
 
-@pytest.fixture(scope="module")
-def place(whole: tuple[Path, dict[str, Any]], cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained run `run`, and its export `hf`."""
-    folder = tmp_path_factory.mktemp("place")
-    shutil.copytree(whole[0], folder / "run")
-    words = ["export", "--run", str(folder / "run"), "--to", "hf", "--dtype", "bfloat16", "--out", str(folder / "hf")]
-    done = runs.complete(words, cache, runs.COMMANDS)
-    assert done.returncode == 0, done.stderr
-    return folder
-
-
 WRITERS = {
-    "export": "export --run {place}/run --to hf --out {out}",
-    "page": "export --run {place}/run --to html --out {out}.html",
-    "import": "import {place}/hf --out {out}",
-    "quantize": "quantize --run {place}/run --to int8 --out {out}",
+    "export": "export --run {run} --to hf --out {out}",
+    "page": "export --run {run} --to html --out {out}.html",
+    "import": "import {hf} --out {out}",
+    "quantize": "quantize --run {run} --to int8 --out {out}",
 }
 
 
+@pytest.fixture(scope="module")
+def hf(whole: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An export of the trained run."""
+    folder = tmp_path_factory.mktemp("exported") / "hf"
+    export(open_source(whole[0]), "hf", "bfloat16", folder, "")
+    return folder
+
+
 @pytest.mark.parametrize(("name", "seed"), short_form([(n, s) for s in range(12) for n in WRITERS], [("export", 0)]))
-def test_a_killed_writer_leaves_all_or_nothing(name: str, seed: int, place: Path, cache: Path, tmp_path: Path) -> None:
+def test_a_killed_writer_leaves_all_or_nothing(
+    name: str, seed: int, hf: Path, whole: Any, cache: Path, tmp_path: Path
+) -> None:
     """Beside a hidden draft, which the next run of the command removes."""
-    words = WRITERS[name].format(place=place, out=tmp_path / "new" / "out").split()
+    words = WRITERS[name].format(run=whole[0], hf=hf, out=tmp_path / "new" / "out").split()
 
     def write() -> dict[str, bytes]:
         ended = runs.complete(words, cache, runs.COMMANDS)
@@ -109,14 +109,14 @@ def test_a_killed_writer_leaves_all_or_nothing(name: str, seed: int, place: Path
 
     (tmp_path / "new").mkdir()
     begin = time.monotonic()
-    whole = write()
+    expected = write()
     seconds = time.monotonic() - begin
-    (tmp_path / "new").rename(tmp_path / "whole")
+    (tmp_path / "new").rename(tmp_path / "expected")
     (tmp_path / "new").mkdir()
     process = runs.start(words, cache, runs.COMMANDS)
     time.sleep(random.Random(seed).uniform(seconds / 2, seconds))  # the first half is imports
     process.kill()
     process.communicate()
     left = {path: data for path, data in content(tmp_path / "new").items() if not path.startswith(".out")}
-    assert left in ({}, whole)
-    assert left or write() == whole
+    assert left in ({}, expected)
+    assert left or write() == expected

@@ -83,7 +83,7 @@ class MoE(nnx.Module):
     """What adapters add to the router, in training only (`model/low_rank.py`)."""
     shared_gate: nnx.Param | None = None
     deterministic: bool = False
-    """What a pass without a mode is: evaluation or training. Flax's `model.eval()` and `model.train()` set it."""
+    """Whether a call without a mode evaluates. Flax's `model.eval()` and `model.train()` set it."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ class MoE(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], RouterStats]:
         """The layer's output and its statistics. Add `RouterStats.balance_loss` and `z_loss`, weighted, to your loss.
 
-        Without a mode the pass trains, or after Flax's `model.eval()` it evaluates, so that no token is dropped.
+        Without a mode, the call trains; after Flax's `model.eval()` it evaluates, and drops nothing.
         `trace`, a static argument, adds every decision to the statistics.
 
         Raises ValueError where `x` has another shape.
