@@ -163,14 +163,12 @@ def test_a_single_value_that_is_not_finite_is_named(
 
 def test_it_is_read_and_not_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = published(tmp_path / "hf")
-    text = tmp_path / "text.txt"
-    text.write_text("Once upon a time. " * 50)
+    (text := tmp_path / "text.txt").write_text("Once upon a time. " * 50)
     for form in ("int8", "bfloat16"):
         run = tmp_path / form
         import_run(opened(folder), form, 40, run)
         assert main(lambda argv: run_as("train", argv, "train.py"), ["--out", str(run), "--resume"]) == 2
-        failed = capsys.readouterr().err
-        assert len(failed.splitlines()) == 1, failed
+        assert len(capsys.readouterr().err.splitlines()) == 1
         assert run_command(["evaluate", "--run", str(run), "--data", str(text)]) == 0
         assert json.loads(capsys.readouterr().out.splitlines()[-1])["val_loss"] > 0
     with pytest.raises(UserError, match="its weights are int8; name the run that they were made of"):

@@ -87,21 +87,13 @@ WRITERS = {
 }
 
 
-@pytest.fixture(scope="module")
-def hf(whole: tuple[Path, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An export of the trained run."""
-    folder = tmp_path_factory.mktemp("exported") / "hf"
-    export(open_source(whole[0]), "hf", "bfloat16", folder, "")
-    return folder
-
-
 @pytest.mark.parametrize(("name", "seed"), short_form([(n, s) for s in range(12) for n in WRITERS], [("export", 0)]))
-def test_a_killed_writer_leaves_all_or_nothing(
-    name: str, seed: int, hf: Path, whole: Any, cache: Path, tmp_path: Path
-) -> None:
+def test_a_killed_writer_leaves_all_or_nothing(name: str, seed: int, whole: Any, cache: Path, tmp_path: Path) -> None:
     """Beside a hidden draft, which the next run of the command removes. Writing takes little of a process's time, so
     odd seeds wait for the draft, and kill soon after."""
-    words = WRITERS[name].format(run=whole[0], hf=hf, out=tmp_path / "new" / "out").split()
+    if name == "import":
+        export(open_source(whole[0]), "hf", "bfloat16", tmp_path / "hf", "")
+    words = WRITERS[name].format(run=whole[0], hf=tmp_path / "hf", out=tmp_path / "new" / "out").split()
 
     def write() -> dict[str, bytes]:
         ended = runs.complete(words, cache, runs.COMMANDS)
