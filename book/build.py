@@ -9,6 +9,7 @@ The pages of the book are copied to book/build/source with the paths that they h
 writes them, and a warning is an error. At the end every link within the site is followed.
 """
 
+import re
 import shutil
 import subprocess
 import sys
@@ -32,7 +33,6 @@ PAGES = (
     "benchmarks/*.md",
     "benchmarks/*.png",
     "docs/*.md",
-    "docs/*.html",
     "docs/images/*",
     "foundation/*.md",
     "foundation/notebooks/*.ipynb",
@@ -49,10 +49,20 @@ def assemble(source: Path) -> None:
             target = source / path.relative_to(ROOT)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target)
+            if target.suffix == ".md":
+                target.write_text(linked_within(target.read_text(encoding="utf-8"), target.parent), encoding="utf-8")
     index = (ROOT / "book" / "index.md").read_text(encoding="utf-8")
     (source / "index.md").write_text(filled(index, {"path": sidebar_of_chapters()}), encoding="utf-8")
     (source / "museum.md").write_text(museum.page(), encoding="utf-8")
     (source / "one_token.md").write_text(one_token.page(), encoding="utf-8")
+
+
+def linked_within(text: str, folder: Path) -> str:
+    """A page whose links to the report and to the published site open the site's own pages."""
+    up = "../" * (len(folder.relative_to(BUILD / "source").parts) + 1)
+    for target, page in ((r"[\w./-]*report-nano\.html", "report.html"), (r"[./]*deployments/[\w-]+", "index.html")):
+        text = re.sub(rf"\[([^\]]+)\]\({target}\)", rf'<a href="{up}{page}">\1</a>', text)
+    return text
 
 
 def sidebar_of_chapters() -> str:
@@ -108,8 +118,12 @@ def write_model(path: Path) -> None:
 
 def landing_page(model: Path) -> str:
     """The landing page, which shows the page `model`."""
-    link = f' <a href="{REPOSITORY}">The code</a>.' if REPOSITORY else ""
-    parts = {"size": f"{model.stat().st_size / 1e6:.1f} MB", "cases": str(len(museum.SIGHTINGS)), "repository": link}
+    parts = {
+        "size": f"{model.stat().st_size / 1e6:.1f} MB",
+        "cases": str(len(museum.SIGHTINGS)),
+        "repository": f' <a href="{REPOSITORY}">The code</a>' if REPOSITORY else "",
+        "install": f"uvx --from git+{REPOSITORY} moe-jax chat" if REPOSITORY else "uv run moe-jax chat",
+    }
     return filled((ROOT / "book" / "landing.html").read_text(encoding="utf-8"), parts)
 
 

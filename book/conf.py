@@ -1,6 +1,7 @@
 """Sphinx's settings. `book/build.py` puts the sources together and starts Sphinx."""
 
 import os
+import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -13,7 +14,12 @@ language = "en"
 extensions = ["myst_nb", "autodoc2", "sphinx.ext.mathjax", "sphinx-mathjax-offline"]
 html_theme = "sphinx_book_theme"
 html_theme_options = {"show_toc_level": 2, "use_download_button": False, "navbar_persistent": []}
-REPOSITORY = os.environ.get("MOE_JAX_REPOSITORY", "").rstrip("/")
+_ORIGIN = subprocess.run(
+    ["git", "remote", "get-url", "origin"], cwd=ROOT, capture_output=True, text=True
+).stdout.strip()
+REPOSITORY = os.environ.get("MOE_JAX_REPOSITORY", _ORIGIN if _ORIGIN.startswith("https://") else "").removesuffix(
+    ".git"
+)
 """Public address of the repository, such as https://github.com/owner/name. Without it no page has a Colab button."""
 if REPOSITORY:
     html_theme_options |= {

@@ -28,10 +28,11 @@ class Chapter:
 _TABLE = (Path(__file__).parent / "lessons" / "chapters.toml").read_text(encoding="utf-8")
 CHAPTERS = tuple(Chapter(**row) for row in tomllib.loads(_TABLE)["chapter"])
 PATH = {
-    "The course": ("0", "1", "2", "3", "4", "5", "6", "20", "7", "8", "9"),
+    "The course": ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9"),
     "Training": ("10", "13", "14", "17"),
     "Inference": ("11", "12", "15", "18"),
     "Systems": ("16", "19"),
+    "Text": ("20",),
     "Alignment": ("21",),
 }
 """The order in which to read: a course, then electives, each by itself. The README and the book's sidebar follow it."""

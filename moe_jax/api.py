@@ -14,7 +14,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -24,6 +24,7 @@ import numpy as np
 from flax import nnx
 
 from moe_jax.config import UserError
+from moe_jax.config.sampling import SamplingConfig
 from moe_jax.data.token_store import token_stream
 from moe_jax.inference.decode import Decoder, TextGenerator
 from moe_jax.inference.sampling import Sampling
@@ -98,8 +99,10 @@ class Run(LoadedRun):
     ) -> str:
         """The prompt and its continuation, which ends where the model ends the text, or after `max_tokens` tokens.
 
-        The same arguments give the same text. The settings are those of `moe_jax.inference.sampling.Sampling`.
+        The same arguments give the same text. `moe_jax.config.sampling.SamplingConfig` says what each does. Raises
+        ConfigError for a value out of its range.
         """
+        SamplingConfig(temperature, top_k, top_p, min_p, repetition_penalty, max_tokens, seed)  # checks them
         settings = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
         return prompt + "".join(self.stream(prompt, settings, max_tokens=max_tokens, seed=seed))
 
@@ -107,16 +110,21 @@ class Run(LoadedRun):
         """The continuation of a prompt, piece by piece, as it is drawn."""
         return self._generator.pieces(prompt, settings, seed=seed, limit=max_tokens)
 
-    def logits(self, text: str) -> np.ndarray:
+    def logits(self, text: str | Sequence[int]) -> np.ndarray:
         """float32 [N, V]: row i has the logits of the token after token i.
 
-        The N tokens are the separator and the tokens of the text, so row 0 predicts the first token of the text. Raises
-        UserError for a text longer than the context.
+        The N tokens of a text are the separator and its own, so row 0 predicts the first token of the text. Token ids
+        are taken as they are. Raises UserError if there are more than the context, or an id that the model does not
+        know.
         """
-        tokens = [self.tokenizer.separator_id, *self.tokenizer.encode(text)]
-        seq_len = self.config.model.seq_len
+        known, seq_len = self.config.model.vocab_size, self.config.model.seq_len
+        tokens = [self.tokenizer.separator_id, *self.tokenizer.encode(text)] if isinstance(text, str) else [*text]
         if len(tokens) > seq_len:
-            raise UserError(f"the text has {len(tokens)} tokens with its separator, the context {seq_len}; shorten it")
+            raise UserError(
+                f"{len(tokens)} tokens (a text begins with a separator), the context is {seq_len}; shorten it"
+            )
+        if wrong := [token for token in tokens if not 0 <= token < known]:
+            raise UserError(f"token {wrong[0]}: must be from 0 to {known - 1}")
         padded = np.zeros((1, seq_len), np.int32)
         padded[0, : len(tokens)] = tokens
         return np.asarray(self._programs.logits(self.params, padded)[0, : len(tokens)])
@@ -177,5 +185,5 @@ def load_run(path: str | Path, step: int | None = None) -> Run:
 
     Raises UserError if the folder holds no run, or if the checkpoint is damaged.
     """
-    opened = open_run(run_folder(str(path)), step)
+    opened = open_run(run_folder(str(path)), step, "load_run")
     return Run(**{f.name: getattr(opened, f.name) for f in dataclasses.fields(opened)})

@@ -1,6 +1,7 @@
 """What a notebook does with a trained model: `moe_jax.load_run`, and the methods of `Run`."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 import moe_jax
 from moe_jax.api import Run
-from moe_jax.config import DataConfig, ExecutionConfig, RunConfig, TrainConfig, UserError
+from moe_jax.config import ConfigError, DataConfig, ExecutionConfig, RunConfig, TrainConfig, UserError
 from moe_jax.inference.decode import TextGenerator
 from moe_jax.inference.sampling import Sampling
 from moe_jax.model.moe.layer import Mode
@@ -114,6 +115,17 @@ def test_logits_are_those_of_an_uncached_pass_row_by_row(run: Run) -> None:
     assert run._programs.logits._cache_size() == 1
 
 
+def test_ids_are_taken_as_they_are_and_values_are_checked(run: Run) -> None:
+    ids = [run.tokenizer.separator_id, *run.tokenizer.encode("A cat")]
+    np.testing.assert_array_equal(run.logits(ids), run.logits("A cat"))
+    for wrong in (-1, run.config.model.vocab_size):
+        with pytest.raises(UserError, match=f"token {wrong}: must be from 0 to {run.config.model.vocab_size - 1}"):
+            run.logits([0, wrong])
+    for name, value in (("temperature", -1.0), ("temperature", math.nan), ("top_p", 3.0), ("max_tokens", -3)):
+        with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} {value}: must be between"):
+            run.generate("A", **{name: value})
+
+
 def test_evaluate_on_the_runs_own_text_gives_the_summarys_numbers(
     trained: tuple[Path, dict[str, Any]], run: Run
 ) -> None:
@@ -174,7 +186,7 @@ def one_line(error: BaseException) -> str:
 def test_errors_are_one_line_that_says_what_to_do(
     trained: tuple[Path, dict[str, Any]], run: Run, tmp_path: Path
 ) -> None:
-    with pytest.raises(UserError, match=r"no run with a complete checkpoint there.*; make one") as caught:
+    with pytest.raises(UserError, match=r"no run with a complete checkpoint there.*; or make a run") as caught:
         moe_jax.load_run(tmp_path)
     one_line(caught.value)
     with pytest.raises(UserError, match=r"--step 7: .* it has 30, 60") as caught:
@@ -182,7 +194,9 @@ def test_errors_are_one_line_that_says_what_to_do(
     one_line(caught.value)
     fits = "a" * (T - 1)
     assert run.logits(fits).shape[0] == T
-    with pytest.raises(UserError, match=f"{T + 1} tokens with its separator, the context {T}; shorten it") as caught:
+    with pytest.raises(
+        UserError, match=rf"{T + 1} tokens \(a text begins with a separator\), the context is {T}; shorten it"
+    ) as caught:
         run.logits(fits + "a")
     one_line(caught.value)
     with pytest.raises(UserError, match="at most 16,384 can be shown") as caught:

@@ -9,7 +9,7 @@ import pytest
 
 from moe_jax.cli.main import run_command
 from moe_jax.config import UserError
-from moe_jax.data.synthetic.stories import write_chats
+from moe_jax.data.synthetic.talk import write_chats
 from moe_jax.model.quantized import dequantize
 from moe_jax.runs.catalog import SHIPPED
 from moe_jax.runs.load import open_run

@@ -9,7 +9,7 @@ import tyro
 
 from moe_jax.cli.sampling import SamplingArguments, loading
 from moe_jax.config import UserError
-from moe_jax.runs.catalog import title
+from moe_jax.runs.catalog import is_shipped, title
 from moe_jax.system.terminal import say, stream_text
 
 if TYPE_CHECKING:
@@ -22,13 +22,13 @@ def chat(sampling: Annotated[SamplingArguments, tyro.conf.arg(name="")] = Sampli
     A line is a beginning; the model continues it, word by word. For a run that is tuned on conversations (`sft`) a line
     is a question; the model answers, and remembers what was said before. A line such as /temp 0.5 changes a setting,
     and /help lists them. Ctrl-C ends the present text, Ctrl-D leaves. If the input is a file or a pipe, each of its
-    lines is answered in turn, without colours or other output.
+    lines is answered in turn, without colours or other output; a text then stands there with its beginning.
     """
     folder = sampling.checked_run()
     person = sys.stdin.isatty() and sys.stdout.isatty()
     talk = _begin(sampling, folder, person)
     while not talk.ended and (line := _next_line(person)) is not None:
-        _answer(talk, line)
+        _answer(talk, line, person)
     return 0
 
 
@@ -45,8 +45,10 @@ def _begin(sampling: SamplingArguments, folder: Path, person: bool) -> "conversa
         with suppress(ImportError):  # Windows has none
             import readline  # noqa: F401, gives `input` a history and the arrow keys
 
-        what = "Ask" if tuned else "Type how a text begins"
-        say(f"{title(folder)}, step {run.checkpoint.step}. {what}; /help lists the commands, Ctrl-D leaves.")
+        does = "answers: ask it" if tuned else "continues a text: type how it begins"
+        say(f"{title(folder)}, step {run.checkpoint.step}, {does}. /help lists the commands, Ctrl-D leaves.")
+        if not sampling.run and not is_shipped(folder):
+            say("A model that comes with moe-jax: --run stories, or --run nano.")
         if opening := read_summary(folder).get("opening"):
             say(f"try: {opening}")
     if not tuned:
@@ -57,15 +59,21 @@ def _begin(sampling: SamplingArguments, folder: Path, person: bool) -> "conversa
 
 def _next_line(person: bool) -> str | None:
     """The next line that is typed. None at the end, such as Ctrl-D."""
-    try:
-        return input("\n> " if person else "")
-    except EOFError:
-        if person:
-            print()  # the shell's prompt begins a line of its own
-        return None
+    while True:
+        try:
+            line = input("\n> " if person else "")
+            return None if person and line.strip() in ("exit", "quit") else line
+        except EOFError:
+            if person:
+                print()  # the shell's prompt begins a line of its own
+            return None
+        except KeyboardInterrupt:
+            if not person:
+                raise
+            print("\n(Ctrl-D or /bye leaves)")
 
 
-def _answer(talk: "conversation.Chat", line: str) -> None:
+def _answer(talk: "conversation.Chat", line: str, person: bool) -> None:
     """Answer one line: obey it, or continue it."""
     try:
         if line.strip() == "/again":
@@ -76,7 +84,7 @@ def _answer(talk: "conversation.Chat", line: str) -> None:
             return
         prompt = line.removeprefix("/") if line.startswith("//") else line
         try:
-            stream_text(prompt if talk.echoes else "", talk.reply(prompt))
+            stream_text(prompt if talk.echoes and not person else "", talk.reply(prompt))
         except KeyboardInterrupt:
             print("(ended by Ctrl-C)")
     except UserError as error:

@@ -59,6 +59,10 @@ def run_command(argv: Sequence[str]) -> int:
 
 def run_as(name: str, argv: Sequence[str], prog: str) -> int:
     """Run one command."""
+    if argv and not argv[0].startswith("-") and name != "import":
+        raise ConfigError(
+            f"{argv[0]}: belongs to no flag; did you mean --run {argv[0]}? `{prog} --help` lists the flags"
+        )
     module = "import_model" if name == "import" else name
     command = getattr(importlib.import_module(f"moe_jax.cli.{module}"), module)
     if name in TAKES_SETTINGS:

@@ -22,7 +22,7 @@ _RUN = (
     "Folder of a run; or its name in runs/, or a model that comes with moe-jax: nano, stories. Empty: the newest run "
     "in runs/, else stories."
 )
-_ACTIVE = "Experts that a token chooses, fewer than in training: faster, and less good. 0: as trained."
+_ACTIVE = "Experts that a token chooses, fewer than in training: faster, but less accurate. 0: as trained."
 RunName = Annotated[str, tyro.conf.arg(help=_RUN)]
 StepNumber = Annotated[int | None, tyro.conf.arg(help="Step of the checkpoint to load. Default: the best one.")]
 Active = Annotated[int, tyro.conf.arg(help=_ACTIVE)]

@@ -40,6 +40,6 @@ def quantize(
         say(f"loss: {made.before.loss:.4f} before, {made.after.loss:.4f} after ({more:+.2%})")
         for name, scored in (("before", made.before), ("after", made.after)):
             result |= {f"val_loss_{name}": scored.loss, f"val_bits_per_byte_{name}": scored.bits_per_byte}
-    print(f"next: uv run python -m moe_jax chat --run {shlex.quote(str(target))}")
+    print(f"next: uv run moe-jax chat --run {shlex.quote(str(target))}")
     print_json(result, json)
     return 0

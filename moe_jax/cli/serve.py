@@ -38,9 +38,7 @@ def serve(
     check_range("--slots", slots, 1, 256)
     _check_access(host, api_key, allow_origin)
     if not all(importlib.util.find_spec(name) for name in ("starlette", "uvicorn", "pydantic")):
-        raise UserError(
-            "serve needs starlette, uvicorn and pydantic: `uv run --extra serve python -m moe_jax serve ...`"
-        )
+        raise UserError("serve needs starlette, uvicorn and pydantic: `uv run --extra serve moe-jax serve ...`")
     from moe_jax.serving.sockets import bind, url
 
     sock = bind(host, port)

@@ -7,6 +7,7 @@ before jax is imported. A wrong value raises `ConfigError`, whose text names the
     rope.py        the scaled rotations of public models
     train.py       DataConfig, TrainConfig: the text, the steps
     execution.py   ExecutionConfig: precision, memory, devices; MeshShape, ProcessGroup
+    sampling.py    SamplingConfig: how text is drawn
     run.py         RunConfig: all of them, to and from the `config.json` of a run's folder
     presets.py     the presets: named settings that a run starts from
     section.py     the marks on fields (short flags, what a run keeps, limits), and the checks that name them

@@ -13,7 +13,7 @@ DataFormat = Literal["text", "chat"]
 Role = Literal["system", "user", "assistant"]
 """Who speaks in a conversation."""
 
-NAMED_CORPORA = ("stories", "tinystories", "wikitext", "pg19")
+NAMED_CORPORA = ("stories", "shakespeare", "tinystories", "wikitext", "pg19")
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ class TrainConfig(Section):
     """AdamW; AdamW with a bfloat16 first moment, or with 8-bit moments; Adafactor; or Muon for the matrices of the
     blocks and AdamW for the rest."""
     lr: float = setting(3e-3, "--lr", within=(1e-12, 1e3))
-    """Peak learning rate of AdamW and Adafactor."""
+    """Peak learning rate of AdamW and Adafactor. With Muon it is for the other parameters; the matrices of the blocks
+    have `--train.muon-lr`."""
     muon_lr: float = setting(0.02, within=(1e-12, 1e3))
     """Peak learning rate of Muon."""
     muon_router: bool = False

@@ -1,7 +1,7 @@
 """Corpora: every source of text as two splits of documents, `train` and `valid`.
 
-The sources are the embedded stories (`synthetic/`), three public data sets of the Hugging Face hub, which are streamed
-at pinned revisions, and the user's own files:
+The sources are the embedded stories (`synthetic/`), tiny Shakespeare, three public data sets of the Hugging Face hub,
+which are streamed at pinned revisions, and the user's own files:
 
 - Of a single file, the last 5 % of the documents, and at least one, are the validation split. A text file with a single
   document is divided between 90 and 95 % of its bytes; the part after that is the validation split.
@@ -17,6 +17,7 @@ that makes a `Corpus`, a branch in `open_corpus`, and a name.
 Importing this module imports neither jax nor numpy, so that `check_source` can answer before jax is loaded.
 """
 
+import hashlib
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -37,6 +38,7 @@ from moe_jax.data.documents import (
     ending,
     last_part_start,
 )
+from moe_jax.system.files import cache_dir, write_output
 
 type Spans = tuple[Span, ...]
 
@@ -60,6 +62,8 @@ def open_corpus(data: DataConfig) -> Corpus:
     """
     if data.format == "text" and data.source == "stories":
         return _embedded(data)
+    if data.format == "text" and data.source == "shakespeare":
+        return _shakespeare()
     if data.format == "text" and data.source in HUB:
         return _of_the_hub(data.source)
     train, valid = (tuple(map(Span.of, paths)) for paths in source_files(Path(data.source), data.format).values())
@@ -160,6 +164,36 @@ def articles(lines: Iterable[str]) -> Iterator[str]:
         article.append(line)
         blank = not line.strip()
     yield "".join(article)
+
+
+# Tiny Shakespeare
+
+SHAKESPEARE = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+def _shakespeare() -> Corpus:
+    """Tiny Shakespeare, with the usual split: the first 90 % trains, the rest validates. The file is in the cache."""
+    path = cache_dir() / "shakespeare.txt"
+    if not path.is_file() or hashlib.sha256(path.read_bytes()).hexdigest() != SHAKESPEARE_SHA256:
+        _download_shakespeare(path)
+    size = path.stat().st_size
+    train, valid = Span(path, 0, size * 9 // 10), Span(path, size * 9 // 10, size)
+    return _of_files("shakespeare", {"train": (train,), "valid": (valid,)}, "text")
+
+
+def _download_shakespeare(path: Path) -> None:
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(SHAKESPEARE, timeout=30) as answer:
+            text = answer.read()
+    except OSError as error:
+        raise UserError(f"shakespeare: {SHAKESPEARE} cannot be reached ({error}); save the text as {path}") from None
+    if hashlib.sha256(text).hexdigest() != SHAKESPEARE_SHA256:
+        raise UserError(f"shakespeare: {SHAKESPEARE} has another text than it had; save the right one as {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_output(path, text)
 
 
 # Files

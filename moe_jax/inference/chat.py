@@ -89,7 +89,7 @@ class Chat:
                 return self._save(value)
             case "help":
                 return self.help
-            case "quit":
+            case "quit" | "bye" | "exit":
                 self.ended = True
                 return ""
         raise UserError(f"/{name}: no such command; /help lists them")

@@ -70,7 +70,7 @@ def report_run(run: Path) -> list[str]:
         save_figures(run_figures([run]), run / REPORT)
         lines.append(f"pictures: {run / REPORT}")
     except (UserError, OSError) as error:
-        lines.append(f"no pictures: {error}")
+        lines.append(f"pictures: {error}")
     try:
         lines.append(f"routing report: {write_report(run, report_path(run))}, to open in a browser")
     except (UserError, OSError) as error:

@@ -123,7 +123,7 @@ def check_installed() -> None:
         import gguf  # noqa: F401
     except ImportError:
         raise UserError(
-            "--to gguf: the package gguf is missing; run `uv run --extra gguf python -m moe_jax export ...`"
+            "--to gguf: the package gguf is missing; run `uv run --extra gguf moe-jax export ...`"
         ) from None
 
 

@@ -34,7 +34,7 @@ def check_installed() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError:
-        raise UserError("plots: matplotlib is missing; add `--extra plots` after `uv run`") from None
+        raise UserError("matplotlib is not installed; `uv run --extra plots moe-jax plot` draws them") from None
 
 
 def run_figures(folders: Sequence[Path]) -> dict[str, Any]:

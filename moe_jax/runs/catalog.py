@@ -35,8 +35,10 @@ def load_config(run: Path) -> RunConfig | None:
         raise UserError(f"{run / 'config.json'}: cannot be read ({error})") from None
 
 
-def missing_run(flag: str, run: Path | str, remedy: str = "make one with `uv run train.py`") -> str:
-    """The message for a flag whose folder holds no run."""
+def missing_run(flag: str, run: Path | str, remedy: str = "") -> str:
+    """The message for a flag whose folder holds no run, with the names that would do."""
+    names = [path.name for path in [*runs_in(RUNS), *runs_in(SHIPPED)]]
+    remedy = remedy or f"name a folder, or one of {', '.join(names)}; or make a run with `uv run train.py`"
     return f"{flag} {run}: no run with a complete checkpoint there; {remedy}"
 
 

@@ -274,4 +274,4 @@ def _restore_verified(checkpoint: Checkpoint, target: Any) -> Any:
 
 def doctor_of(run: Path) -> str:
     """The command that examines a run, for an error."""
-    return f"`uv run python -m moe_jax doctor --run {shlex.quote(str(run))}`"
+    return f"`uv run moe-jax doctor --run {shlex.quote(str(run))}`"

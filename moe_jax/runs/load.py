@@ -164,11 +164,11 @@ def find_checkpoint(path: Path, step: int | None = None, flag: str = "--run") ->
     return FoundCheckpoint(config, load_run_tokenizer(path, checkpoint, config.model), checkpoint)
 
 
-def open_run(path: str | Path, step: int | None = None) -> LoadedRun:
+def open_run(path: str | Path, step: int | None = None, flag: str = "--run") -> LoadedRun:
     """Open the run in a folder: its best checkpoint, or the checkpoint of a step. Raises the errors of
     `find_checkpoint`."""
     path = Path(path)
-    config, tokenizer, checkpoint = find_checkpoint(path, step)
+    config, tokenizer, checkpoint = find_checkpoint(path, step, flag)
     policy, graphdef, writer, shapes = _definitions(config)
     params = restore_weights(checkpoint, config, shapes)
     return LoadedRun(config, tokenizer, checkpoint, policy, graphdef, writer, params)
@@ -184,8 +184,8 @@ def _definitions(config: RunConfig) -> tuple[Policy, nnx.GraphDef, nnx.GraphDef,
 
 
 def with_fewer_experts(run: LoadedRun, top_k: int) -> LoadedRun:
-    """The run with `top_k` experts for a token in place of those it was trained with: faster, and less good. The gates
-    are renormalised over the chosen ones where the model does so.
+    """The run with `top_k` experts for a token in place of those it was trained with: faster, but less accurate. The
+    gates are renormalised over the chosen ones where the model does so.
 
     Raises ConfigError for more than the trained number, or a dense model.
     """

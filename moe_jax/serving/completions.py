@@ -172,8 +172,7 @@ class ChatCompletion(Generation):
         """Raises ApiError."""
         if not card.run.converses:
             problem = (
-                f"{card.name} is not tuned on conversations; ask /v1/completions, or tune it with "
-                "`uv run python -m moe_jax sft`"
+                f"{card.name} is not tuned on conversations; ask /v1/completions, or tune it with `uv run moe-jax sft`"
             )
             raise ApiError(400, problem, "model", "not_tuned")
         request = parse_request(ChatRequest, body)

@@ -26,15 +26,23 @@ class SessionData:
     and the simple models would have to be scored on them too."""
 
     def batch(self, step: int) -> np.ndarray | MaskedBatch:
-        """int32 [M, B, T+1]: the batch of the step that follows `step` earlier steps. Of conversations, with
-        weights."""
-        c, split = self.config.train, self.store.train
-        rows = c.batch_size * c.grad_accum
-        where = train_positions(
-            len(split.tokens), seed=c.seed, step=step, batch_size=rows, seq_len=self.config.model.seq_len
-        ).reshape(c.grad_accum, c.batch_size, -1)
-        tokens = split.tokens[where].astype(np.int32)
-        return tokens if split.answers is None else MaskedBatch.of(tokens, split.answers[where[..., 1:]])
+        """int32 [M, B, T+1]: the batch of the step that follows `step` earlier steps. Of conversations, with weights.
+
+        Where all conversations together are shorter than a window, each row holds them, and separators that do not
+        count. These stand at the end, where they take no slot of an expert from an earlier token.
+        """
+        c, split, seq_len = self.config.train, self.store.train, self.config.model.seq_len
+        rows, count = c.batch_size * c.grad_accum, len(split.tokens)
+        if count > seq_len:
+            where = train_positions(count, seed=c.seed, step=step, batch_size=rows, seq_len=seq_len)
+        else:
+            where = np.tile(np.arange(seq_len + 1), (rows, 1))
+        where = where.reshape(c.grad_accum, c.batch_size, -1)
+        if split.answers is None:
+            return split.tokens[where].astype(np.int32)
+        inside, where = where < count, np.minimum(where, count - 1)
+        tokens = np.where(inside, split.tokens[where], self.store.tokenizer.separator_id).astype(np.int32)
+        return MaskedBatch.of(tokens, inside[..., 1:] & split.answers[where[..., 1:]])
 
     @cached_property
     def openings(self) -> list[str]:

@@ -19,6 +19,9 @@ from moe_jax.system.terminal import duration, rich_console, say
 from moe_jax.training.optimizers.factory import warmup_steps
 from moe_jax.training.session import Session
 
+MEMORISED_PASSES = 50
+"""Passes over the same conversations from which on a run is warned. After some 130 passes over 38 conversations, `nano`
+knew most by heart, and answered a quarter of the new questions (benchmarks/fine-tuning.md)."""
 LOWEST, HIGHEST = 0.3, 0.6
 """A training step is expected to reach a share of the matmul rate between these two."""
 
@@ -44,6 +47,12 @@ def print_run_header(session: Session) -> None:
         rows["mesh"] = f"{shape.devices} devices, {shape}; evaluation needs all parameters on each"
     if store.valid.answers is not None:
         rows["loss"] = f"on the answers only, {store.train.targets:,} of the training tokens"
+        passes = config.train.steps * config.tokens_per_step / len(store.train.tokens)
+        if passes > MEMORISED_PASSES:
+            rows["beware"] = (
+                f"{passes:,.0f} passes over {store.train.documents:,} conversations: the model will know these by "
+                "heart and little else; give more conversations, or fewer --steps"
+            )
     _print_rows(rows)
 
 
@@ -95,7 +104,8 @@ def _print_rows(rows: Mapping[str, str]) -> None:
 
 
 def _split_line(split: Split) -> str:
-    documents = f"{split.documents:,} document{'s' * (split.documents != 1)}"
+    kind = "document" if split.answers is None else "conversation"
+    documents = f"{split.documents:,} {kind}{'s' * (split.documents != 1)}"
     return f"{documents} ({split.bytes / 1e6:.1f} MB, {len(split.tokens):,} tokens)"
 
 

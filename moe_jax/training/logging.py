@@ -51,7 +51,7 @@ class StepLogger:
             # rich shortens the columns that do not fit. The step must not be shortened.
             whole = Column(no_wrap=True, min_width=2 * len(str(steps)) + 1)
             step, facts = TextColumn("{task.completed}/{task.total}", table_column=whole), "{task.description}"
-            self._bar = Progress(step, BarColumn(bar_width=14), facts, console=self._console, transient=True)
+            self._bar = Progress(step, BarColumn(bar_width=8), facts, console=self._console, transient=True)
             self._task = self._bar.add_task("compiling the training step", total=steps, completed=self._begin_step)
 
     def __enter__(self) -> Self:
@@ -107,7 +107,8 @@ class StepLogger:
         if self._is_first:
             self._is_first = False
             jax.block_until_ready(report)
-            seconds = time.monotonic() - self._session.begin
+            self._begin, self._begin_step = time.monotonic(), step  # the time left is without the compilation
+            seconds = self._begin - self._session.begin
             self.say(f"first step done {seconds:.1f} s after the start, data and compilation included")
         config, counters = self._session.config, self._session.counters
         finite = bool(report.finite)
@@ -174,8 +175,7 @@ class StepLogger:
         left = (steps - step) * (time.monotonic() - self._begin) / max(step - self._begin_step, 1)
         facts = (
             f"{duration(left)} left | {record['loss'] / math.log(2) / bytes_per_token:.3f} bits/byte | "
-            f"{record['tokens_per_second']:,.0f} tokens/s | loss {record['loss']:.3f} | "
-            f"{record['drop_fraction']:.1%} dropped"
+            f"{record['tokens_per_second']:,.0f} tokens/s | {record['drop_fraction']:.1%} dropped"
         )
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=facts)
@@ -184,9 +184,11 @@ class StepLogger:
 
 
 def shown_sample(sample: str) -> str:
-    """The beginning of a sample, indented. Its line ends stay, as verse needs them; empty lines go."""
-    lines = (" ".join(line.split()) for line in sample.strip()[:SHOWN_CHARACTERS].splitlines())
-    return "\n".join([f"  {line}" for line in lines if line][:SHOWN_LINES])
+    """The beginning of a sample, indented. Its line ends stay, as verse needs them; empty lines go. Where it is cut, or
+    ends within a sentence, "..." follows."""
+    lines = [" ".join(line.split()) for line in sample.strip()[:SHOWN_CHARACTERS].splitlines()]
+    shown = "\n".join([f"  {line}" for line in lines if line][:SHOWN_LINES])
+    return shown if shown.endswith((".", "!", "?", '"')) else f"{shown}..."
 
 
 def summary(session: Session, scored: Evaluation, best_step: int, whole_stream: bool) -> dict[str, Any]:

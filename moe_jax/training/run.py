@@ -70,7 +70,7 @@ def train(
         if is_process_zero():
             print_result(folder, result)
             say(*report(folder))
-            print(f"next: uv run python -m moe_jax chat --run {shlex.quote(str(folder))}")
+            print(f"next: uv run moe-jax chat --run {shlex.quote(str(folder))}")
     return 0
 
 

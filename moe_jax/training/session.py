@@ -103,7 +103,8 @@ class Session:
             newest = next(reversed(checkpoints.list()), None)
             precision = newest.context.get("compute_dtype", "") if newest else ""
             tokenizer = load_run_tokenizer(folder.path, newest, saved.model)
-        store = prepare_token_store(config.data, tokenizer=tokenizer, seq_len=config.model.seq_len)
+        needed = None if config.data.format == "chat" else config.model.seq_len  # short conversations are padded
+        store = prepare_token_store(config.data, tokenizer=tokenizer, seq_len=needed)
         vocab_size = config.model.vocab_size or store.tokenizer.vocab_size
         config = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
         fitted = fit(config, precision, saved, read_entry(folder.path, "fitted") if saved else None, failed)

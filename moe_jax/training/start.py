@@ -200,7 +200,7 @@ def _weights_of(kind: str, flag: str, folder: str) -> "InitialWeights":
     return initial_weights.of_run(flag, folder) if kind == "run" else initial_weights.of_pretrained(flag, folder)
 
 
-def _load_run(flag: str, folder: str, remedy: str = "make one with `uv run train.py`") -> RunConfig:
+def _load_run(flag: str, folder: str, remedy: str = "") -> RunConfig:
     """The settings of the run that a flag names. Raises ConfigError where there is none."""
     try:
         config = load_config(Path(folder))

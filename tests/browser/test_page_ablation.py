@@ -52,6 +52,7 @@ def test_the_page_begins_with_the_expert_that_is_missed_most(ablated: Opened) ->
     assert f"Of the {LAYERS * E} experts, 1 change" in said
     assert rise in text(ablated, "#found")
     assert text(ablated, "#off-title") == "Layer 1 without expert 2"
+    assert "".join(ablated.page.locator("#off-stories .after .parted").all_inner_texts()) == "shoe, blue "
     assert ablated.page.locator('.cell[aria-pressed="true"]').inner_text() == "+0.250"
 
 

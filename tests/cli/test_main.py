@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Sequence
+from unittest.mock import Mock
 
 import pytest
 
@@ -63,3 +64,6 @@ def test_the_end_of_a_chat_ends_its_line(monkeypatch: pytest.MonkeyPatch, capsys
         assert capsys.readouterr().out == printed
     monkeypatch.setattr("builtins.input", lambda prompt: prompt + "a cat")
     assert (chat._next_line(True), chat._next_line(False)) == ("\n> a cat", "a cat")
+    monkeypatch.setattr("builtins.input", Mock(side_effect=[KeyboardInterrupt, "exit", "exit"]))
+    assert (chat._next_line(True), chat._next_line(False)) == (None, "exit")
+    assert "Ctrl-D or /bye leaves" in capsys.readouterr().out

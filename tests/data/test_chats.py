@@ -1,6 +1,8 @@
 """Conversations in tokens: only answers are marked, whatever a content says."""
 
 import json
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from moe_jax.config import DataConfig, UserError
 from moe_jax.data.chats import answer_prompt, encode_chats
 from moe_jax.data.corpora import check_source, open_corpus
 from moe_jax.data.documents import SEPARATOR, Message
-from moe_jax.data.synthetic.stories import chats, write_chats
+from moe_jax.data.synthetic.talk import chats, talks, write_chats
 from moe_jax.data.token_store import open_store, openings, prepare_token_store, token_stream
 from moe_jax.data.tokenizers import Tokenizer, train_tokenizer
 
@@ -73,6 +75,20 @@ def test_rows_are_held_out_and_the_store_is_kept(tmp_path: Path) -> None:
     np.testing.assert_array_equal(stream.tokens, store.valid.tokens[:])
     np.testing.assert_array_equal(stream.answers, store.valid.answers[:])
     assert openings(BYTE, store.valid.stream) == ["q38"]
+
+
+def test_talk_answers_what_it_was_asked() -> None:
+    """An answer about a story stands in the first sentence that was asked about; what it does not know, it says."""
+    kinds = Counter()
+    for made in talks(0, "train", 300):
+        said = [message["content"] for message in made["messages"]]
+        for n, (question, answer) in enumerate(zip(said[::2], said[1::2], strict=True)):
+            if found := re.fullmatch(r".*(Where did|What did|Who is it) .*", question):
+                told = " ".join(said[: 2 * n + 1])
+                assert answer == "The story does not say." or answer.split()[-1].rstrip(".") in told, made
+                kinds[found[1], answer.startswith("The story")] += 1
+            kinds[answer.split()[0]] += 1
+    assert {("Where did", False), ("What did", True), ("What did", False), "Hello!", "I", "You", "Once"} <= set(kinds)
 
 
 def test_made_conversations_have_their_answers_in_the_text(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Corpora: which files and which documents a source has, what validates, and how bad sources are answered."""
 
 import gzip
+import hashlib
 import json
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 import xxhash
 
 from moe_jax.config import NAMED_CORPORA, ConfigError, DataConfig, UserError
-from moe_jax.data import documents
+from moe_jax.data import corpora, documents
 from moe_jax.data.corpora import HUB, Corpus, check_source, open_corpus, scored_documents
 from moe_jax.data.documents import SEPARATOR
 
@@ -26,7 +27,7 @@ def write_folder(folder: Path, **texts: str | bytes) -> Path:
     return folder
 
 
-def both(source: Path) -> tuple[list[str], list[str]]:
+def both(source: Path | str) -> tuple[list[str], list[str]]:
     corpus = open_corpus(DataConfig(source=str(source)))
     return list(corpus.documents("train")), list(corpus.documents("valid"))
 
@@ -45,8 +46,29 @@ def test_every_name_opens_its_corpus(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     for name in NAMED_CORPORA:
         check_source(DataConfig(source=name))
-        open_corpus(DataConfig(source=name))
-    assert {*HUB, "stories"} == set(NAMED_CORPORA)
+        if name != "shakespeare":
+            open_corpus(DataConfig(source=name))
+    assert {*HUB, "stories", "shakespeare"} == set(NAMED_CORPORA)
+
+
+def test_shakespeare_is_downloaded_once_and_no_other_text_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a web address of this disk. The last tenth validates."""
+    there, text = tmp_path / "there.txt", "".join(f"Enter {i}.\n" for i in range(110)).encode()
+    there.write_bytes(text)
+    monkeypatch.setenv("MOE_JAX_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(corpora, "SHAKESPEARE", there.as_uri())
+    with pytest.raises(UserError, match=r"has another text than it had; save the right one as .*shakespeare\.txt"):
+        open_corpus(DataConfig(source="shakespeare"))
+    monkeypatch.setattr(corpora, "SHAKESPEARE_SHA256", hashlib.sha256(text).hexdigest())
+    for _ in range(2):
+        (train,), (valid,) = both("shakespeare")
+        assert (f"{train}\n{valid}\n".encode(), len(train) + 1) == (text, len(text) * 9 // 10)
+        there.unlink(missing_ok=True)
+    (tmp_path / "cache/shakespeare.txt").write_bytes(b"spoiled")
+    with pytest.raises(UserError, match="cannot be reached"):
+        open_corpus(DataConfig(source="shakespeare"))
 
 
 def test_a_folder_has_its_files_in_the_order_of_their_paths(tmp_path: Path) -> None:
@@ -134,7 +156,7 @@ def test_one_row_cannot_be_split(tmp_path: Path) -> None:
         (
             "tinystory",
             "text",
-            "tinystory: must be an existing file or folder, or one of stories, tinystories, wikitext, pg19$",
+            "tinystory: must be an existing file or folder, or one of stories, shakespeare, tinystories, .*pg19$",
         ),
         ("/dev/null", "text", "/dev/null: must be an existing file or folder"),
         ("stories", "chat", "must be an existing file or folder of conversations"),

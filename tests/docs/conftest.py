@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax.data.synthetic.stories import write_chats
+from moe_jax.data.synthetic.talk import write_chats
 from tests.interop.made import llama
 from tests.support.saved_run import save_run
 

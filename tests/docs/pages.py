@@ -42,10 +42,10 @@ def commands(block: Block) -> list[str]:
 
 
 def links(page: Path) -> list[str]:
-    """Targets of links and pictures that are files of the project."""
+    """Targets of links and pictures that are files of the project. (The forge has a page of the deployed site.)"""
     text = _BLOCK.sub("", page.read_text(encoding="utf-8"))
     found = (m["target"] or m["source"] for m in _LINK.finditer(text))
-    return [target for target in found if not target.startswith(("https://", "http://"))]
+    return [target for target in found if not target.startswith(("https://", "http://", "../../deployments"))]
 
 
 def sentences(page: Path) -> Iterator[str]:

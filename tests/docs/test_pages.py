@@ -46,7 +46,7 @@ def test_the_compilers_of_plans_stay_out_of_the_users_environment() -> None:
     assert [line for line in lines if "--isolated" not in line] == []
 
 
-BUDGETS = {"README.md": 900, "CHANGELOG.md": 900, "docs/gpu.md": 900, "docs/scaling.md": 1200, "docs/quality.md": 800}
+BUDGETS = {"README.md": 800, "CHANGELOG.md": 900, "docs/gpu.md": 900, "docs/scaling.md": 1200, "docs/quality.md": 800}
 BUDGETS |= {"docs/small-weights.md": 600, "docs/large-texts.md": 500, "docs/performance.md": 500}
 BUDGETS |= {"docs/reliability.md": 320, "docs/microscope.md": 600, "foundation/README.md": 1000}
 
@@ -55,7 +55,7 @@ def test_pages_are_short() -> None:
     """What grows beyond these words is evidence, and belongs into benchmarks/."""
     words = {str(page.relative_to(ROOT)): len(page.read_text().split()) for page in [*PAGES, *OTHERS]}
     assert {page: words[page] for page, most in BUDGETS.items() if words[page] > most} == {}
-    assert sum(count for page, count in words.items() if page.startswith("docs/")) <= 11_000
+    assert sum(count for page, count in words.items() if page.startswith("docs/")) <= 10_500
 
 
 def test_the_front_page_begins_with_a_picture() -> None:
@@ -64,18 +64,18 @@ def test_the_front_page_begins_with_a_picture() -> None:
     assert next(i for i, line in enumerate(lines) if "<img" in line) < 12  # the picture comes first
 
 
-def test_the_front_page_names_the_people_of_its_picture() -> None:
+def test_the_front_page_names_the_words_of_its_picture() -> None:
     """The picture shows a part of the report: the story with and without one expert."""
     page = (ROOT / "docs/report-nano.html").read_text()
     found = re.search(r"<script[^>]*application/json[^>]*>(.*?)</script>", page, re.DOTALL)
     assert found
     ablation = json.loads(found[1])["ablation"]
     said = re.search(
-        r"Without\s+expert (\d+) of layer (\d+), the story is about (\w+) and not about (\w+)",
+        r'Without\s+expert (\d+) of layer (\d+), "(\w+)" becomes "(\w+)"',
         (ROOT / "README.md").read_text(),
     )
     assert said
-    expert, layer, now, before = said.groups()
+    expert, layer, before, now = said.groups()
     without = ablation["stories"][ablation["layers"].index(int(layer))][int(expert)]
     assert (before in ablation["story"], now in ablation["story"]) == (True, False)
     assert (before in without, now in without) == (False, True)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from moe_jax.data.synthetic.stories import write_chats
+from moe_jax.data.synthetic.talk import write_chats
 from moe_jax.interop.export import export
 from moe_jax.interop.source import open_source
 from tests.reliability import runs

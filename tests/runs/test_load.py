@@ -46,7 +46,9 @@ def test_the_parameters_are_the_saved_ones(copied: Path, capsys: pytest.CaptureF
 
 
 def test_a_folder_without_a_run_and_a_damaged_run(copied: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=rf"^--run {tmp_path}: no run with a complete checkpoint there.*; make one"):
+    with pytest.raises(
+        UserError, match=rf"^--run {tmp_path}: no run with a complete checkpoint there.*; or make a run"
+    ):
         open_run(tmp_path)
     flip_a_bit(largest_file(copied / "checkpoints" / NAME))
     with pytest.raises(UserError, match=rf"^--run {copied}: every checkpoint is damaged; .* doctor --run {copied}"):

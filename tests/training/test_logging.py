@@ -92,7 +92,7 @@ def test_a_record_of_a_step(clock: list[float], tmp_path: Path) -> None:
         }
     ]
     (line,) = seen.said[1:]
-    assert line == "step  3/10 | 5 s left | 0.962 bits/byte | 150 tokens/s | loss 2.000 | 50.0% dropped"
+    assert line == "step  3/10 | 7 s left | 0.962 bits/byte | 150 tokens/s | 50.0% dropped"
     seen.logger.flush()
     assert len(seen.records) == 1
 

@@ -272,3 +272,22 @@ def test_a_scored_part_without_an_answer_is_refused_at_the_start(base: Path, dat
     config = tuning.settings(base, data, tmp_path / "run", "--data.eval-tokens", "2")
     with pytest.raises(UserError, match=r"--data\.eval-tokens 2: no answer is in the first 2 validation tokens"):
         Session.open(config, new_start(config))
+
+
+def test_conversations_shorter_than_a_window_are_padded_at_its_end(base: Path, tmp_path: Path) -> None:
+    """Each row holds all of them. What follows does not count, and no later row differs."""
+    path = tmp_path / "two.jsonl"
+    path.write_text(
+        2
+        * (json.dumps({"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": "ab"}]}) + "\n")
+    )
+    config = tuning.settings(base, path, tmp_path / "run", "--batch-size", "2", "--grad-accum", "1")
+    data = Session.open(config, new_start(config)).data
+    held, batch = data.store.train, data.batch(3)
+    count, separator = len(held.tokens), data.store.tokenizer.separator_id
+    assert count < config.model.seq_len
+    assert batch.tokens.shape == (1, 2, config.model.seq_len + 1)
+    for row, weights in zip(batch.tokens[0], batch.weights[0], strict=True):
+        assert row.tolist() == [*held.tokens.tolist(), *[separator] * (len(row) - count)]
+        np.testing.assert_array_equal(weights[: count - 1] > 0, held.answers[1:])
+        assert not weights[count - 1 :].any()

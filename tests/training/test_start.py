@@ -175,7 +175,9 @@ def test_a_tuned_run_is_found_by_the_name_of_the_other_run(there: str) -> None:
 
 
 def test_a_run_that_is_not_there(there: str) -> None:
-    with pytest.raises(ConfigError, match=r"^--run absent: no run with a complete checkpoint there; make one with"):
+    with pytest.raises(
+        ConfigError, match=r"^--run absent: no run with a complete checkpoint there; name a folder, or one of .*nano"
+    ):
         new_start(RunConfig(base="absent"))
     with pytest.raises(ConfigError, match=r"^--upcycle absent: no run .*; make one with --model\.dense active"):
         new_start(RunConfig(upcycle="absent"))

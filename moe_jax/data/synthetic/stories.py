@@ -11,13 +11,10 @@ to choose from. A word determines its other forms: a girl is "she"; a rabbit liv
 
 import math
 import random
-import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from moe_jax.data.synthetic.grammar import Derivation, Grammar, Word
-from moe_jax.system.files import json_text
 
 type Split = Literal["train", "valid"]
 
@@ -132,7 +129,7 @@ def _word(plain: str, **forms: str) -> Word:
     return {"": plain, "a": f"{article} {plain}", **forms}
 
 
-def _words(plain: str) -> Sequence[Word]:
+def words(plain: str) -> Sequence[Word]:
     return tuple(_word(word) for word in plain.split())
 
 
@@ -158,37 +155,37 @@ ANIMALS = (
     _animal("pony", "Neigh", "stable", "hay"),
     _animal("chick", "Cheep", "nest", "corn"),
 )
-COLOURS = _words("red blue green pink golden brown black white")
-SNACKS = _words("nuts jam eggs rice soup toast grapes dates figs beans butter apples cherries berries crackers noodles")
-THINGS = _words("kite doll boat drum train bell cup lamp top ring horn box book clock hat sled")
+COLOURS = words("red blue green pink golden brown black white")
+SNACKS = words("nuts jam eggs rice soup toast grapes dates figs beans butter apples cherries berries crackers noodles")
+THINGS = words("kite doll boat drum train bell cup lamp top ring horn box book clock hat sled")
 
 SLOTS = {
     "hero": _children("Lily Mia Anna Ella Nora Zoe Ivy Rosie", "Tom Ben Max Leo Sam Finn Jack Theo"),
     "friend": _children("Tess Maya Lucy June Kate Emma Clara Ruby", "Ned Adam Luca Kofi Dan Will Omar Hugo"),
-    "elder": _words("mother father grandma grandpa aunt uncle sister brother"),
-    "trait": _words("kind brave clever gentle honest polite sweet lively"),
-    "weather": _words("sunny windy cloudy warm misty bright cool rainy"),
-    "time": _words("morning afternoon evening day"),
-    "pattern": _words("striped spotted woolly patched cozy faded fancy soft"),
-    "clothes": _words("coat scarf boots cap mittens cape shoes vest"),
-    "place": _words("garden park forest meadow field valley village market yard harbor jungle orchard"),
+    "elder": words("mother father grandma grandpa aunt uncle sister brother"),
+    "trait": words("kind brave clever gentle honest polite sweet lively"),
+    "weather": words("sunny windy cloudy warm misty bright cool rainy"),
+    "time": words("morning afternoon evening day"),
+    "pattern": words("striped spotted woolly patched cozy faded fancy soft"),
+    "clothes": words("coat scarf boots cap mittens cape shoes vest"),
+    "place": words("garden park forest meadow field valley village market yard harbor jungle orchard"),
     "colour": COLOURS,
     "hue": COLOURS,
-    "look": _words("little old tiny big lovely odd heavy grand"),
+    "look": words("little old tiny big lovely odd heavy grand"),
     "toy": THINGS,
     "prize": THINGS,
-    "texture": _words("mossy muddy dusty crooked broken low wide dark"),
-    "spot": _words("bush rock log bench tree fence gate wall cart shed well stump"),
-    "scary": _words("bridge tunnel cave tower path maze"),
-    "fright": _words("scared afraid nervous worried timid shy"),
-    "sad": _words("sad upset gloomy lonely unhappy tearful glum weary"),
-    "happy": _words("happy glad proud merry jolly joyful pleased cheerful"),
-    "build": _words("thin plump sleepy noisy young hungry"),
+    "texture": words("mossy muddy dusty crooked broken low wide dark"),
+    "spot": words("bush rock log bench tree fence gate wall cart shed well stump"),
+    "scary": words("bridge tunnel cave tower path maze"),
+    "fright": words("scared afraid nervous worried timid shy"),
+    "sad": words("sad upset gloomy lonely unhappy tearful glum weary"),
+    "happy": words("happy glad proud merry jolly joyful pleased cheerful"),
+    "build": words("thin plump sleepy noisy young hungry"),
     "animal": ANIMALS,
-    "treat": _words("cake pie bun peach pear cookie plum muffin"),
-    "game": _words("tag catch chess cards darts marbles"),
+    "treat": words("cake pie bun peach pear cookie plum muffin"),
+    "game": words("tag catch chess cards darts marbles"),
     **dict.fromkeys(("snack", "dish", "bite", "treasure"), SNACKS),
-    "skill": _words("dance sing paint knit read skate"),
+    "skill": words("dance sing paint knit read skate"),
 }
 
 _GRAMMAR = Grammar(RULES, SLOTS)
@@ -232,37 +229,3 @@ def entropy_floor_bits_per_byte(seed: int, split: Split, count: int) -> float:
     stories = [sample(seed, split, i) for i in range(count)]
     bits = math.fsum(-math.log2(2.0**-story.bits) for story in stories)
     return bits / sum(len(story.text.encode()) for story in stories)
-
-
-# Made conversations: questions about a story whose exact answers are in its first sentence, so that a score is exact
-
-
-_OPENING = re.compile(
-    r"(?P<article>an?) (?P<trait>\w+) (?P<child>\w+) named (?P<name>\w+) \w+ on (?P<his>\w+) (?P<pattern>\w+) "
-    r"(?P<clothes>\w+) and \w+ to the (?P<place>\w+)\."
-)
-
-
-def chats(seed: int, split: Split, count: int) -> Iterator[dict[str, Any]]:
-    """Rows with `messages`, one a story: its first sentence with a question, then one more question. Each has two of
-    three questions, in turn."""
-    for number, story in enumerate(generate(seed, split, count)):
-        opening = _OPENING.search(story)
-        assert opening is not None, "the grammar has another opening now"
-        name, his = opening["name"], opening["his"].capitalize()
-        questions = [
-            (f"Where did {name} go?", f"To the {opening['place']}."),
-            (f"What did {name} put on?", f"{his} {opening['pattern']} {opening['clothes']}."),
-            ("Who is it about?", f"{name}, {opening['article']} {opening['trait']} {opening['child']}."),
-        ]
-        turns = [questions[number % 3], questions[(number + 1) % 3]]
-        turns[0] = (f"{story[: opening.end()]} {turns[0][0]}", turns[0][1])
-        roles = ("user", "assistant")
-        yield {"messages": [{"role": r, "content": c} for turn in turns for r, c in zip(roles, turn, strict=True)]}
-
-
-def write_chats(path: str | Path, count: int = 4000, seed: int = 0, split: Split = "train") -> int:
-    """Write `count` conversations into a file of JSON lines. Returns their number."""
-    rows = [json_text(row) for row in chats(seed, split, count)]
-    Path(path).write_text("\n".join(rows) + "\n", encoding="utf-8")
-    return len(rows)

@@ -89,23 +89,29 @@ const drawWorst = (change) => {
   ]);
 };
 
-// Two texts are the same up to a word; from there on they are told apart.
-const parting = (one, other) => {
-  const [a, b] = [one, other].map((text) => text.match(/\S+\s*|\s+/g) ?? []);
-  let n = 0;
-  while (n < Math.min(a.length, b.length) && a[n] === b[n]) n++;
-  return n === a.length && n === b.length ? null : a.slice(0, n).join("").length;
+// Both texts in words, and which words of each are in the longest common sequence of words.
+const compared = (one, other) => {
+  const [a, b] = [one, other].map((text) => text.match(/\S+\s*|\s+/g) ?? []), same = (i, j) => a[i].trim() === b[j].trim();
+  const longest = range(a.length + 1).map(() => new Uint16Array(b.length + 1));
+  for (let i = a.length - 1; i >= 0; i--) for (let j = b.length - 1; j >= 0; j--) longest[i][j] = same(i, j) ? longest[i + 1][j + 1] + 1 : Math.max(longest[i + 1][j], longest[i][j + 1]);
+  const told = [a, b].map((words) => words.map((word) => ({ word, kept: false })));
+  for (let i = 0, j = 0; i < a.length && j < b.length;) {
+    if (same(i, j)) told[0][i++].kept = told[1][j++].kept = true;
+    else if (longest[i + 1][j] >= longest[i][j + 1]) i++;
+    else j++;
+  }
+  return told;
 };
 const drawStories = () => {
   if (!ablation.stories.length) return;
-  const { layer, expert } = state.off, before = ablation.story, after = storyOf(row(), expert), at = parting(before, after);
-  const text = (story, name) => el("p", { class: "story", dir: "auto" }, el("span", { class: "prompt" }, visible(ablation.prompt)), el("span", { class: "same" }, visible(at === null ? story : story.slice(0, at))),
-    at === null ? null : el("span", { class: `cut ${name}`, "data-first-difference": "" }), at === null ? null : el("span", { class: name }, visible(story.slice(at))), at === null || story.length > at ? null : el("i", { class: "prompt" }, " (the story ends here)"));
+  const { layer, expert } = state.off, [before, after] = compared(ablation.story, storyOf(row(), expert));
+  const text = (words) => el("p", { class: "story", dir: "auto" }, el("span", { class: "prompt" }, visible(ablation.prompt)),
+    words.map(({ word, kept }) => el("span", { class: kept ? "same" : "parted" }, visible(word))));
   fill(clear(byId("off-stories")), {}, [
-    el("figure", { class: "before" }, caption("The story with all experts"), text(before, "kept")),
-    el("figure", { class: "after" }, caption(`The story without expert ${expert} of layer ${layer}`), text(after, "parted")),
+    el("figure", { class: "before" }, caption("The story with all experts"), text(before)),
+    el("figure", { class: "after" }, caption(`The story without expert ${expert} of layer ${layer}`), text(after)),
     el("p", { class: "small" }, `Both begin with “${visible(ablation.prompt)}” and are drawn with the same random numbers (temperature ${ablation.temperature}, seed ${ablation.seed}), so only the missing expert can part them. ` +
-      (at === null ? "Here they are the same, word for word." : "The colour begins at the first difference.")),
+      (after.every(({ kept }) => kept) && before.length === after.length ? "Here they are the same, word for word." : "Words that the other story has not are coloured.")),
   ]);
 };
 

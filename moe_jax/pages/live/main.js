@@ -88,6 +88,13 @@ const keepPrompt = () => {
   window.addEventListener("pagehide", () => sessionStorage.setItem(PROMPT, byId("prompt").value));
 };
 
+// A page that shows this one in a frame adds #write: a first text is written at once, and headline and colours are its own.
+const framed = location.hash === "#write";
+const startInFrame = () => {
+  document.body.classList.add("framed");
+  window.addEventListener("message", ({ data }) => { if (["light", "dark"].includes(data?.theme)) document.documentElement.dataset.theme = data.theme; });
+};
+
 startTheme();
 // The bar stays at the top of the window, so what is scrolled to has to stop below it.
 new ResizeObserver(() => document.documentElement.style.setProperty("--bar", `${byId("bar").offsetHeight}px`)).observe(byId("bar"));
@@ -108,6 +115,7 @@ if (live) {
   startTransport();
   keepPrompt();
   if (NARROW.matches) byId("settings").open = false;
-  else byId("prompt").focus();
-  connect();
+  else if (!framed) byId("prompt").focus();
+  if (framed) startInFrame();
+  connect().then((ready) => { if (ready && framed) byId("suggested").querySelector("button")?.click(); });
 } else openSaved();
