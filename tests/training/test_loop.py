@@ -127,6 +127,7 @@ def test_a_signal_within_an_evaluation_saves_its_loss_and_stops(monkeypatch: pyt
 
 def test_a_sample_of_verse_keeps_its_lines() -> None:
     verse = "\nROMEO:\n  But   soft!\n\nWhat light\n"
-    assert shown_sample(verse) == "  ROMEO:\n  But soft!\n  What light"
-    assert shown_sample("one line, " * 100) == "  " + ("one line, " * 100)[:400].rstrip()
+    assert shown_sample(verse) == "  ROMEO:\n  But soft!\n  What light...", "the end is within a sentence"
+    assert shown_sample(f"{verse} breaks?") == "  ROMEO:\n  But soft!\n  What light\n  breaks?"
+    assert shown_sample("one line, " * 100) == "  " + ("one line, " * 100)[:400].rstrip() + "..."
     assert shown_sample("a\n" * 50).count("\n") == SHOWN_LINES - 1
