@@ -89,13 +89,16 @@ class Generation(ABC):
             return None
         return {**self._head, "object": self.stream_object, "choices": [], "usage": self._usage()}
 
-    def whole(self, texts: Sequence[Event]) -> str:
-        """The JSON of an answer without a stream. `texts` has one event for each text, with all of its pieces. Half a
-        million tokens would keep the interpreter for a second, so each text becomes JSON by itself."""
-        self._generated = sum(len(event.pieces) for event in texts)
-        choices = ", ".join(json_text(self.choice(index, event, True)) for index, event in enumerate(texts))
-        rest = json_text({**self._head, "object": self.object, "usage": self._usage()})
-        return f'{rest[:-1]}, "choices": [{choices}]}}'
+    def whole_choice(self, index: int, event: Event) -> bytes:
+        """The JSON of a text that has ended, for an answer without a stream. `event` has all of its pieces."""
+        self._generated += len(event.pieces)
+        return json_text(self.choice(index, event, True)).encode()
+
+    def whole(self, choices: Sequence[bytes]) -> list[bytes]:
+        """The JSON of an answer without a stream, in parts, from the choices of all texts."""
+        rest = json_text({**self._head, "object": self.object, "usage": self._usage()}).encode()
+        commas = [b", " + choice for choice in choices[1:]]
+        return [rest[:-1] + b', "choices": [' + choices[0], *commas, b"]}"]
 
     def _usage(self) -> dict[str, int]:
         read = sum(map(len, self._prompts))

@@ -11,9 +11,9 @@ import uvicorn
 from moe_jax.serving.app import Server
 from moe_jax.serving.engine import News, tell
 
-ENGINE_SECONDS = 2.0
+ENGINE_SECONDS = 1.5
 """How long the step in progress may take until the streams end without it."""
-CONNECTION_SECONDS = 2
+CONNECTION_SECONDS = 1
 """How long clients may take to read the end of their streams."""
 MAX_CONNECTIONS = 1000
 IDLE_SECONDS = 10

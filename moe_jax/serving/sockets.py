@@ -5,6 +5,9 @@ import socket
 
 from moe_jax.config import UserError
 
+UNREAD_SECONDS = 30
+"""On Linux a connection ends if its client takes nothing of what was sent for this time: an answer may be large."""
+
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach a server on this host."""
@@ -23,10 +26,13 @@ def bind(host: str, port: int) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family)
+        sock = socket.create_server((host, port), family=family)
     except (OSError, TypeError) as error:  # the latter for a name that cannot be encoded, such as "ä..b"
         why = str(error).partition(" (while")[0]
         raise UserError(f"--host {host} --port {port}: {why}; give another (port 0 takes a free one)") from None
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # every connection inherits it
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * UNREAD_SECONDS)
+    return sock
 
 
 def url(sock: socket.socket) -> str:

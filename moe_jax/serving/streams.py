@@ -1,7 +1,7 @@
 """Answers on the wire: one JSON object, or server-sent events. A client that has gone frees its slots."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
@@ -16,13 +16,14 @@ from moe_jax.system.files import json_text
 
 BODY_SECONDS = 10.0
 """A body must have arrived within this time."""
-STREAM_HEADERS = {"cache-control": "no-store", "x-content-type-options": "nosniff"}
+NO_SNIFF = {"x-content-type-options": "nosniff"}
+STREAM_HEADERS = NO_SNIFF | {"cache-control": "no-store"}
 _LOST = {"stopped": (503, "the server is stopping", "stopping"), "failed": (500, "the program failed", "failed")}
 
 
 def json_response(value: Any, status: int = 200) -> Response:
-    headers = {"x-content-type-options": "nosniff"} | ({"retry-after": "1"} if status == 429 else {})
-    return Response(value if isinstance(value, str) else json_text(value), status, headers, "application/json")
+    headers = NO_SNIFF | ({"retry-after": "1"} if status == 429 else {})
+    return Response(json_text(value), status, headers, "application/json")
 
 
 def error_response(error: ApiError) -> Response:
@@ -81,14 +82,22 @@ class GenerationResponse:
             await asyncio.gather(writing, leaving, return_exceptions=True)
 
     async def _whole(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Half a million tokens would take seconds to become JSON, for which the end of the server would wait. So each
+        text becomes JSON when it ends, by itself."""
         parts: list[list[Event]] = [[] for _ in self._generation.texts]
+        choices = [b""] * len(parts)
         try:
             async for index, event in self._news():
                 parts[index].append(event)
-            response = json_response(await asyncio.to_thread(self._generation.whole, list(map(_joined, parts))))
+                if event.finish is not None:
+                    choices[index] = await asyncio.to_thread(self._generation.whole_choice, index, _joined(parts[index]))
+                    parts[index] = []
         except ApiError as error:
-            response = error_response(error)
-        await response(scope, receive, send)
+            await error_response(error)(scope, receive, send)
+            return
+        body = self._generation.whole(choices)
+        headers = NO_SNIFF | {"content-length": str(sum(map(len, body)))}
+        await StreamingResponse(_each(body), 200, headers, "application/json").stream_response(send)
 
     async def _stream(self) -> AsyncIterator[str]:
         try:
@@ -116,6 +125,11 @@ def _joined(events: list[Event]) -> Event:
     """All news of a text as one event."""
     pieces = [piece for event in events for piece in event.pieces]
     return Event(pieces, events[-1].finish, events[0].prompt)
+
+
+async def _each(parts: Iterable[bytes]) -> AsyncIterator[bytes]:
+    for part in parts:
+        yield part
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -23,7 +23,6 @@ NOT_RUN = {
     "certify": "takes minutes; tests/reliability/test_terminal.py runs it",
     "--num-processes": "needs a second process; tests/parallel/test_processes.py runs two",
     "benchmark.py": "takes minutes; tests/benchmarks runs each suite on a tiny model",
-    "compare.py": "trains for half an hour; tests/benchmarks/test_compare.py compares tiny models",
     "verify_resume.py": "takes a minute; tests/reliability/test_verify_resume.py runs it",
     "--run runs/book": "opens the run that the line above it trains; the same command is run on runs/nano",
     "moe-jax import": "downloads 13.8 GB; tests/interop/test_hub.py imports a tiny model from a server of its own",

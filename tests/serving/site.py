@@ -53,6 +53,11 @@ class Site:
     engine: Engine
     port: int
     stop: Any
+    web: WebServer
+
+    @property
+    def connections(self) -> int:
+        return len(self.web.server_state.connections)
 
     def ask(self, path: str, body: Any = None, headers: dict[str, str] | None = None, method: str = "") -> Answer:
         """GET, or POST with a body: bytes, or what becomes JSON."""
@@ -101,7 +106,7 @@ def site(folder: Path, tuned: bool = False, origins: Sequence[str] = (), key: st
     thread.start()
     assert ready.wait(30)
     try:
-        yield Site(engine, sock.getsockname()[1], end)
+        yield Site(engine, sock.getsockname()[1], end, web)
     finally:
         end()
         thread.join(30)

@@ -15,7 +15,7 @@ pytest.importorskip("uvicorn", reason="needs the extra `serve`")
 pytest.importorskip("pydantic", reason="needs the extra `serve`")
 
 from moe_jax.config import UserError
-from moe_jax.serving import server, streams
+from moe_jax.serving import server, sockets, streams
 from moe_jax.serving.sockets import bind
 from tests.serving import made
 from tests.serving.site import Site, site
@@ -60,6 +60,22 @@ def test_a_client_that_does_not_read_keeps_no_slot_beyond_its_texts(api: Site) -
     with api.open(**fields):
         until(lambda: api.engine.busy == made.SLOTS)
         until(lambda: api.engine.busy == 0, 60)
+        assert api.complete(prompt="One", max_tokens=2).status == 200
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="a setting of Linux")
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_answer_that_nobody_reads_is_dropped(tmp_path: Path, stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And its memory with it. A client that reads again finds its connection ended."""
+    monkeypatch.setattr(sockets, "UNREAD_SECONDS", 1)
+    fields = {**ENDLESS, "n": 3, "logprobs": 5, "routed_experts": True, "stream": stream, "max_tokens": 300}
+    with site(tmp_path) as api, api.open(**fields) as sock:
+        until(lambda: api.engine.busy == made.SLOTS)
+        until(lambda: api.engine.busy == 0, 60)
+        until(lambda: api.connections == 0, 30)
+        with contextlib.suppress(ConnectionResetError):
+            answer = b"".join(iter(lambda: sock.recv(1 << 16), b""))
+            assert b"usage" not in answer and b"[DONE]" not in answer
         assert api.complete(prompt="One", max_tokens=2).status == 200
 
 
