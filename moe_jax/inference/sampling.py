@@ -16,7 +16,7 @@ class Sampling(NamedTuple):
     """How to draw. These are arguments of the compiled program, not static, so one program serves every setting."""
 
     temperature: float = 0.8
-    """Logits are divided by it; 0 takes the likeliest token."""
+    """Logits are divided by it; 0, or less than `COLDEST`, takes the likeliest token."""
     top_k: int = 0
     """Draw among the k likeliest tokens only; 0 is off."""
     top_p: float = 1.0
@@ -35,6 +35,8 @@ class Sampling(NamedTuple):
         return Sampling(*own)
 
 
+COLDEST = 1e-6
+"""Below this temperature logits could exceed float32, and a draw could only choose between equals."""
 RANKED = 1024
 """So many of the likeliest tokens are put in order at first. A filter seldom leaves more."""
 
@@ -51,7 +53,7 @@ def adjusted_logits(logits: Float[Array, "B V"], settings: Sampling, seen: Bool[
 
 
 def _is_greedy(settings: Sampling) -> Bool[Array, ""]:
-    return jnp.asarray(settings.temperature) <= 0
+    return jnp.asarray(settings.temperature) < COLDEST
 
 
 def _likeliest(logits: Float[Array, "B V"]) -> Float[Array, "B V"]:

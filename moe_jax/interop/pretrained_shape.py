@@ -179,7 +179,7 @@ class _Fields:
     def _rotation(self, layout: Layout) -> dict[str, Any]:
         """The base of the rotation, and how it is scaled. transformers 4 has the base in `rope_theta`, 5 in
         `rope_parameters`."""
-        scaling = ""
+        scalings: dict[str, str] = {}
         for field in ("rope_scaling", "rope_parameters"):
             rope = {name: value for name, value in self._of(field, dict, {}).items() if value is not None}
             inner = rope.pop("rope_theta", None)
@@ -191,12 +191,17 @@ class _Fields:
             kind = rope.get("rope_type", rope.get("type", "default"))
             if str(kind) in KINDS:
                 try:
-                    scaling = scaling_text(rope, self._size("max_position_embeddings"))
+                    scalings[field] = scaling_text(rope, self._size("max_position_embeddings"))
                 except (TypeError, ValueError):
                     raise self._unheld(field, "an object of numbers") from None
             elif kind != "default" or rope.keys() - {"rope_type", "type"}:
                 raise self._unheld(field, "of the rope_type default, " + ", ".join(KINDS))
-        return {"rope_theta": self._number("rope_theta", layout.theta, 1, 1e9), "rope_scaling": scaling}
+            elif rope:
+                scalings[field] = ""
+        if len(set(scalings.values())) > 1:
+            raise self._unheld("rope_scaling", "the same as rope_parameters")
+        rope_scaling = next(iter(scalings.values()), "")
+        return {"rope_theta": self._number("rope_theta", layout.theta, 1, 1e9), "rope_scaling": rope_scaling}
 
     def _separator(self) -> int | None:
         token = self._values.get("eos_token_id")

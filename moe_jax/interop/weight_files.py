@@ -8,6 +8,7 @@ library `safetensors` checks the header before any tensor is read. Files that ho
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -69,7 +70,12 @@ class WeightFiles:
             files = sorted(set(read_json(folder / INDEX)["weight_map"].values()))
             if odd := [file for file in files if not re.fullmatch(r"\w[\w.\-]*\.safetensors", file)]:
                 raise ValueError(f"{INDEX} names {odd[0]!a}, which is no name of a .safetensors file")
-            return cls(folder, {name: tensor for file in files for name, tensor in _tensors(folder / file).items()})
+            parts = [_tensors(folder / file) for file in files]
+            tensors = {name: tensor for part in parts for name, tensor in part.items()}
+            if len(tensors) < sum(map(len, parts)):
+                twice, _ = Counter(name for part in parts for name in part).most_common(1)[0]
+                raise ValueError(f"the tensor {twice} stands in two files")
+            return cls(folder, tensors)
         except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{folder}: its weights cannot be read ({_printable(str(error))}); download it again. Only {SINGLE} "

@@ -47,7 +47,7 @@ def test_top_p_stops_where_it_is_reached_exactly() -> None:
 
 @pytest.mark.parametrize("settings", [{"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}, {"temperature": 0.0}])
 def test_the_likeliest_token_is_always_allowed(settings: dict[str, float]) -> None:
-    for temperature in (1e-2, 1.0, 100.0):
+    for temperature in (1e-40, 1e-7, 1e-2, 1.0, 100.0):
         out = adjusted(**({"temperature": temperature} | settings))
         assert np.flatnonzero(np.isfinite(out)).tolist() == [1]
 

@@ -37,6 +37,10 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}},
         "rope_theta is 10000.0, and rope_parameters.rope_theta 1000000.0; make them equal",
     ),
+    "two rotations": (
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
+        'rope_scaling is {"type": "linear", "factor": 2.0}, and must be the same as rope_parameters',
+    ),
     "an activation": ({"hidden_act": "gelu"}, 'hidden_act is "gelu", and must be "silu"'),
     "clipped queries": ({"clip_qkv": 8.0}, "clip_qkv is 8.0, and must be null"),
     "dense layers between": ({"mlp_only_layers": [0]}, "mlp_only_layers is [0], and must be []"),

@@ -143,7 +143,10 @@ def test_shards_are_read_as_one_file(folder: Path) -> None:
     params, digest = read(folder)
     np.testing.assert_array_equal(params["embedding"], whole[0]["embedding"])
     assert digest == whole[1]
-    (folder / max(places.values())).unlink()
+    last = folder / max(places.values())
+    save_file(load_file(last) | {min(places): np.zeros((32, 32), np.float32)}, last)
+    refused(folder, f"its weights cannot be read (the tensor {min(places)} stands in two files)")
+    last.unlink()
     refused(folder, "its weights cannot be read ([Errno 2] No such file")
 
 
