@@ -90,7 +90,9 @@ class GenerationResponse:
             async for index, event in self._news():
                 parts[index].append(event)
                 if event.finish is not None:
-                    choices[index] = await asyncio.to_thread(self._generation.whole_choice, index, _joined(parts[index]))
+                    choices[index] = await asyncio.to_thread(
+                        self._generation.whole_choice, index, _joined(parts[index])
+                    )
                     parts[index] = []
         except ApiError as error:
             await error_response(error)(scope, receive, send)

@@ -4,6 +4,7 @@ Nothing is trained: the session of the step logger is a stand-in.
 """
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -95,6 +96,14 @@ def test_a_record_of_a_step(clock: list[float], tmp_path: Path) -> None:
     assert line == "step  3/10 | 7 s left | 0.962 bits/byte | 150 tokens/s | 50.0% dropped"
     seen.logger.flush()
     assert len(seen.records) == 1
+
+
+def test_records_are_on_the_disk_before_a_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, written = Seen(tmp_path), []
+    monkeypatch.setattr(logging.os, "fsync", lambda file: written.append(os.fstat(file).st_size))
+    seen.logger.write({"step": 1})
+    seen.logger.sync()
+    assert written == [seen.path.stat().st_size] == [len('{"step": 1}\n')]
 
 
 def test_which_steps_are_written(clock: list[float], tmp_path: Path) -> None:

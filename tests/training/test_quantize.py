@@ -101,9 +101,11 @@ def test_the_records_end_at_the_checkpoint(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "copy")
     with (tmp_path / "copy" / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": saved_run.STEP + 1, "split": "train", "loss": 9.0}) + "\n")
+    samples = [f"=== step {step}\nA cat\n\n" for step in (saved_run.STEP, saved_run.STEP + 1)]
+    (tmp_path / "copy" / "samples.txt").write_text("".join(samples))
     quantize_run(tmp_path / "copy", "int8", tmp_path / "small")
-    there, here = ((p / "metrics.jsonl").read_text() for p in (run, tmp_path / "small"))
-    assert here == there
+    assert (tmp_path / "small" / "metrics.jsonl").read_text() == (run / "metrics.jsonl").read_text()
+    assert (tmp_path / "small" / "samples.txt").read_text() == samples[0]
 
 
 def test_a_tuned_run_is_scored_on_the_answers_only(run: Path, tmp_path: Path) -> None:

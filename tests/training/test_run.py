@@ -232,11 +232,13 @@ def test_the_number_of_steps_follows_the_pace(text: Path, tmp_path: Path, monkey
     clock that goes a second a step: 40 of 60 s are left, of which 0.85 are for steps."""
     config = configuration(text, tmp_path / "run", minutes=1.0, warmup_steps=4, steps=500, log_every=1, eval_every=1000)
     session = Session.open(config)
+    started = json.loads((tmp_path / "run" / "config.json").read_text()) | {"history": [{"initialised_from": "other"}]}
+    (tmp_path / "run" / "config.json").write_text(json.dumps(started))
     monkeypatch.setattr(Session, "elapsed", property(lambda session: float(session.state.step)))
     assert take_steps(session) is None
-    saved = load_config(tmp_path / "run")
-    assert saved is not None
-    assert saved.train.steps == session.config.train.steps == 20 + int(0.85 * 40)
+    started["train"]["steps"] = session.config.train.steps
+    assert json.loads((tmp_path / "run" / "config.json").read_text()) == started
+    assert session.config.train.steps == 20 + int(0.85 * 40)
     records = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     rates = {record["step"]: record["lr"] for record in records if record["split"] == "train"}
     assert list(rates) == list(range(1, 55))
@@ -244,6 +246,13 @@ def test_the_number_of_steps_follows_the_pace(text: Path, tmp_path: Path, monkey
     assert [rates[n] for n in (1, 2, 5)] == pytest.approx([peak / 5, peak * 2 / 5, peak])
     assert rates[21] == pytest.approx(peak * (1 + math.cos(math.pi * 16 / 49)) / 2)
     assert rates[54] == pytest.approx(0, abs=1e-9)
+
+
+def test_samples_have_only_the_tokens_of_the_tokenizer(text: Path, tmp_path: Path) -> None:
+    """The model's vocabulary may be larger."""
+    config = configuration(text, tmp_path / "run")
+    session = Session.open(dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=300)))
+    assert (session.config.model.vocab_size, session.decoder.vocab_size) == (300, 257)
 
 
 def test_the_header_fits_a_small_terminal_and_says_that_the_card_is_not_used(
