@@ -12,7 +12,7 @@ pytest.importorskip("uvicorn", reason="needs the extra `serve`")
 pytest.importorskip("pydantic", reason="needs the extra `serve`")
 
 from moe_jax.inference.sampling import Sampling
-from moe_jax.serving import requests, server, streams
+from moe_jax.serving import requests, server, sockets, streams
 from moe_jax.serving.completions import ChatCompletion, Completion
 from moe_jax.serving.requests import ApiError, ModelCard
 from moe_jax.serving.sockets import bind, is_loopback, url
@@ -168,3 +168,4 @@ def test_the_page_gives_the_numbers_of_the_code() -> None:
     assert rows["waiting texts"] == str(requests.MAX_QUEUE)
     assert rows["connections"] == f"{server.MAX_CONNECTIONS:,}"
     assert rows["idle connection"] == f"{server.IDLE_SECONDS} s"
+    assert rows["answer that nobody reads"] == f"{sockets.UNREAD_SECONDS} s, on Linux"
