@@ -1,5 +1,6 @@
 """The models of the package: small, each weight once, opened as any run is, and their folders left alone."""
 
+import io
 from functools import partial
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from moe_jax.runs.catalog import SHIPPED
 from moe_jax.runs.load import open_run
 from moe_jax.runs.records import read_summary
 
-SCORES = {"nano": 0.262, "stories": 0.733}
-"""Bits per byte of the preset on its text, to within 0.01."""
+SCORES = {"nano": 0.262, "stories": 0.733, "nano-chat": 0.170}
+"""Bits per byte of the preset on its text, to within 0.01. Of `nano-chat`, of its answers."""
 
 
 @pytest.fixture(autouse=True)
@@ -29,9 +30,9 @@ def files(folder: Path) -> dict[str, int]:
     return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
 
 
-def test_both_are_small_and_name_nothing_of_the_machine_that_trained_them() -> None:
+def test_all_are_small_and_name_nothing_of_the_machine_that_trained_them() -> None:
     assert sorted(path.name for path in SHIPPED.iterdir() if path.is_dir()) == sorted(SCORES)
-    assert sum(path.stat().st_size for path in SHIPPED.rglob("*")) <= 6e6
+    assert sum(path.stat().st_size for path in SHIPPED.rglob("*")) <= 8e6
     for path in (*SHIPPED.rglob("*.json"), *SHIPPED.rglob("*.md")):
         if path.name != "tokenizer.json":
             assert not [word for word in ('"/', "/home", "/tmp", "/root") if word in path.read_text()], path
@@ -58,6 +59,25 @@ def test_reading_leaves_no_file_in_the_package(capsys: pytest.CaptureFixture[str
     with pytest.raises(UserError, match=r"the run's validation text is not at hand .* give a text to score"):
         run_command(["evaluate", "--run", "stories"])
     assert files(SHIPPED) == before
+
+
+def test_the_chat_model_answers_and_says_what_it_cannot(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a conversation that is in none of its texts."""
+    story = "Once upon a sunny morning, a clever boy named Max put on his striped boots and danced to the beach."
+    talk = {
+        "Who are you?": "I am a very small language model. I can tell you a story, or answer questions about the first "
+        "sentence of one.",
+        f"{story} Where did Max go?": "To the beach.",
+        "What did Max put on?": "His striped boots.",
+        "How old is Max?": "The story does not say.",
+        "What is the capital of Peru?": "I do not know that. I can tell you a story, or answer questions about the "
+        "first sentence of one.",
+    }
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(talk)))
+    assert run_command(["chat", "--run", "nano-chat", "--temperature", "0"]) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if line] == list(talk.values())
 
 
 @pytest.mark.runs

@@ -50,7 +50,7 @@ def test_the_wheel_trains_and_tells_and_inspects(program: Path, tmp_path: Path) 
     assert (tmp_path / "run" / "report" / "routing.html").stat().st_size > 10_000
 
 
-def test_the_wheel_has_two_models(program: Path, tmp_path: Path) -> None:
+def test_the_wheel_has_its_models(program: Path, tmp_path: Path) -> None:
     """The first words of a newcomer, in an empty folder."""
     cache = {"MOE_JAX_CACHE": str(tmp_path / "cache")}
     start = "Once upon a time"
@@ -58,4 +58,4 @@ def test_the_wheel_has_two_models(program: Path, tmp_path: Path) -> None:
     assert told.startswith(start)
     assert len(told.split()) > 10
     listed = [line.split()[0] for line in run(program, "runs", cwd=tmp_path).splitlines()[1:]]
-    assert sorted(listed) == ["nano", "stories"]
+    assert sorted(listed) == ["nano", "nano-chat", "stories"]

@@ -9,7 +9,7 @@ import tyro
 
 from moe_jax.cli.sampling import SamplingArguments, loading
 from moe_jax.config import UserError
-from moe_jax.runs.catalog import is_shipped, title
+from moe_jax.runs.catalog import title
 from moe_jax.system.terminal import say, stream_text
 
 if TYPE_CHECKING:
@@ -47,8 +47,8 @@ def _begin(sampling: SamplingArguments, folder: Path, person: bool) -> "conversa
 
         does = "answers: ask it" if tuned else "continues a text: type how it begins"
         say(f"{title(folder)}, step {run.checkpoint.step}, {does}. /help lists the commands, Ctrl-D leaves.")
-        if not sampling.run and not is_shipped(folder):
-            say("A model that comes with moe-jax: --run stories, or --run nano.")
+        if not sampling.run:
+            say("With moe-jax come: --run stories and --run nano, which continue a text; --run nano-chat answers.")
         if opening := read_summary(folder).get("opening"):
             say(f"try: {opening}")
     if not tuned:

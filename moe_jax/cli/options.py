@@ -19,8 +19,8 @@ from moe_jax.system.files import json_text, steps_in
 from moe_jax.system.terminal import working
 
 _RUN = (
-    "Folder of a run; or its name in runs/, or a model that comes with moe-jax: nano, stories. Empty: the newest run "
-    "in runs/, else stories."
+    "Folder of a run; or its name in runs/, or a model that comes with moe-jax: nano, nano-chat, stories. Empty: the "
+    "newest run in runs/, else stories."
 )
 _ACTIVE = "Experts that a token chooses, fewer than in training: faster, but less accurate. 0: as trained."
 RunName = Annotated[str, tyro.conf.arg(help=_RUN)]

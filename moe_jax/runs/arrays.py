@@ -120,7 +120,7 @@ def read_weights(path: Path, wanted: Shapes) -> dict[str, jax.Array]:
 
 def sharding_of(leaf: Any) -> jax.sharding.Sharding:
     """Where an array is read to: the sharding of its leaf, else the first device of this process."""
-    return getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return getattr(leaf, "sharding", None) or jax.device_put(0, jax.local_devices()[0]).sharding
 
 
 def _part_of(stored: Any, index: Any) -> np.ndarray:

@@ -259,10 +259,11 @@ def test_production_cuts_a_word_into_the_same_pieces() -> None:
 
 
 def test_production_stores_the_same_codes_of_8_bits() -> None:
-    """Of an expert's stack of matrices too. In 4 bits production rounds the scale to bfloat16 first."""
+    """Of an expert's stack of matrices too. In 4 bits production rounds the scale to bfloat16 first. A compiled program
+    may multiply by 1 / 127 where the other divides by 127: the scales are one unit in the last place apart."""
     w = normal(28, 3, 64, 5).at[1, :, 2].set(0.0)
     stored = quantize({"w_in": w.astype(jnp.float32)}, "int8")["w_in"]
     for expert in range(3):
         codes, scale = small_weights.quantize(w[expert].astype(jnp.float32), 127, 64)
         np.testing.assert_array_equal(codes, stored.codes[expert])
-        np.testing.assert_allclose(scale, stored.scale[expert], rtol=1e-7)
+        np.testing.assert_array_max_ulp(scale, stored.scale[expert], maxulp=1)

@@ -135,6 +135,8 @@ _WIDER = {
 }
 """Words that no story has, for first sentences that are asked about. So the model learns to copy, and not only to
 choose among the words of the grammar."""
+WIDER_SHARE = 0.25
+"""Of the first sentences that are asked about, so many may have these words."""
 _KINDS = {"story": 3, "about": 5, "unknown": 4, "hello": 1, "me": 1, "thanks": 1}
 """What may be said -> how often, relative to the others."""
 
@@ -152,7 +154,7 @@ def talks(seed: int, split: Split, count: int) -> Iterator[dict[str, Any]]:
                 turns.append((draw.choice(_ASKED).format(name=opening.name, child=opening.child), story))
                 turns += _questions(opening, draw)[: draw.randint(0, 1)]
             elif kind == "about":
-                opening = opening_of(_with_wider_words(story, draw))
+                opening = opening_of(_with_wider_words(story, draw) if draw.random() < WIDER_SHARE else story)
                 (first, answer), *more = _questions(opening, draw)
                 turns += [(f"{opening.text} {first}", answer), *more[: draw.randint(0, 2)]]
             else:
@@ -186,7 +188,7 @@ def write_chats(path: str | Path, count: int = 4000, seed: int = 0, split: Split
     return _write(path, chats(seed, split, count))
 
 
-def write_talks(folder: str | Path, count: int = 20_000, seed: int = 0) -> int:
+def write_talks(folder: str | Path, count: int = 30_000, seed: int = 0) -> int:
     """Write `count` conversations of `talks` for training, and 600 for validation, into a folder that `sft --data`
     takes. Returns their number."""
     Path(folder).mkdir(parents=True, exist_ok=True)
