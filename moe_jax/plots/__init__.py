@@ -153,7 +153,7 @@ def _bits(runs: Sequence[_Metrics]) -> Any:
     """Bits per byte of the fixed validation subset. Lines show the trigram score of the whole text, and its entropy,
     for each different value among the runs."""
     title = "Bits per byte of the validation subset"
-    figure = _curves(runs, "bits_per_byte", "bits per byte", title, splits=("val",), floor=0)
+    figure = _curves(runs, "bits_per_byte", "bits per byte", title, splits=("val",))
     lines = {
         "trigram_bits_per_byte": ("-.", "trigram model of the training text"),
         "entropy_floor_bits_per_byte": (":", "entropy of the whole validation text"),
@@ -163,8 +163,12 @@ def _bits(runs: Sequence[_Metrics]) -> Any:
             if figure is not None:
                 (axes,) = figure.axes
                 axes.axhline(value, color="0.4", linestyle=style, label=f"{label}, {value:.4f}")
-                axes.set_ylim(0, max(axes.get_ylim()[1], 1.05 * value))
                 axes.legend(frameon=False)
+    scores = np.concatenate([run.series("val", "bits_per_byte")[1][1:] for run in runs])
+    if figure is not None and len(scores) > 2:  # the first, of a model that knows nothing yet, would flatten the rest
+        (axes,) = figure.axes
+        shown = [*scores, *(line.get_ydata()[0] for line in axes.lines[len(runs) :])]
+        axes.set_ylim(0.97 * min(shown), 1.03 * max(shown))
     return figure
 
 
@@ -176,7 +180,7 @@ def _evenness(runs: Sequence[_Metrics]) -> Any:
         steps, values = run.loads
         axes.plot(steps, load_entropy(values).mean(1), color=COLOURS[i % len(COLOURS)], label=run.name, linewidth=1.4)
     axes.set_xlim(left=0)
-    axes.set_ylim(0, 1.02)
+    axes.set_ylim(top=1.002)
     if routed and len(runs) > 1:
         axes.legend(frameon=False)
     return figure if routed else None

@@ -68,6 +68,17 @@ def test_each_floor_is_one_line(tmp_path: Path) -> None:
     assert labels(figure)[3] == "entropy of the whole validation text, 0.4000"
 
 
+def test_the_axis_of_bits_shows_the_curve_above_its_floor(tmp_path: Path) -> None:
+    """Without its first point, which belongs to a model that has hardly learned."""
+    path = run(tmp_path, "a", summary={"entropy_floor_bits_per_byte": 0.2})
+    values = {1: 8.0, 3: 0.5, 4: 0.3, 5: 0.4}
+    records = [json.dumps({"step": n, "split": "val", "bits_per_byte": bits}) for n, bits in values.items()]
+    train = json.dumps({"step": 1, "split": "train", "loss": 2.0})
+    (path / "metrics.jsonl").write_text("\n".join([train, *records, ""]))
+    figure = run_figures([path])["bits_per_byte"]
+    assert figure.axes[0].get_ylim() == pytest.approx((0.97 * 0.2, 1.03 * 0.5))
+
+
 def test_values_that_are_null_are_left_out(tmp_path: Path) -> None:
     path = run(tmp_path, "a")
     with (path / "metrics.jsonl").open("a") as file:
