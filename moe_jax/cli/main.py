@@ -13,6 +13,7 @@ from pathlib import Path
 import tyro
 
 from moe_jax.config import ConfigError, UserError
+from moe_jax.system.errors import is_out_of_memory
 
 COMMANDS = {
     "train": "train a sparse mixture-of-experts language model",
@@ -97,20 +98,20 @@ def main(program: Callable[[Sequence[str]], int | None], argv: Sequence[str] | N
     except OSError as error:
         return _fail(f"{error.filename or 'file system'}: {error.strerror or error}; fix this and try again", 1)
     except RuntimeError as error:
-        message = _of_jax(str(error))
+        message = _of_jax(error)
         if message is None:
             raise
         return _fail(message, 1)
 
 
-def _of_jax(error: str) -> str | None:
+def _of_jax(error: RuntimeError) -> str | None:
     """What the user can do about an error of jax. None if the error is a defect of this program."""
-    if "RESOURCE_EXHAUSTED" in error:
+    if is_out_of_memory(error):
         return (
             "the device is out of memory: close what else uses it, or give less with --memory, such as --memory 2.5GB; "
             "--fit any may also take a leaner optimizer"
         )
-    if "nable to initialize backend" in error or "nknown backend" in error:
+    if "nable to initialize backend" in str(error) or "nknown backend" in str(error):
         platforms = os.environ.get("JAX_PLATFORMS", "")
         return f"JAX_PLATFORMS={platforms}: JAX cannot start this platform; unset the variable, or set it to cpu"
     return None

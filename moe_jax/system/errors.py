@@ -41,6 +41,18 @@ def disk_cause(error: Exception) -> str | None:
     return (error.strerror or str(error)) if isinstance(error, OSError) else None
 
 
+_NO_MEMORY = re.compile(
+    r"RESOURCE_EXHAUSTED|OUT_OF_MEMORY|out of memory|ALLOC(ATION)?_FAILED|CUBLAS_STATUS_NOT_INIT", re.I
+)
+"""jax's own pool says RESOURCE_EXHAUSTED. What cuBLAS, cuDNN, a kernel or a CUDA graph takes beside the pool fails in
+words of its own; cuBLAS without memory for its handle is "not initialized"."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether an error of jax says that the device lacked memory."""
+    return _NO_MEMORY.search(str(error)) is not None
+
+
 def shortened(text: str, most: int = 60) -> str:
     """A text for an error: its beginning, of at most `most` characters. It ends with "..." where it is cut."""
     return text if len(text) <= most else text[: most - 3] + "..."

@@ -29,6 +29,7 @@ from moe_jax.model.transformer import Params, merge
 from moe_jax.parallel.layout import AXES, Layout
 from moe_jax.parallel.processes import place
 from moe_jax.runs.load import LoadedRun
+from moe_jax.system.errors import is_out_of_memory
 from moe_jax.system.terminal import progress_bar
 
 EVALUATION_ROWS, EVALUATION_TOKENS = 16, 8_192
@@ -116,23 +117,31 @@ def evaluate(
     token_bytes: np.ndarray,
     answers: np.ndarray | None = None,
     what: str = "",
+    rows: int = 0,
 ) -> Evaluation:
     """Score a stream `separator, document, separator, ..., separator`, window by window (`evaluation_windows`).
 
     With `answers`, bool [N], only the tokens that are true there are scored. The loss is 0 if there is none.
 
-    `what` names the work in a progress line; without it there is none.
+    `what` names the work in a progress line; without it there is none. A batch has `rows` rows (0: `evaluation_rows`);
+    where the device lacks memory for them, one at a time.
     """
-    rows = evaluation_rows(seq_len)
-    batches = list(evaluation_windows(tokens, seq_len=seq_len, batch_size=rows, answers=answers))
+    size = rows or evaluation_rows(seq_len)
+    batches = list(evaluation_windows(tokens, seq_len=seq_len, batch_size=size, answers=answers))
     results = []
-    with progress_bar(what, len(batches)) if what else nullcontext() as advance:
-        for batch in batches:
-            results.append(step(params, batch.inputs, batch.targets, batch.start, batch.weights))
-            if advance:
-                jax.block_until_ready(results[-1])
-                advance(1)
-    nats = math.fsum(float(n) for n, _ in results)
+    try:
+        with progress_bar(what, len(batches)) if what else nullcontext() as advance:
+            for batch in batches:
+                results.append(step(params, batch.inputs, batch.targets, batch.start, batch.weights))
+                if advance:
+                    jax.block_until_ready(results[-1])
+                    advance(1)
+        nats = math.fsum(float(n) for n, _ in results)
+    except RuntimeError as error:
+        if size == 1 or not is_out_of_memory(error):
+            raise
+        kwargs = {"seq_len": seq_len, "token_bytes": token_bytes, "answers": answers, "what": what}
+        return evaluate(step, params, tokens, rows=1, **kwargs)
     size = text_bytes(tokens, token_bytes, answers)
     count = len(tokens) - 1 if answers is None else int(answers[1:].sum())
     scored = sum(int(batch.weights.any(1).sum()) for batch in batches)

@@ -24,6 +24,7 @@ from moe_jax.inference.sampling import Sampling
 from moe_jax.model.costs import least_step_bytes
 from moe_jax.model.precision import choose_policy
 from moe_jax.system.environment import MIB
+from moe_jax.system.errors import is_out_of_memory
 from moe_jax.system.terminal import working
 from moe_jax.training.evaluate import evaluation_rows
 from moe_jax.training.plan import MARGIN, Plan, chosen, values_of, with_values
@@ -186,8 +187,14 @@ def device_here(config: RunConfig, kept_precision: str = "") -> Device | None:
 
 
 def compiled_here(program: Any, *arguments: Any) -> float:
-    """MiB of a jitted program on this machine. The compilation cache keeps it for the run."""
-    return program_mib(program.lower(*arguments).compile())
+    """MiB of a jitted program on this machine. The compilation cache keeps it for the run. Infinite if the device lacks
+    the memory to compile it: on a card, the compiler tries out kernels there."""
+    try:
+        return program_mib(program.lower(*arguments).compile())
+    except jax.errors.JaxRuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return math.inf
 
 
 def fit(
@@ -207,14 +214,17 @@ def fit(
     execution = config.execution
     if not execution.fitted:
         return Fitted(config, record)
-    here = {"device": jax.devices()[0].device_kind, "memory": execution.memory}
+    here = _here(config)
     asked = config if saved is None else config.override({FIT: "auto"})
     if saved is not None and record:
         kept = values_of(saved, MAY_CHANGE)
         if values_of(config, MAY_CHANGE) in (kept, record["asked"]):  # nothing else is asked for now
-            if failed is None and here.items() <= record.items():
-                return Fitted(with_values(config, kept), record)
             asked = with_values(asked, record["asked"])
+            if failed is None and here.items() <= record.items():
+                lacked = with_values(asked, record["failed"]) if "failed" in record else None
+                if lacked is None or not settings_after(asked, lacked):
+                    return Fitted(with_values(config, kept), record)
+                failed = lacked
     device = device_here(asked, kept_precision)
     if device is None and failed is None:
         return Fitted(asked.override({FIT: execution.fit}))
@@ -231,6 +241,16 @@ def fit(
     )
 
 
+def with_failure(config: RunConfig, record: Any) -> Any:
+    """`Fitted.record` of a run whose device lacked memory for its settings. A resume there takes the next ones."""
+    setting = values_of(config, MAY_CHANGE)
+    return (record or _here(config) | {"asked": setting}) | {"failed": setting}
+
+
+def _here(config: RunConfig) -> dict[str, Any]:
+    return {"device": jax.devices()[0].device_kind, "memory": config.execution.memory}
+
+
 def _reason(plans: list[Plan], device: Device, failed: RunConfig | None) -> str:
     """One line: the choice, and why the setting before it was not taken."""
     best, before = plans[-1], plans[-2:-1]
@@ -239,9 +259,9 @@ def _reason(plans: list[Plan], device: Device, failed: RunConfig | None) -> str:
         line += f": {best.total:,.0f} of {device.budget:,.0f} MiB"
     if before:
         least = "" if before[0].programs else "at least "
-        line += f"; {before[0].name} needs {least}{before[0].total:,.0f} MiB"
+        line += f"; {before[0].name} needs {least}{_amount(before[0].total, ' MiB')}"
     elif failed is not None:
-        line += f"; with {_named(failed)} the first step ran out of memory"
+        line += f"; with {_named(failed)} it ran out of memory"
     return line
 
 
@@ -255,13 +275,17 @@ def _nothing_fits(
         smallest = chosen(plans, device.budget)
         least, programs = "" if smallest.programs else "at least ", smallest.programs or {"step": smallest.least}
         problem = f"no setting fits {device.budget:,.0f} MiB: the smallest, {smallest.name}, needs {least}"
-        problem += f"{smallest.total:,.0f} for its {max(programs, key=programs.__getitem__)}"
+        problem += f"{_amount(smallest.total)} for its {max(programs, key=programs.__getitem__)}"
     if resumed:  # model and optimizer stay
         return UserError(f"{problem}; free memory of the device, or use another one")
     lean = settings_to_try(config.override({FIT: "any"}))
     hope = config.execution.fit == "auto" and min(map(least_step_bytes, lean)) <= device.budget * MIB
     leaner = "--fit any, which may take a leaner optimizer, " if hope else ""
     return UserError(f"{problem}; use {leaner}a smaller --seq-len or another --preset")
+
+
+def _amount(mib: float, unit: str = "") -> str:
+    return f"{mib:,.0f}{unit}" if mib < math.inf else "more to compile"
 
 
 def _named(config: RunConfig) -> str:

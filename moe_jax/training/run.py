@@ -9,6 +9,7 @@ a GPU the programs must be deterministic too: `--deterministic`.)
 import gc
 import shlex
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,13 @@ from moe_jax.config import ProcessGroup, RunConfig, UserError
 from moe_jax.parallel.processes import is_process_zero, process_group, stop_reason
 from moe_jax.runs.folder import locked_for_training
 from moe_jax.runs.load import restore_weights
+from moe_jax.system.errors import is_out_of_memory
 from moe_jax.system.signals import Signals
 from moe_jax.system.terminal import say
 from moe_jax.training.header import print_result, print_run_header
 from moe_jax.training.logging import StepLogger, shown_sample, summary
 from moe_jax.training.session import Session
 from moe_jax.training.start import Start
-from moe_jax.training.step import StepReport
 
 PACE_STEPS = 20
 """Steps after which `--minutes` sets the number of steps. The pace is that of the later half."""
@@ -67,9 +68,12 @@ def train(
         if stopped is not None:
             return 128 + stopped
         result, folder = finish(session), session.folder.path
+        del session  # the report opens the model again
+        gc.collect()
         if is_process_zero():
             print_result(folder, result)
-            say(*report(folder))
+            later = f"`moe-jax inspect --run {shlex.quote(str(folder))}` writes it"
+            say(*without_memory(lambda: report(folder), [f"no report: the device is out of memory; {later}"]))
             print(f"next: uv run moe-jax chat --run {shlex.quote(str(folder))}")
     return 0
 
@@ -83,13 +87,22 @@ def take_steps(session: Session, resume: str = "--resume") -> int | None:
     with Signals() as signals, StepLogger(session) as logger:
         if step >= session.config.train.steps:
             logger.say(f"{session.folder.path}: already trained to step {step}; --steps extends it")
-        while not evaluate_and_save_if_due(session, step, logger, signals):
-            report = _take_step(session, step, is_first=step == begin)
-            step += 1
-            logger.add(step, report)
-            if session.config.train.minutes and step in (PACE_STEPS // 2, PACE_STEPS):
-                jax.block_until_ready(report)
-                set_steps_from_pace(session, step, logger)
+        try:
+            while not evaluate_and_save_if_due(session, step, logger, signals):
+                session.state, report = session.programs.step(session.state, session.batch(step))
+                if step == begin:  # where it lacks memory, that is known before anything else starts
+                    jax.block_until_ready(report)
+                step += 1
+                logger.add(step, report)
+                if session.config.train.minutes and step in (PACE_STEPS // 2, PACE_STEPS):
+                    jax.block_until_ready(report)
+                    set_steps_from_pace(session, step, logger)
+        except jax.errors.JaxRuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            if step == begin:
+                raise FirstStepOutOfMemory(str(error)) from None
+            raise save_without_memory(session, step, logger, resume) from None
         if (signal := stop_reason(signals.stop_signal)) is not None:
             where = f"at step {step}, which is saved; go on with {resume}" if step else "before the first step"
             logger.say(f"stopped {where}")
@@ -97,18 +110,28 @@ def take_steps(session: Session, resume: str = "--resume") -> int | None:
     return None
 
 
-def _take_step(session: Session, step: int, is_first: bool) -> StepReport:
-    """Take the step that follows `step` earlier ones. The first one of a process is waited for: where it lacks memory,
-    that is known before anything else starts."""
+def save_without_memory(session: Session, step: int, logger: StepLogger, resume: str) -> UserError:
+    """Save the state after `step` steps, if the work that lacked memory has left it whole, and record the setting: the
+    resume takes the next one that needs less. Returns the error that ends the run."""
+    with suppress(jax.errors.JaxRuntimeError), logger.paused():  # a step that began has taken its arguments
+        logger.sync()
+        session.save(step, None)
+    session.record_out_of_memory()
+    less = ", which takes the next setting" if session.config.execution.fitted else " and a smaller --batch-size"
+    return UserError(
+        f"the device ran out of memory after step {step}; step {session.saved_step} is saved: close what else uses the "
+        f"device, and go on with {resume}{less}"
+    )
+
+
+def without_memory[T](work: Callable[[], T], instead: T) -> T:
+    """The result of some work that the run can do without, or `instead` if the device lacks the memory for it."""
     try:
-        session.state, report = session.programs.step(session.state, session.batch(step))
-        if is_first:
-            jax.block_until_ready(report)
-    except jax.errors.JaxRuntimeError as error:
-        if is_first and "RESOURCE_EXHAUSTED" in str(error):
-            raise FirstStepOutOfMemory(str(error)) from None
-        raise
-    return report
+        return work()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return instead
 
 
 def set_steps_from_pace(session: Session, step: int, logger: StepLogger) -> None:
@@ -159,7 +182,9 @@ def evaluate_and_save_if_due(session: Session, step: int, logger: StepLogger, si
 def _evaluate_and_sample(session: Session, step: int, logger: StepLogger) -> float:
     """Evaluate, write a sample, a routing snapshot, a record and summary.json, and return the validation loss."""
     scored, params = session.score(session.data.subset()), session.params  # with several processes, by all together
-    sample, trace = session.sample(step, params), session.tracer(params) if session.tracer else None
+    sample = without_memory(lambda: session.sample(step, params), "(no sample: the device is out of memory)")
+    tracer = session.tracer
+    trace = without_memory(lambda: tracer(params), None) if tracer else None
     if not is_process_zero():
         return scored.loss
     session.folder.add_sample(step, sample)

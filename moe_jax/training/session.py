@@ -35,7 +35,7 @@ from moe_jax.system.machine import versions
 from moe_jax.system.random_keys import Purpose, purpose_key
 from moe_jax.training.data import SessionData
 from moe_jax.training.evaluate import Evaluation, Tracer, evaluate
-from moe_jax.training.fit import fit
+from moe_jax.training.fit import fit, with_failure
 from moe_jax.training.programs import Programs
 from moe_jax.training.start import Start
 from moe_jax.training.state import RunCounters, TrainState
@@ -169,6 +169,11 @@ class Session:
         self.programs = Programs.of(self.config, mesh=mesh, kept_precision=self.programs.policy.compute)
         history = read_entry(self.folder.path, "history") or []
         self.folder.write_config(self.config, history, self.fitted)
+
+    def record_out_of_memory(self) -> None:
+        """Write into config.json that the device lacked memory for the present settings."""
+        history = read_entry(self.folder.path, "history") or []
+        self.folder.write_config(self.config, history, with_failure(self.config, self.fitted))
 
     def batch(self, step: int) -> Any:
         """The batch of the step that follows `step` earlier steps, as `programs.step` takes it."""

@@ -232,7 +232,7 @@ def test_after_a_step_without_memory_the_next_rung_is_taken(tmp_path: Path, pret
     del pretended[:]
     unknown = fit(asked(tmp_path), failed=asked(tmp_path))
     assert (setting(unknown.config), "total_mib" in unknown.record) == ((8, 4, True), False)
-    assert unknown.note.endswith("; with 8 x 4 sequences, adamw the first step ran out of memory")
+    assert unknown.note.endswith("; with 8 x 4 sequences, adamw it ran out of memory")
     last = dataclasses.replace(asked(tmp_path, remat=True), train=TrainConfig(batch_size=1, grad_accum=16))
     with pytest.raises(UserError, match=r"ran out of memory with 1 x 16 sequences with remat, .* no other setting"):
         fit(last, failed=last)
