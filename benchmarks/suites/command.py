@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from moe_jax.cli.options import note_device
 from moe_jax.config import ConfigError, UserError
 from moe_jax.config.presets import PRESETS, preset, with_vocabulary
 from moe_jax.system import environment, terminal
@@ -55,7 +56,7 @@ def run(argv: Sequence[str], about: str = "") -> int:
     """Run the suites of a command line, write their record, and print the numbers as one line of JSON."""
     asked = parse(argv, about)
     names = suites_of(asked.suite)
-    environment.prepare_environment()
+    note_device(environment.prepare_environment())
     from moe_jax.model.precision import choose_policy
     from moe_jax.training.header import model_line
 

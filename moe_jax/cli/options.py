@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -95,9 +95,19 @@ def _check_writable(flag: str, path: Path) -> None:
 @contextmanager
 def starting(what: str) -> Iterator[None]:
     """Set the environment of jax, which is imported in the block, and show on a terminal what is done meanwhile."""
-    environment.prepare_environment()
+    notes = environment.prepare_environment()
     with working(what):
         yield
+    note_device(notes)
+
+
+def note_device(notes: Sequence[str]) -> None:
+    """Say on stderr what was noted of the card, and why it is not used if it is not."""
+    if environment.has_nvidia_card():
+        import jax
+
+        for note in (*notes, *environment.unused_card(jax.devices()[0].platform)):
+            print(note, file=sys.stderr)
 
 
 def print_json(result: dict[str, Any], asked: bool) -> None:

@@ -5,7 +5,7 @@ from urllib.parse import urlsplit
 
 import tyro
 
-from moe_jax.cli.options import RunName, StepNumber, check_range, checked_run
+from moe_jax.cli.options import RunName, StepNumber, check_range, checked_run, note_device
 from moe_jax.config import ConfigError, UserError
 from moe_jax.runs.catalog import title
 from moe_jax.system import environment
@@ -43,7 +43,7 @@ def serve(
 
     sock = bind(host, port)
     say(f"loading {title(folder)}, {slots} slots; the server will be at {url(sock)}")
-    environment.prepare_environment()
+    notes = environment.prepare_environment()
     from moe_jax.inference.decode import Decoder, cast_once
     from moe_jax.runs.load import open_run
     from moe_jax.serving.app import AccessPolicy, Server
@@ -52,6 +52,7 @@ def serve(
     from moe_jax.serving.server import WebServer
     from moe_jax.serving.server import serve as serve_until_stopped
 
+    note_device(notes)
     opened = open_run(folder, step)
     card = ModelCard(opened, folder.resolve().name, slots, folder)
     shape = opened.config.model.seq_len, opened.tokenizer.vocab_size, slots

@@ -19,6 +19,10 @@ from moe_jax.training.plan import MARGIN
 
 OLDEST_DRIVER = {"cuda12": 525, "cuda13": 580}
 """Extra -> the major version of the oldest driver that its CUDA accepts."""
+LEAST_CAPABILITY = 7.5
+"""cuDNN 9 has kernels for Turing and newer cards."""
+LEAST_FREE_MIB = 1024
+"""CUDA and its kernels take some 400; what is left must hold a small model."""
 AGAIN = "start with `uv run --extra cuda12 moe-jax doctor --gpu`"
 
 
@@ -49,6 +53,14 @@ def needs() -> Iterator[Finding]:
         yield Finding("driver", f"{answer[1]} for {answer[0]}: {how}", good=False)
     else:
         yield Finding("driver", f"{answer[1]} for {answer[0]}")
+    with suppress(ValueError):  # older drivers do not say it
+        capability, free = map(float, ask_nvidia_smi("compute_cap", "memory.free") or [])
+        if capability < LEAST_CAPABILITY:
+            how = f"cuDNN needs {LEAST_CAPABILITY} (Turing) or newer; train on the CPU, with JAX_PLATFORMS=cpu"
+            yield Finding("capability", f"the card has {capability}: {how}", good=False)
+        if free < LEAST_FREE_MIB:
+            how = f"{free:,.0f} MiB are free, and a small model needs {LEAST_FREE_MIB:,}: close what else uses the card"
+            yield Finding("free memory", how, good=False)
     if not extra:
         yield Finding("CUDA", f"JAX's CUDA plugin is not installed: {AGAIN}", good=False)
     elif not _version(f"nvidia-cudnn-cu{extra[-2:]}"):

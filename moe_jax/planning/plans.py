@@ -17,7 +17,7 @@ from moe_jax.training.plan import MARGIN, Plan
 RECORDED = Path(__file__).with_name("plans.json")
 DEFAULT_GPU = "rtx3050-4gb"
 PREALLOCATED = 0.75
-"""Share of a card's memory that JAX takes at start by default (XLA_PYTHON_CLIENT_MEM_FRACTION). A program gets no more.
+"""Share of a card's memory that JAX takes at start by default (XLA_CLIENT_MEM_FRACTION). A program gets no more.
 `system.environment` may choose another share for a small card; plans do not count on it."""
 RECORD = "uv run --isolated --extra gpu-plan python benchmarks/record_plans.py"
 """The command that compiles a plan which is not recorded, in a clone of the project."""

@@ -19,8 +19,10 @@ from moe_jax.system.files import cache_dir
 GIB, MIB = 2**30, 2**20
 CGROUPS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 SMALL_CARD_MIB = 8500
-"""A card with at most this memory is small. On a larger card, JAX's default share of 75 % leaves enough for JAX and for
-other programs."""
+"""A card with at most this memory is small: JAX may take nine tenths. On a larger card, JAX's default share of 75 %
+leaves enough for JAX and for other programs."""
+JAX_SHARE = 0.75
+SHARE = "XLA_CLIENT_MEM_FRACTION"
 CUDA_MIB = 400
 """MiB that are kept free for memory outside JAX's block: the CUDA context, loaded kernels, handles and workspaces."""
 
@@ -128,26 +130,29 @@ def _check_address_space() -> None:
 
 
 def _set_memory_fraction() -> list[str]:
-    """Choose the share of a small card's memory that JAX takes at start, unless the user has chosen one.
+    """Choose the share of a card's memory that JAX takes at start, unless the user has chosen one.
 
     By default JAX takes 75 % of a card's memory in one block, and a program gets no more than this block. On a small
-    card without other programs, a fifth of the memory then stays unused. On a small card that drives a display, the
-    block may not fit at all. So the share is computed from the memory that is free now, as nvidia-smi reports it.
+    card without other programs, a fifth of the memory then stays unused. On a card that a display or another program
+    uses, the block may not fit at all. So the share is computed from the memory that is free now, as nvidia-smi reports
+    it.
     """
-    if "XLA_PYTHON_CLIENT_MEM_FRACTION" in os.environ or os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE") == "false":
+    if "microsoft" in platform.release().lower():  # WSL 2 gives no block of 4 GiB or more (openxla/xla, issue 48979)
+        os.environ.setdefault("XLA_PYTHON_CLIENT_ALLOCATOR", "cuda_async")
+    # jax refuses both names of the share together.
+    chosen = {SHARE, "XLA_PYTHON_CLIENT_MEM_FRACTION"} & set(os.environ)
+    if chosen or os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE") == "false":
         return []
     try:
         total, free = map(float, ask_nvidia_smi("memory.total", "memory.free") or [])
     except ValueError:
         return []
-    if total > SMALL_CARD_MIB:
+    most = 0.9 if total <= SMALL_CARD_MIB else JAX_SHARE
+    share = math.floor(100 * min(max((free - CUDA_MIB) / total, 0.1), most)) / 100
+    if share == JAX_SHARE == most:
         return []
-    share = math.floor(100 * min(max((free - CUDA_MIB) / total, 0.1), 0.9)) / 100
-    os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{share:.2f}"
-    return [
-        f"small card: {free:,.0f} of {total:,.0f} MiB are free; JAX takes {share:.0%} "
-        "(XLA_PYTHON_CLIENT_MEM_FRACTION overrides)"
-    ]
+    os.environ[SHARE] = f"{share:.2f}"
+    return [f"the card has {free:,.0f} of {total:,.0f} MiB free; JAX takes {share:.0%} ({SHARE} overrides)"]
 
 
 def return_large_blocks() -> None:

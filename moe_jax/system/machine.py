@@ -9,6 +9,7 @@ import importlib.metadata
 import platform
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +22,8 @@ from moe_jax.system.environment import usable_cores
 from moe_jax.system.files import cached_json
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+CUDA = ("jax-cuda{}-plugin", "nvidia-cudnn-cu{}", "nvidia-cublas-cu{}", "nvidia-cuda-nvcc-cu{}")
+"""Packages that compute on a card, by the version of CUDA."""
 CPU_INFO = Path("/proc/cpuinfo")
 MATMUL_SIZES = (1024, 2048, 4096)
 READ_BYTES = 512 * 2**20
@@ -47,13 +50,18 @@ def wide_vectors() -> dict[str, Any] | None:
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that decide what a run computes."""
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
+    """Versions of the packages that decide what a run computes. Of those for a card, the ones that are installed."""
+    found = {name: importlib.metadata.version(name) for name in PACKAGES}
+    for name in (package.format(cuda) for package in CUDA for cuda in (12, 13)):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def matmuls(dtype: str, sizes: tuple[int, ...] = MATMUL_SIZES) -> dict[str, tuple[Callable[[], Any], float]]:
-    """Name -> (function that computes a square matrix product, its floating-point operations)."""
-    product = jax.jit(jnp.matmul)
+    """Name -> (function that computes a square matrix product, its floating-point operations). A product of float32 is
+    not rounded to TF32."""
+    product = jax.jit(partial(jnp.matmul, precision="highest" if dtype == "float32" else None))
 
     def of(size: int) -> Callable[[], Any]:
         a = jnp.ones((size, size), dtype)

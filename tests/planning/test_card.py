@@ -21,6 +21,14 @@ DRIVER = ["RTX 3050", "560.35"]
 @pytest.mark.parametrize(
     ("system", "driver", "packages", "platforms", "missing"),
     [
+        ("linux", [*DRIVER, "6.1", "3000"], WHOLE, "", {"capability": r"has 6.1: cuDNN needs 7.5 \(Turing\) or newer"}),
+        (
+            "linux",
+            [*DRIVER, "8.6", "900"],
+            WHOLE,
+            "",
+            {"free memory": "900 MiB are free, and a small model needs 1,024"},
+        ),
         ("linux", DRIVER, WHOLE, "", {}),
         ("linux", DRIVER, WHOLE, "cuda,cpu", {}),
         ("win32", None, {}, "", {"system": "install WSL 2", "driver": "525 or newer", "CUDA": "--extra cuda12"}),
@@ -39,7 +47,8 @@ def test_what_is_missing_is_named_with_what_to_do(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(sys, "platform", system)
-    monkeypatch.setattr(card, "ask_nvidia_smi", lambda *_: driver)
+    facts = dict(zip(("name", "driver_version", "compute_cap", "memory.free"), driver or [], strict=False))
+    monkeypatch.setattr(card, "ask_nvidia_smi", lambda *f: [facts[n] for n in f] if facts.keys() >= set(f) else None)
     monkeypatch.setattr(card, "_version", lambda name: packages.get(name, ""))
     monkeypatch.setenv("JAX_PLATFORMS", platforms)
     found = list(card.needs())

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_jax.cli.main import run_as
+from moe_jax.cli.main import run_as, run_command
 from moe_jax.config import ConfigError
 from moe_jax.system import environment
 
@@ -24,25 +24,38 @@ ROOT = Path(__file__).parents[2]
         ("4096, 4096\n", "0.90"),  # never more than nine tenths
         ("4096, 500\n", "0.10"),  # next to nothing is free: jax will say so itself
         ("81559, 81000\n", None),
+        ("12288, 11000\n", None),
+        ("12288, 6000\n", "0.45"),  # another program took half of a larger card
         ("no devices were found\n", None),
         ("", None),
     ],
 )
-def test_only_a_small_card_is_shared_by_what_is_free(
+def test_a_card_is_shared_by_what_is_free(
     answer: str, share: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A driver's nvidia-smi answers. A choice of the user stays."""
+    """A driver's nvidia-smi answers. A choice of the user stays, by either name: jax refuses both together."""
     program = tmp_path / "nvidia-smi"
     program.write_text(f"#!/bin/sh\nprintf '{answer}'\n")
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
-    assert environment._set_memory_fraction() == []
-    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION")
+    for name in ("XLA_PYTHON_CLIENT_MEM_FRACTION", environment.SHARE):
+        monkeypatch.setenv(name, "0.5")
+        assert environment._set_memory_fraction() == []
+        monkeypatch.delenv(name)
     notes = environment._set_memory_fraction()
-    assert os.environ.pop("XLA_PYTHON_CLIENT_MEM_FRACTION", None) == share
-    assert ["of 4,096 MiB are free" in note for note in notes] == ([True] if share else [])
+    assert os.environ.pop(environment.SHARE, None) == share
+    assert "XLA_PYTHON_CLIENT_ALLOCATOR" not in os.environ
+    assert len(notes) == (share is not None)
+
+
+def test_wsl_gets_its_memory_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "release", lambda: "6.6.87.2-microsoft-standard-WSL2")
+    monkeypatch.setattr(environment, "ask_nvidia_smi", lambda *_: None)
+    for asked, allocator in (("", "cuda_async"), ("bfc", "bfc")):
+        monkeypatch.setattr(os, "environ", {"XLA_PYTHON_CLIENT_ALLOCATOR": asked} if asked else {})
+        environment._set_memory_fraction()
+        assert os.environ["XLA_PYTHON_CLIENT_ALLOCATOR"] == allocator
 
 
 @pytest.mark.parametrize(
@@ -65,6 +78,18 @@ def test_a_card_that_is_left_unused_is_named(
     monkeypatch.setattr(environment, "has_nvidia_card", lambda: False)
     assert environment.unused_card("cpu") == []
     assert "\n## At home\n" in (ROOT / "docs/gpu.md").read_text()
+
+
+def test_a_command_says_why_a_card_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On stderr: the output of a command may be read by a program."""
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    for card, lines in ((False, 0), (True, 1)):
+        monkeypatch.setattr(environment, "has_nvidia_card", lambda card=card: card)
+        assert run_command(["doctor", "--run", "nano"]) == 0
+        shown = capsys.readouterr()
+        assert (shown.err.count("this computes on the CPU, although"), "computes" in shown.out) == (lines, False)
 
 
 @pytest.mark.parametrize(("platforms", "card", "cpu"), [("", False, True), ("", True, False), ("cpu", True, True)])

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 from optax import contrib
 
 from moe_jax.config.train import NEWTON_SCHULZ_STEPS
+from moe_jax.model.precision import dot_precision
 from moe_jax.training.optimizers.adam import skippable
 
 BETA = 0.95
@@ -69,10 +70,11 @@ def orthogonalised(x: Float[Array, "*E m n"]) -> Float[Array, "*E m n"]:
     if x.shape[-2] > x.shape[-1]:
         return orthogonalised(x.mT).mT
     a, b, c = COEFFICIENTS
+    precision = dot_precision(x.dtype)
     x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + EPS)
     for _ in range(NEWTON_SCHULZ_STEPS):
-        s = jnp.einsum("...ik,...jk->...ij", x, x)
-        x = a * x + (b * s + c * s @ s) @ x
+        s = jnp.einsum("...ik,...jk->...ij", x, x, precision=precision)
+        x = a * x + jnp.matmul(b * s + jnp.matmul(c * s, s, precision=precision), x, precision=precision)
     return x
 
 
