@@ -35,6 +35,7 @@ PAGES = (
     "docs/*.md",
     "docs/images/*",
     "foundation/*.md",
+    "foundation/one_file.py",
     "foundation/notebooks/*.ipynb",
     "notebooks/*.ipynb",
     "tests/reliability/README.md",
@@ -55,14 +56,16 @@ def assemble(source: Path) -> None:
     (source / "index.md").write_text(filled(index, {"path": sidebar_of_chapters()}), encoding="utf-8")
     (source / "museum.md").write_text(museum.page(), encoding="utf-8")
     (source / "one_token.md").write_text(one_token.page(), encoding="utf-8")
+    code = "# One file: a mixture and its backward pass\n\n```{literalinclude} one_file.py\n:language: python\n```\n"
+    (source / "foundation" / "one_file.md").write_text(code, encoding="utf-8")
 
 
 def linked_within(text: str, folder: Path) -> str:
-    """A page whose links to the report and to the published site open the site's own pages."""
+    """A page whose links to the report, the published site and the file of code open the site's own pages."""
     up = "../" * (len(folder.relative_to(BUILD / "source").parts) + 1)
     for target, page in ((r"[\w./-]*report-nano\.html", "report.html"), (r"[./]*deployments/[\w-]+", "index.html")):
         text = re.sub(rf"\[([^\]]+)\]\({target}\)", rf'<a href="{up}{page}">\1</a>', text)
-    return text
+    return text.replace("one_file.py)", "one_file.md)")
 
 
 def sidebar_of_chapters() -> str:
