@@ -46,10 +46,10 @@ def float64() -> Iterator[None]:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Most of a test's time is compiling, so the programs are compiled without LLVM's optimisations. At night they are
-    compiled as users do: -m names `slow` then. `XLA_FLAGS= uv run pytest` does so too."""
+    compiled as users do: -m names `slow` then. So are programs for a card. `XLA_FLAGS= uv run pytest` does so too."""
     suite, flags = config.option.markexpr, os.environ.get("XLA_FLAGS")
     devices_only = suite == "parallel" and QUICK_COMPILER not in (flags or "")
-    if "slow" not in suite and (flags is None or devices_only):
+    if "slow" not in suite and "MOE_JAX_TEST_PLATFORMS" not in os.environ and (flags is None or devices_only):
         os.environ["XLA_FLAGS"] = f"{flags or ''} {QUICK_COMPILER}".strip()
 
 

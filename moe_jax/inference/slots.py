@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from moe_jax.inference.sampling import Sampling, sample
 from moe_jax.inference.traced_pass import MOST_ALTERNATIVES
 from moe_jax.model.attention import KeyValue
+from moe_jax.model.kernels.processor import by_platform
 from moe_jax.model.moe.layer import Mode
 from moe_jax.model.precision import at_least_float32
 from moe_jax.model.transformer import Params, merge
@@ -164,9 +165,12 @@ def step(
     """Draw the next token of every active slot, and read it: its keys and values go into the cache. Where a token is
     `given` (not negative), it belongs to the prompt: it is read in place of a draw, and no draw is counted."""
     drawing = active if given is None else active & (given < 0)
-    token, logprob, likeliest, likeliest_logprob = jax.lax.map(
-        partial(_draw_row, vocab_size),
+    # On a card all rows at once: their conditionals become selects, so no step waits for the host.
+    draw_row = partial(_draw_row, vocab_size)
+    token, logprob, likeliest, likeliest_logprob = by_platform(
         (slots.logits, slots.settings, slots.seen, slots.key, slots.drawn, drawing, slots.detailed),
+        cpu=partial(jax.lax.map, draw_row),
+        default=jax.vmap(draw_row),
     )
     token = token if given is None else jnp.where(drawing, token, given)
     last = slots.cache[0].key.shape[-1] - 1
@@ -187,8 +191,8 @@ def step(
 
 
 def _draw_row(vocab_size: int, row: tuple) -> tuple[Array, Array, Array, Array]:
-    """The next token of one slot, its log-probability, and the likeliest tokens with theirs. Nothing is computed for a
-    slot that is not active."""
+    """The next token of one slot, its log-probability, and the likeliest tokens with theirs. On a CPU nothing is
+    computed for a slot that is not active."""
     logits, settings, seen, key, drawn, active, detailed = row
     most = min(MOST_ALTERNATIVES, vocab_size)
 

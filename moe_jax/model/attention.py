@@ -1,6 +1,7 @@
 """Causal multi-head attention (Vaswani et al. 2017, section 3.2), whole or one token at a time with a cache."""
 
 import math
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -11,9 +12,9 @@ from jaxtyping import Array, Float, Int, Key
 from moe_jax.config import ModelConfig
 from moe_jax.model.kernels.cached_attention import cached_attention
 from moe_jax.model.kernels.causal_attention import Implementation, attention_weights, causal_attention
-from moe_jax.model.kernels.processor import split_heads
+from moe_jax.model.kernels.processor import by_platform, split_heads
 from moe_jax.model.kernels.quantized import product
-from moe_jax.model.layers import Normalisation, apply_rope, matrix_init
+from moe_jax.model.layers import Normalisation, apply_rope, matrix_init, with_bias
 from moe_jax.model.low_rank import LowRank
 
 
@@ -80,7 +81,7 @@ class Attention(nnx.Module):
         qkv = product(rows, self.qkv[...])
         qkv = qkv if self.qkv_lora is None else qkv + self.qkv_lora(rows)
         if self.config.bias or self.config.qkv_bias:
-            qkv = qkv + self.qkv_bias[...].astype(x.dtype)
+            qkv = with_bias(qkv, self.qkv_bias[...])
         query, key, value = split_heads(qkv.reshape(*x.shape[:2], -1, self.config.head_width), self.config.heads)
         if self.config.qk_norm == "head":
             query, key = self.query_norm(query), self.key_norm(key)
@@ -99,7 +100,7 @@ class Attention(nnx.Module):
         rows = mixed.reshape(-1, self.config.heads * self.config.head_width)
         y = product(rows, self.out[...])
         y = y if self.out_lora is None else y + self.out_lora(rows)
-        y = y + self.out_bias[...].astype(y.dtype) if self.config.bias else y
+        y = with_bias(y, self.out_bias[...]) if self.config.bias else y
         return y.reshape(*mixed.shape[:2], -1)
 
     def __call__(
@@ -141,9 +142,13 @@ def _write(cache: Float[Array, "B KV _ _"], new: Float[Array, "B KV _ _"], index
     if index.ndim == 0:
         return jax.lax.dynamic_update_slice_in_dim(cache, new, index, axis)
 
-    def write_row(row: Array, cache: Array) -> Array:
-        start = [row, 0, 0, 0]
-        start[axis] = jnp.maximum(index[row], 0)
-        return jax.lax.dynamic_update_slice(cache, jax.lax.dynamic_slice_in_dim(new, row, 1), start)
+    def in_turn(cache: Array, new: Array, index: Array) -> Array:
+        def write_row(row: Array, cache: Array) -> Array:
+            start = [row, 0, 0, 0]
+            start[axis] = index[row]
+            return jax.lax.dynamic_update_slice(cache, jax.lax.dynamic_slice_in_dim(new, row, 1), start)
 
-    return jax.lax.fori_loop(0, len(cache), write_row, cache)
+        return jax.lax.fori_loop(0, len(cache), write_row, cache)
+
+    at_once = jax.vmap(partial(jax.lax.dynamic_update_slice_in_dim, axis=axis - 1))  # a scatter, without a loop
+    return by_platform(cache, new, jnp.maximum(index, 0), cpu=in_turn, default=at_once)

@@ -25,7 +25,8 @@ def embedding_init(rngs: nnx.Rngs, shape: tuple[int, ...]) -> Float[Array, "..."
     and hide the embedding. To copy an earlier word, the model needs the embedding in the residual stream, so it then
     learns to copy late. This was measured on preset nano.
     """
-    return jax.random.normal(rngs.params(), shape) / math.sqrt(shape[-1])
+    # A product: XLA may turn a division by a constant into one, and then a compiled program has other last bits.
+    return jax.random.normal(rngs.params(), shape) * (1 / math.sqrt(shape[-1]))
 
 
 class Normalisation(nnx.Module):
@@ -58,6 +59,13 @@ class Normalisation(nnx.Module):
         if bias is not None:
             wide = wide + bias
         return wide.astype(x.dtype)
+
+
+def with_bias(x: Float[Array, "*batch D"], bias: Float[Array, " D"]) -> Float[Array, "*batch D"]:
+    """x + bias, rounded once. In at least float32, and so is the gradient of the bias: its sum over all tokens would
+    leave the range of float16."""
+    wide = at_least_float32(x.dtype)
+    return (x.astype(wide) + bias.astype(wide)).astype(x.dtype)
 
 
 def apply_rope(

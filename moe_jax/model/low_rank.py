@@ -11,6 +11,7 @@ beside the parameters. They have the names of their matrices: `blocks.0.attentio
 else works on `merged` weights, W + s A B. Chapter 14 of `foundation` derives the gradients.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -113,7 +114,7 @@ def initial_adapters(shapes: Adapters, key: Key[Array, ""]) -> Adapters:
     def draw(path: jax.tree_util.KeyPath, leaf: Any, number: int) -> Array:
         if not _name(path).endswith(".a"):
             return jnp.zeros(leaf.shape, jnp.float32)
-        return jax.random.normal(jax.random.fold_in(key, number), leaf.shape) / jnp.sqrt(leaf.shape[-2])
+        return jax.random.normal(jax.random.fold_in(key, number), leaf.shape) * (1 / math.sqrt(leaf.shape[-2]))
 
     leaves, tree = jax.tree_util.tree_flatten_with_path(shapes)
     return tree.unflatten([draw(path, leaf, number) for number, (path, leaf) in enumerate(leaves)])

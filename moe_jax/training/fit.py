@@ -187,12 +187,12 @@ def device_here(config: RunConfig, kept_precision: str = "") -> Device | None:
 
 
 def compiled_here(program: Any, *arguments: Any) -> float:
-    """MiB of a jitted program on this machine. The compilation cache keeps it for the run. Infinite if the device lacks
-    the memory to compile it: on a card, the compiler tries out kernels there."""
+    """MiB of a jitted program on this machine. The compilation cache keeps it for the run. Infinite if it cannot be
+    compiled: a compiler for cards tries out kernels, which takes memory, and it fails on some programs."""
     try:
         return program_mib(program.lower(*arguments).compile())
     except jax.errors.JaxRuntimeError as error:
-        if not is_out_of_memory(error):
+        if not is_out_of_memory(error) and "INTERNAL" not in str(error):
             raise
         return math.inf
 

@@ -76,7 +76,8 @@ class Programs:
         graphdef, shapes = abstract_model(model, plain, train.param_dtype)
         card = Card.of(device or jax.devices()[0])
         here = device is None or isinstance(device, jax.Device)
-        attention = choose_attention(model, execution, policy.compute, card, here, 1 if mesh is None else mesh.size)
+        devices = 1 if mesh is None else mesh.size
+        attention = choose_attention(model, execution, policy.compute, card, here, train.batch_size, devices)
         lora, adapters = LoraShape.of(train), None
         moe = MoE if mesh is None or mesh.shape["expert"] == 1 else ExpertParallelMoE
         forms = dataclasses.replace(plain, moe=moe, attention=attention.implementation)

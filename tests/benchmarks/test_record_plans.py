@@ -4,6 +4,8 @@ The tests with the marker `plan` need the extra `gpu-plan`: `uv run --isolated -
 """
 
 import json
+import re
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,17 +13,23 @@ from typing import Any
 
 import described_gpu
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import record_plans
-from described_gpu import GPUS, Target, compile_for_gpu
+from described_gpu import GPUS, Target, compile_for_gpu, lower_for
 
 from moe_jax.config import ConfigError, RunConfig, TrainConfig, UserError
 from moe_jax.config.presets import preset, with_vocabulary
+from moe_jax.inference.decode import NOTHING_GIVEN, Decoder
+from moe_jax.inference.sampling import Sampling
 from moe_jax.model.costs import count_parameters
 from moe_jax.model.precision import choose_policy
+from moe_jax.model.quantized import quantized_shapes
 from moe_jax.planning.plans import RECORDED, known_card, known_cards, recorded
 from moe_jax.system.environment import MIB
 from moe_jax.training.plan import Plan
+from moe_jax.training.programs import Programs
 from tests.support import short_form, tiny
 from tests.support.programs import compiled_for_gpu
 
@@ -95,3 +103,29 @@ def test_two_cards_divide_the_experts() -> None:
     one, two = (record_plans.mesh_mib(record_plans.on_mesh(CONFIG, f"expert={n}", 2), card) for n in (1, 2))
     experts = sum(count.total for name, count in count_parameters(CONFIG.model).items() if name == "experts")
     assert (one - two) * MIB == pytest.approx(experts / 2 * 3 * 4, rel=0.5)
+
+
+def waits_for_the_host(card: Target, program: Any, *arguments: Any) -> list[str]:
+    """The instructions of a program for the card at which it waits for the host, which decides what comes next:
+    conditionals, and loops whose length is not known when they are compiled."""
+    text = compile_for_gpu(lower_for(card, program, *arguments), {}).as_text()
+    lines = [line for line in text.splitlines() if re.search(r" (while|conditional)\(", line)]
+    return [re.findall(r" (while|conditional)\(", line)[0] for line in lines if "known_trip_count" not in line]
+
+
+@compiled_for_gpu
+@pytest.mark.parametrize("weights", ["float32", "int4"])
+def test_writing_waits_for_the_host_once_a_token(weights: Any) -> None:
+    """One text has the loop over its tokens. A step of 16 slots and the reading of a prompt do not wait at all."""
+    config = with_vocabulary(preset("nano"))
+    card, length, vocabulary = Target.load("rtx3060-12gb"), config.model.seq_len, config.model.vocab_size
+    programs = Programs.of(config, card)
+    params = programs.param_shapes
+    params = params if weights == "float32" else quantized_shapes(params, weights)
+    decoder, nothing, number = Decoder(programs.writer, length, vocabulary), np.zeros(vocabulary, bool), np.int32(1)
+    text = jax.eval_shape(decoder.begin_empty, params, nothing, Sampling().in_own_types(), jax.random.key(0))
+    slots = jax.eval_shape(lambda one: jax.tree.map(lambda row: jnp.repeat(row, 16, 0), one), text)
+    waits = partial(waits_for_the_host, card)
+    assert waits(decoder.write, params, text, NOTHING_GIVEN, number, number) == ["while"]
+    assert waits(decoder.step, params, slots, np.zeros(16, bool)) == []
+    assert waits(decoder.prefill, params, np.zeros((1, length), np.int32), number) == []

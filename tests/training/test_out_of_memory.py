@@ -37,6 +37,10 @@ def fails(*_: Any, **__: Any) -> Any:
     raise ERROR
 
 
+def fails_inside(*_: Any, **__: Any) -> Any:
+    raise jax.errors.JaxRuntimeError("INTERNAL: Failed to lower a dot to Triton")
+
+
 @pytest.mark.parametrize("message", LACKED)
 def test_memory_that_lies_outside_the_pool_counts_too(message: str) -> None:
     assert is_out_of_memory(jax.errors.JaxRuntimeError(message))
@@ -46,6 +50,7 @@ def test_memory_that_lies_outside_the_pool_counts_too(message: str) -> None:
 def test_a_setting_that_cannot_be_compiled_does_not_fit() -> None:
     """The compiler tries out kernels on the card. Another error of the compiler is not hidden."""
     assert compiled_here(SimpleNamespace(lower=lambda: SimpleNamespace(compile=fails))) == float("inf")
+    assert compiled_here(SimpleNamespace(lower=lambda: SimpleNamespace(compile=fails_inside))) == float("inf")
     other = SimpleNamespace(lower=lambda: SimpleNamespace(compile=lambda: jax.jit(lambda: 1 / 0)()))
     with pytest.raises(ZeroDivisionError):
         compiled_here(other)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe_jax.model.kernels.matmul import part_at, row_at, row_sum
+from moe_jax.model.kernels.processor import by_platform
 from moe_jax.model.precision import at_least_float32, dot_precision
 
 PLACES = 128
@@ -40,7 +41,7 @@ def cached_attention(
     rows = groups.reshape(batch, -1, shared * tokens, width)
     visible = jnp.tile(positions, shared)
     if tokens == 1:
-        mixed = jax.lax.platform_dependent(rows, key, value, visible, cpu=_one_head_at_a_time, default=_whole_cache)
+        mixed = by_platform(rows, key, value, visible, cpu=_one_head_at_a_time, default=_whole_cache)
     else:
         mixed = _whole_cache(rows, key, value, visible)
     return mixed.reshape(groups.shape).transpose(0, 3, 1, 2, 4).reshape(query.shape)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe_jax.model.kernels.matmul import transposed_product
+from moe_jax.model.kernels.processor import by_platform
 from moe_jax.model.precision import at_least_float32, dot_precision
 from moe_jax.model.quantized import QuantizedMatrix, as_array
 
@@ -92,7 +93,7 @@ def blocked_token_losses(
 
 def _by_platform(function: Callable[..., Any], *operands: Any) -> Any:
     """function(form, *operands), in the form for the platform that the program is compiled for."""
-    return jax.lax.platform_dependent(*operands, cpu=partial(function, CPU_FORM), default=partial(function, GPU_FORM))
+    return by_platform(*operands, cpu=partial(function, CPU_FORM), default=partial(function, GPU_FORM))
 
 
 def _padded_head(head: Float[Array, "D V"] | QuantizedMatrix, dtype: jnp.dtype, form: Form) -> Float[Array, "D _"]:

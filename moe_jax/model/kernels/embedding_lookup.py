@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from moe_jax.model.kernels.processor import by_platform
 from moe_jax.model.precision import at_least_float32
 from moe_jax.model.quantized import QuantizedMatrix
 
@@ -49,7 +50,7 @@ def _backward(residuals: tuple[Array, Array], d_rows: Array) -> tuple[Array, Non
     def sorted_first(ids: Array, d_rows: Array) -> Array:
         return sum_by_id(ids.reshape(-1), d_rows.reshape(-1, table.shape[1]), len(table)).astype(table.dtype)
 
-    return jax.lax.platform_dependent(ids, d_rows, cpu=added_in_order, default=sorted_first), None
+    return by_platform(ids, d_rows, cpu=added_in_order, default=sorted_first), None
 
 
 _rows_of.defvjp(_forward, _backward)

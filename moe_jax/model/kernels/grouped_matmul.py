@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from moe_jax.model.kernels.matmul import matmul, transpose_contiguous, transposed_product
+from moe_jax.model.kernels.processor import by_platform
 from moe_jax.model.kernels.quantized import quantized_matmul
 from moe_jax.model.precision import at_least_float32, dot_precision
 from moe_jax.model.quantized import QuantizedMatrix
@@ -66,7 +67,7 @@ def _by_group(
     `form` says how a CPU multiplies the further groups. All other devices take copies.
     """
     on_cpu = _copied if form == "copies" else _turns
-    return jax.lax.platform_dependent(rows, weights, further_expert, cpu=on_cpu, default=_copied)
+    return by_platform(rows, weights, further_expert, cpu=on_cpu, default=_copied)
 
 
 def _by_group_forward(
@@ -77,7 +78,7 @@ def _by_group_forward(
 
 def _by_group_backward(form: Form, residuals: tuple[Array, Array, Array], d_y: Array) -> tuple[Array, Array, None]:
     on_cpu = _copied_backward_in_order if form == "copies" else _turns_backward
-    d_rows, d_weights = jax.lax.platform_dependent(*residuals, d_y, cpu=on_cpu, default=_copied_backward)
+    d_rows, d_weights = by_platform(*residuals, d_y, cpu=on_cpu, default=_copied_backward)
     return d_rows, d_weights, None
 
 

@@ -6,7 +6,7 @@ bits of a gradient, may change from run to run.
 """
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ from moe_jax.model.precision import Card
 
 MOST_HEAD_WIDTH = 128
 """cuDNN's bound before compute capability 9.0. There must be a multiple of 8 numbers."""
+MOST_ERROR = 3
+"""How many times the largest error of the own form cuDNN's may be. Both round to the same 16 bits."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +32,10 @@ class AttentionForm:
 
 
 def choose_attention(
-    model: ModelConfig, execution: ExecutionConfig, compute: str, card: Card, here: bool, devices: int = 1
+    model: ModelConfig, execution: ExecutionConfig, compute: str, card: Card, here: bool, batch: int, devices: int = 1
 ) -> AttentionForm:
-    """The form for training on `devices` cards. `here`: the card is in this machine, and cuDNN is tried on it."""
+    """The form for training on `devices` cards with micro-batches of `batch` sequences. `here`: the card is in this
+    machine, and cuDNN is tried on it."""
     if card.capability is None:
         return AttentionForm(None, "")
     needs = {
@@ -47,23 +50,43 @@ def choose_attention(
     for need, met in needs.items():
         if not met:
             return AttentionForm(None, f"this project's own form, because cuDNN's {need}")
-    if here and (error := failure((model.heads, model.key_value_heads, model.seq_len, model.head_width), compute)):
+    shape = (batch, model.heads, model.key_value_heads, model.seq_len, model.head_width)
+    if here and (error := failure(shape, compute)):
         return AttentionForm(None, f"this project's own form, because cuDNN's fails here ({error})")
     return AttentionForm("cudnn", "cuDNN's; --deterministic takes this project's own form")
 
 
 @cache
-def failure(shape: tuple[int, int, int, int], compute: str) -> str:
-    """What goes wrong in one forward and backward pass of cuDNN's attention on the first device, such as that cuDNN is
-    not installed. "" if nothing does. The shape has H, KV, T and A."""
-    heads, key_heads, positions, width = shape
-    query, key = (jnp.ones((1, h, positions, width), compute) for h in (heads, key_heads))
+def failure(shape: tuple[int, int, int, int, int], compute: str) -> str:
+    """What is wrong with cuDNN's attention on the first device: it is not installed or raises an error, or its output
+    or a gradient is further from the exact one than MOST_ERROR times the own form's. "" if nothing is.
 
-    def total(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        return causal_attention(query, key, value, implementation="cudnn").astype(jnp.float32).sum()
+    The shape has B, H, KV, T and A. Exact is the own form in float32.
+    """
+    batch, heads, key_heads, positions, width = shape
+    keys = jax.random.split(jax.random.key(0), 4)
+    sizes = [(batch, h, positions, width) for h in (heads, key_heads, key_heads, heads)]
+    operands = [jax.random.normal(key, size).astype(compute) for key, size in zip(keys, sizes, strict=True)]
+
+    @partial(jax.jit, static_argnums=0)
+    def results(implementation: Implementation | None, *operands: jax.Array) -> list[jax.Array]:
+        out, pull = jax.vjp(partial(causal_attention, implementation=implementation), *operands[:3])
+        return [x.astype(jnp.float32) for x in (out, *pull(operands[3]))]
+
+    def own(*operands: jax.Array) -> list[jax.Array]:  # it keeps weights, so one sequence after another
+        of_one = jax.lax.map(lambda one: results(None, *(x[None] for x in one)), operands)
+        return [x[:, 0] for x in of_one]
 
     try:
-        jax.block_until_ready(jax.jit(jax.grad(total, argnums=(0, 1, 2)))(query, key, key))
+        exact = own(*(x.astype(jnp.float32) for x in operands))
+        errors = [
+            [float(jnp.abs(got - true).max()) for got, true in zip(form(*operands), exact, strict=True)]
+            for form in (partial(results, "cudnn"), own)
+        ]
     except Exception as error:  # whatever the library or the compiler does not like: training goes on without it
         return str(error).strip().partition("\n")[0][:120]
+    names = ("output", "gradient of the query", "gradient of the key", "gradient of the value")
+    for name, error, usual in zip(names, *errors, strict=True):
+        if not error <= MOST_ERROR * usual:  # a NaN is wrong, too
+            return f"wrong numbers: the {name} is off by {error:.2g}, the own form's by {usual:.2g}"
     return ""

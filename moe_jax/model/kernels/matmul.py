@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Float, Int
 
+from moe_jax.model.kernels.processor import by_platform
 from moe_jax.model.precision import at_least_float32, dot_precision
 
 ROWS = 4
@@ -35,7 +36,7 @@ def transpose_contiguous(x: Float[Array, "*G N D"]) -> Float[Array, "*G D N"]:
 
     if x.dtype.itemsize >= 4:
         return x.swapaxes(-1, -2)
-    return jax.lax.platform_dependent(x, cpu=written, default=lambda x: x.swapaxes(-1, -2))
+    return by_platform(x, cpu=written, default=lambda x: x.swapaxes(-1, -2))
 
 
 def transposed_product(x: Float[Array, "*G N D"], y: Float[Array, "*G N F"]) -> Float[Array, "*G D F"]:
@@ -49,7 +50,7 @@ def transposed_product(x: Float[Array, "*G N D"], y: Float[Array, "*G N F"]) -> 
     product = jnp.matmul(transpose_contiguous(x), y, precision=dot_precision(x.dtype), preferred_element_type=wide)
     if x.dtype == wide:
         return product
-    return jax.lax.platform_dependent(product, cpu=jax.lax.optimization_barrier, default=lambda product: product)
+    return by_platform(product, cpu=jax.lax.optimization_barrier, default=lambda product: product)
 
 
 @jax.custom_vjp
@@ -73,7 +74,7 @@ def matmul(x: Float[Array, "*G N D"], weights: Float[Array, "*G D F"]) -> Float[
 
     if x.shape[:-1] != (1,):
         return product(x, weights)
-    return jax.lax.platform_dependent(x, weights, cpu=in_place, default=product)
+    return by_platform(x, weights, cpu=in_place, default=product)
 
 
 def vector_matmul(x: Float[Array, " D"], weights: Float[Array, "*E D F"], *index: Int[Array, ""]) -> Float[Array, " F"]:
@@ -102,7 +103,7 @@ def _backward(residuals: tuple[Array, Array], d_y: Array) -> tuple[Array, Array]
     def summed_as_it_is(x: Array, d_y: Array) -> Array:
         return jnp.matmul(x.swapaxes(-1, -2), d_y, precision=precision).astype(weights.dtype)
 
-    return d_x, jax.lax.platform_dependent(x, d_y, cpu=summed_wide, default=summed_as_it_is)
+    return d_x, by_platform(x, d_y, cpu=summed_wide, default=summed_as_it_is)
 
 
 matmul.defvjp(_forward, _backward)
@@ -126,7 +127,7 @@ def matmul_wide(x: Float[Array, "*N D"], weights: Float[Array, "D F"]) -> Float[
     if x.size > x.shape[-1]:
         return product(x, weights)
     on_cpu = product if x.dtype == wide else in_place
-    return jax.lax.platform_dependent(x, weights, cpu=on_cpu, default=_row_matmul)
+    return by_platform(x, weights, cpu=on_cpu, default=_row_matmul)
 
 
 def _row_matmul(x: Float[Array, "*N D"], weights: Float[Array, "D F"]) -> Float[Array, "*N F"]:

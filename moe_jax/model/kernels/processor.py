@@ -1,8 +1,9 @@
-"""Small operations in the form that one kind of processor computes fastest, with their gradients.
+"""The choice between the forms of an operation that CPUs and cards have, and small operations with such forms.
 
-The value is the same on all of them, up to rounding. `benchmarks/performance.md` has the gain of each.
+The value is the same in all forms, up to rounding. `benchmarks/performance.md` has the gain of each.
 """
 
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,6 +11,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+FORMS = "MOE_JAX_FORMS"
+"""Name of the environment variable that asks for the forms of a card (`gpu`) on every device."""
+
+
+def by_platform[T](*operands: Any, cpu: Callable[..., T], default: Callable[..., T]) -> T:
+    """`cpu(*operands)` in a program for a CPU, and `default(*operands)` in a program for a card.
+
+    With MOE_JAX_FORMS=gpu it is `default` everywhere. So the forms of a card are tried without one.
+    """
+    if os.environ.get(FORMS) == "gpu":
+        return default(*operands)
+    return jax.lax.platform_dependent(*operands, cpu=cpu, default=default)
 
 
 @jax.custom_vjp
@@ -21,7 +35,7 @@ def rotated_pairs(
     The gradient is the rotation back. By autodiff it would be a sum of padded arrays, which XLA computes number by
     number on a CPU.
     """
-    return jax.lax.platform_dependent(x, cos, sin, cpu=_rotated_on_cpu, default=_rotated_by_halves)
+    return by_platform(x, cos, sin, cpu=_rotated_on_cpu, default=_rotated_by_halves)
 
 
 def _rotated_by_halves(x: Array, cos: Array, sin: Array) -> Array:
@@ -76,7 +90,7 @@ def rounded_once(
 ) -> Float[Array, "*G F"]:
     """function(gate, *hidden), where `hidden` are narrower than float32. On a CPU it is computed in float32 and rounded
     at the end: there XLA would round the result of each operation."""
-    return jax.lax.platform_dependent(gate, *hidden, cpu=partial(_in_float32, function), default=function)
+    return by_platform(gate, *hidden, cpu=partial(_in_float32, function), default=function)
 
 
 def _in_float32(function: Callable[..., Array], gate: Array | None, *hidden: Array) -> Array:
@@ -92,7 +106,7 @@ def _rounded_once_backward(function: Callable[..., Array], arguments: tuple[Any,
         return jax.vjp(function, *arguments)[1](d_y)
 
     on_cpu = partial(gradients, partial(_in_float32, function))
-    return jax.lax.platform_dependent(d_y, *arguments, cpu=on_cpu, default=partial(gradients, function))
+    return by_platform(d_y, *arguments, cpu=on_cpu, default=partial(gradients, function))
 
 
 rounded_once.defvjp(_rounded_once_forward, _rounded_once_backward)

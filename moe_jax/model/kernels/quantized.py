@@ -23,6 +23,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from moe_jax.model.kernels.matmul import matmul, row_at, row_sum, vector_matmul
+from moe_jax.model.kernels.processor import by_platform
 from moe_jax.model.precision import at_least_float32, dot_precision
 from moe_jax.model.quantized import OFFSET, TILE, QuantizedMatrix, group_size
 
@@ -78,10 +79,10 @@ def quantized_matmul(
     # the barrier the conversion waits for x.
     x, matrix = jax.lax.optimization_barrier((x, matrix))
     if len(x) <= FEW_ROWS:
-        return jax.lax.platform_dependent(x, matrix, cpu=in_place, default=converted)
+        return by_platform(x, matrix, cpu=in_place, default=converted)
     if matrix.shape[-1] <= BLOCK:
         return converted(x, matrix)
-    return jax.lax.platform_dependent(x, matrix, cpu=partial(_by_columns, converted), default=converted)
+    return by_platform(x, matrix, cpu=partial(_by_columns, converted), default=converted)
 
 
 def _by_columns(product: Callable[[Array, QuantizedMatrix], Array], x: Array, matrix: QuantizedMatrix) -> Array:

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from moe_jax.config import Activation
 from moe_jax.model.kernels.grouped_matmul import grouped_matmul
-from moe_jax.model.kernels.processor import rounded_once
+from moe_jax.model.kernels.processor import by_platform, rounded_once
 from moe_jax.model.kernels.quantized import quantized_vectors_matmul, vector_product
 from moe_jax.model.layers import matrix_init
 from moe_jax.model.low_rank import LowRank
@@ -75,20 +75,27 @@ class Experts(nnx.Module):
     def apply_blocks(
         self, rows: Float[Array, "G R D"], further_expert: Int[Array, " further"], used: Int[Array, ""]
     ) -> Float[Array, "G R D"]:
-        """The same for the groups of `dispatch.Blocks`, without copies of weights and without a gradient.
+        """The same for the groups of `dispatch.Blocks`, without a gradient. Groups from `used` on hold zeros.
 
-        The first E groups are one batched product with the matrices of all experts in place. The other used groups, E
-        to `used` - 1, follow one after another. Groups from `used` on give zeros.
+        On a CPU no weights are copied: the first E groups are one batched product with the matrices of all experts in
+        place, and the other used groups, E to `used` - 1, follow one after another. A card would wait for the host at
+        each turn, so it multiplies all groups at once.
         """
         experts = self.w_in[...].shape[0]
-        y = self(rows[:experts])
         if len(rows) == experts:
-            return y
+            return self(rows)
 
-        def add_block(g: Array, y: Array) -> Array:
-            return y.at[g].set(self.apply_single_expert(rows[g], further_expert[g - experts]))
+        def in_turn(rows: Array, further_expert: Array, used: Array) -> Array:
+            def add_block(g: Array, y: Array) -> Array:
+                return y.at[g].set(self.apply_single_expert(rows[g], further_expert[g - experts]))
 
-        return jax.lax.fori_loop(experts, used, add_block, jnp.concatenate([y, jnp.zeros_like(rows[experts:])]))
+            y = jnp.concatenate([self(rows[:experts]), jnp.zeros_like(rows[experts:])])
+            return jax.lax.fori_loop(experts, used, add_block, y)
+
+        def at_once(rows: Array, further_expert: Array, used: Array) -> Array:
+            return self(rows, further_expert)
+
+        return by_platform(rows, further_expert, used, cpu=in_turn, default=at_once)
 
     def apply_per_token(
         self, rows: Float[Array, "G D"], group_expert: Int[Array, " G"], wanted: Bool[Array, " G"] | None = None
@@ -116,7 +123,7 @@ class Experts(nnx.Module):
 
             return jax.lax.fori_loop(0, wanted.sum(), one, jnp.zeros_like(rows))
 
-        return jax.lax.platform_dependent(rows, group_expert, cpu=on_cpu, default=self._rows_at_once)
+        return by_platform(rows, group_expert, cpu=on_cpu, default=self._rows_at_once)
 
     def _rows_at_once(self, rows: Float[Array, "G D"], group_expert: Int[Array, " G"]) -> Float[Array, "G D"]:
         """Each product is one multiplication and one sum, so that XLA fuses the gather of the matrices into them and

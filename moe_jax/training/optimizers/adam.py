@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from moe_jax.model.kernels.processor import by_platform
 from moe_jax.system.random_keys import Purpose, purpose_key
 
 
@@ -63,7 +64,7 @@ def scale_by_adam(b1: float, b2: float, eps: float, mu_dtype: Any = None) -> opt
             return jnp.where(taken, b2 * v + (1 - b2) * jnp.square(g), v)
 
         mu, nu = jax.tree.map(first, state.mu, updates), jax.tree.map(second, state.nu, updates)
-        mu, nu = jax.lax.platform_dependent((mu, nu), cpu=jax.lax.optimization_barrier, default=lambda moments: moments)
+        mu, nu = by_platform((mu, nu), cpu=jax.lax.optimization_barrier, default=lambda moments: moments)
         t = jnp.maximum(steps, 1)  # avoids 0 / 0 if the very first step is skipped
         scale_mu, scale_nu = 1 / (1 - b1**t), 1 / (1 - b2**t)
 
