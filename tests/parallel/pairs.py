@@ -66,6 +66,8 @@ def start(
     named = ["--num-processes", "2", "--process-id", str(index), "--coordinator-address", f"127.0.0.1:{port}"]
     command += ["--coordinator-address", "cluster"] if cluster else named
     values = runs.environment(folder / "cache")
+    # jaxlib 0.12.1: two CPU processes that read a program with collectives from the cache wait for each other for ever.
+    values["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     values["TF_CPP_MIN_LOG_LEVEL"] = "2"  # XLA warns at every start of several processes
     values["XLA_FLAGS"] = f"--xla_force_host_platform_device_count=4 {QUICK_COMPILER}"
     return subprocess.Popen(
