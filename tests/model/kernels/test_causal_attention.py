@@ -150,10 +150,16 @@ def test_a_card_where_the_library_fails_keeps_the_own_form() -> None:
     assert "cuDNN's fails here (" in form.reason
 
 
+def rounded_once(*operands: Array) -> Array:
+    """A library that stands for cuDNN's: it computes in float32."""
+    return causal_attention(*(x.astype(jnp.float32) for x in operands)).astype(operands[0].dtype)
+
+
 def test_a_card_where_the_library_works_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another form stands for cuDNN's."""
-    recomputed = lambda *operands, implementation: causal_attention(*operands, implementation="recomputed")  # noqa: E731
-    monkeypatch.setattr(library_attention, "causal_attention", recomputed)
+    def working(*operands: Array, implementation: str | None) -> Array:
+        return rounded_once(*operands) if implementation == "cudnn" else causal_attention(*operands)
+
+    monkeypatch.setattr(library_attention, "causal_attention", working)
     failure.cache_clear()
     assert choice(here=True, seq_len=64).implementation == "cudnn"
     failure.cache_clear()
@@ -171,7 +177,7 @@ def test_a_card_where_the_library_computes_wrong_numbers_keeps_the_own_form(
     wrong: Callable[..., Any], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def planted(*operands: Array, implementation: str | None) -> Array:
-        return causal_attention(*(wrong(*operands) if implementation == "cudnn" else operands))
+        return rounded_once(*wrong(*operands)) if implementation == "cudnn" else causal_attention(*operands)
 
     monkeypatch.setattr(library_attention, "causal_attention", planted)
     failure.cache_clear()
