@@ -13,22 +13,26 @@ if TYPE_CHECKING:
     from moe_jax.planning.card import Finding
 
 
-def doctor(run: str = "", gpu: bool = False, preset: PresetName = "seed-158m") -> int:
+def doctor(run: str = "", gpu: bool = False, test: bool = False, preset: PresetName = "seed-158m") -> int:
     """Verify every file of every checkpoint of a run; or look at this machine's NVIDIA card.
 
     With --gpu, what JAX needs of the machine is checked step by step. If nothing is missing, the card's products and
-    bandwidth are measured, and the command that trains on it is printed. The exit status is 1 if anything is damaged or
-    missing.
+    bandwidth are measured, and the command that trains on it is printed. With --test, what the card computes is
+    compared with what the CPU computes, some minutes long, and written into a file. The exit status is 1 if anything is
+    damaged, missing or wrong.
 
     Args:
         run: Folder of a run.
         gpu: Look at the card, and not at a run.
+        test: With --gpu: compare the card with the CPU.
         preset: With --gpu: the preset that is to be trained on the card.
     """
     if gpu == bool(run):
         raise ConfigError(f"--run {run or 'RUN'}: give either the folder of a run, or --gpu to look at the card")
+    if test and not gpu:
+        raise ConfigError("--test: tests a card; give it with --gpu")
     if gpu:
-        return _examine_card(preset)
+        return _test_card(preset) if test else _examine_card(preset)
     folder = run_folder(run)
     if not (folder / "checkpoints").is_dir():
         raise ConfigError(f"--run {run}: is not the folder of a run; it has no folder `checkpoints`")
@@ -54,6 +58,21 @@ def _examine_card(preset: PresetName) -> int:
 
         device = jax.devices()[0]
     return 0 if _said_all_good(card.reached(device, preset)) else 1
+
+
+def _test_card(preset: PresetName) -> int:
+    from moe_jax.planning import card, selftest
+
+    if not selftest.on_a_cpu() and not _said_all_good(card.needs()):
+        say("put the first missing thing right, and try again")
+        return 1
+    record, failed = {}, 0
+    for line in selftest.lines(preset, record):
+        say(f"{line.check:<9}  {line.result}  {line.detail}")
+        failed += line.result == "FAIL"
+    if "checks" in record:
+        say(f"written: {selftest.write(record)}; it names the card and its software, and nothing else of this machine")
+    return 1 if failed else 0
 
 
 def _said_all_good(findings: "Iterable[Finding]") -> bool:
