@@ -10,7 +10,6 @@ the comparison takes about a minute. Both runs are in a temporary folder. The ex
 
 import dataclasses
 import json
-import os
 import random
 import signal
 import subprocess
@@ -20,7 +19,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
@@ -32,7 +30,6 @@ from moe_jax.cli.options import check_memory
 from moe_jax.config import RunConfig, UserError
 from moe_jax.system import environment
 
-ROOT = Path(__file__).parents[1]
 STEPS = 12
 SAVE_EVERY = 4
 STORIES = 2000
@@ -41,10 +38,12 @@ TIMES = frozenset({"tokens_per_second", "wall_seconds"})
 
 
 def run(argv: Sequence[str]) -> int:
-    arguments, _ = train.parse(argv, "verify_resume.py")
-    check_memory(arguments.config)
-    environment.prepare_environment(arguments.config.execution.deterministic)
-    return verify_resume(arguments.config)
+    config = train.parse(argv, "verify_resume.py")[0].config
+    if not environment.runs_on_cpu():  # cuDNN's gradients may differ in their last bits
+        config = config.override({("execution", "deterministic"): True})
+    check_memory(config)
+    environment.prepare_environment(config.execution.deterministic)
+    return verify_resume(config)
 
 
 def verify_resume(config: RunConfig) -> int:
@@ -95,6 +94,7 @@ def short_flags(config: RunConfig) -> list[str]:
 def fingerprint(run: Path) -> dict[str, str]:
     """Digests of the state of a run's newest checkpoint, of its metrics and of its samples."""
     from moe_jax.runs.checkpoint import CheckpointStore, restore, stored_shapes
+    from moe_jax.runs.records import record_lines
 
     newest = next(reversed(CheckpointStore(run).list()), None)
     if newest is None:
@@ -102,8 +102,7 @@ def fingerprint(run: Path) -> dict[str, str]:
     state = xxhash.xxh3_128()
     for name, array in sorted(restore(newest, stored_shapes(newest)).items()):
         state.update(name.encode() + np.asarray(array).tobytes())
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    timeless: list[dict[str, Any]] = [{k: v for k, v in r.items() if k not in TIMES} for r in records]
+    timeless = [{k: v for k, v in record.items() if k not in TIMES} for _, record in record_lines(run)]
     return {
         f"step {newest.step}": state.hexdigest(),
         "metrics": xxhash.xxh3_128(json.dumps(timeless).encode()).hexdigest(),
@@ -128,12 +127,9 @@ def _terminable() -> Iterator[None]:
 
 @contextmanager
 def _started(given: list[str]) -> Iterator[subprocess.Popen[str]]:
-    """A training process, killed at the end of the context. It imports the same package as this process."""
+    """A training process, killed at the end of the context."""
     command = [sys.executable, "-m", "moe_jax", "train", *given]
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "PYTHONPATH": path}
-    ) as process:
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
             yield process
         finally:

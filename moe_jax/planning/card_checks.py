@@ -41,15 +41,15 @@ def model_config(name: str, dtype: str) -> RunConfig:
     model = dataclasses.replace(
         config.model, dropout=0.0, seq_len=min(config.model.seq_len, POSITIONS), **MODELS.get(name, {})
     )
-    train = dataclasses.replace(config.train, batch_size=2, grad_accum=1, steps=STEPS, warmup_steps=0)
+    train = dataclasses.replace(config.train, batch_size=2, grad_accum=1)
     execution = dataclasses.replace(config.execution, compute_dtype=dtype)
     return dataclasses.replace(config, model=model, train=train, execution=execution)
 
 
 def tokens(config: RunConfig, seed: int = 0) -> np.ndarray:
-    """One batch of random tokens, int32 [1, B, T+1]."""
+    """One batch of random tokens, int32 [1, B, T+1]. Few are frequent, as in a text, so a model learns from them."""
     shape = (1, config.train.batch_size, config.model.seq_len + 1)
-    return np.random.default_rng(seed).integers(0, config.model.vocab_size, shape, np.int32)
+    return (np.random.default_rng(seed).zipf(1.2, shape) % config.model.vocab_size).astype(np.int32)
 
 
 def facts(name: str, dtypes: list[str]) -> Results:
@@ -158,17 +158,17 @@ def gradients(name: str, dtypes: list[str]) -> Results:
 
 
 def steps(name: str, dtypes: list[str]) -> Results:
-    """The losses of STEPS steps on one batch, and how many steps were skipped."""
+    """The losses of STEPS steps, and how many steps were skipped."""
     from moe_jax.training.programs import Programs
 
     found = {}
     for model in MODELS:
         for dtype in dtypes:
             config = model_config(model, dtype)
-            programs, batch = Programs.of(config), tokens(config)
-            state, losses = programs.state(programs.initial_params()), []
-            for _ in range(STEPS):
-                state, report = programs.step(state, batch)
+            programs, losses = Programs.of(config), []
+            state = programs.state(programs.initial_params())
+            for step in range(STEPS):
+                state, report = programs.step(state, tokens(config, step))
                 losses.append(float(report.metrics.loss))
             found[f"{dtype}/{model}"], found[f"skipped in {dtype}/{model}"] = np.array(losses), int(state.skipped)
     return found

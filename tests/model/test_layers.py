@@ -8,7 +8,7 @@ from described_gpu import Target, for_described_gpu
 
 from moe_jax.config import ExecutionConfig, RunConfig
 from moe_jax.model.kernels import embedding_lookup as lookup
-from moe_jax.model.layers import Normalisation, keep_mask
+from moe_jax.model.layers import Normalisation, keep_mask, with_bias
 from moe_jax.training.programs import Programs
 from tests.support import tiny
 from tests.support.programs import scatter_adds_of_floats
@@ -100,3 +100,11 @@ def test_a_training_step_of_a_gpu_has_no_scatter_add(model: dict, dispatch: str,
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "stablehlo.scatter" in text, "integers are scattered to distinct places"
     assert scatter_adds_of_floats(text) == []
+
+
+def test_the_gradient_of_a_bias_in_float16_may_exceed_float16() -> None:
+    """The sum over 70,000 tokens, each of which gives 1. The largest number of float16 is 65,504."""
+    x, bias = jnp.zeros((70_000, 1), jnp.float16), jnp.zeros(1, jnp.float32)
+    y, pull = jax.vjp(with_bias, x, bias)
+    d_x, d_bias = pull(jnp.ones_like(y))
+    assert (y.dtype, d_x.dtype, float(d_bias[0])) == (jnp.float16, jnp.float16, 70_000)

@@ -75,4 +75,8 @@ def test_a_small_model_in_16_bits(
 @pytest.mark.timeout(3600)
 def test_the_presets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FORMS, "gpu")
-    assert [line.result for line in selftest.lines("nano", {}, ("gradients", "steps", "text"))][1:] == ["pass"] * 3
+    dtypes = ["float32", "bfloat16", "float16"]
+    for name, precisions in [("gradients", dtypes), ("text", dtypes), *(("steps", [dtype]) for dtype in dtypes)]:
+        passed, detail = selftest.result(name, "nano", precisions)
+        print(name, precisions, detail)
+        assert passed, detail
