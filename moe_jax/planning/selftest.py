@@ -95,7 +95,8 @@ def compare(card: Arrays, cpu: Arrays) -> tuple[bool, str]:
 def same_losses(card: Arrays, cpu: Arrays) -> tuple[bool, str]:
     names = [name for name in card if not name.startswith("skipped")]
     skipped = sum(int(card[f"skipped in {name}"]) for name in names)
-    apart, worst = max((float(abs((card[name] - cpu[name]).mean())), name) for name in names)
+    means = [(float(np.nan_to_num(abs((card[name] - cpu[name]).mean()), nan=np.inf)), name) for name in names]
+    apart, worst = max(means)
     return apart <= LOSS and not skipped, f"mean losses {apart:.1e} apart in {worst}; {skipped} steps skipped"
 
 
@@ -122,7 +123,8 @@ def within_the_plan(card: Arrays, _: Arrays) -> tuple[bool, str]:
 
 def right_attention(card: Arrays, _: Arrays) -> tuple[bool, str]:
     wrong = {str(said).rstrip(".") for said in card.values()} - {""}
-    detail = f"this project's own, because of cuDNN's: {', '.join(sorted(wrong))}" if wrong else "cuDNN's is right"
+    right = "cuDNN's is right" if card else "this project's own: nothing is computed in 16 bits here"
+    detail = f"this project's own, because of cuDNN's: {', '.join(sorted(wrong))}" if wrong else right
     return not any("wrong numbers" in said for said in wrong), detail
 
 
@@ -160,9 +162,12 @@ def lines(preset: str, record: dict[str, Any], names: tuple[str, ...] = tuple(CH
     except Failed as error:
         yield Line("facts", "FAIL", str(error))
         return
-    record |= {"facts": facts, "preset": preset, "checks": []}
     dtypes = ["float32", "bfloat16", "float16"] if on_a_cpu() else list(dict.fromkeys(["float32", facts["compute"]]))
+    if facts["platform"] != "gpu" and not on_a_cpu():
+        yield Line("facts", "FAIL", f"JAX sees no card, only {facts['device']}: `moe-jax doctor --gpu` says why")
+        return
     yield Line("facts", "note", f"{facts['device']}, jaxlib {facts['jaxlib']}")
+    record |= {"facts": facts, "preset": preset, "checks": []}
     for name in names:
         began = time.monotonic()
         passed, detail = result(name, preset, dtypes)

@@ -47,6 +47,7 @@ def test_a_loss_a_token_a_bit_and_the_memory_are_judged() -> None:
     for changed, passes in (({}, True), ({"float32/nano": np.array([5.0, 4.05])}, False)):
         assert selftest.same_losses(loss | changed, loss)[0] == passes
     assert not selftest.same_losses(loss | {"skipped in float32/nano": 1}, loss)[0]
+    assert not selftest.same_losses(loss | {"float32/nano": np.array([np.nan, 4.0])}, loss)[0]
     text = {"float32/tokens": np.array([5, 6, 7])}
     assert selftest.same_text(text, text)[0]
     assert selftest.same_text({"float32/tokens": np.array([5, 8, 7])}, text) == (
@@ -58,6 +59,17 @@ def test_a_loss_a_token_a_bit_and_the_memory_are_judged() -> None:
     for peak, tried, passes in ((109, "ab", True), (111, "ab", False), (0, "a", False), (0, "aa", False)):
         plan = {"planned": 100.0, "peak": float(peak), "tried": np.array([*tried])}
         assert selftest.within_the_plan(plan, {})[0] == passes
+
+
+def test_a_machine_without_a_card_is_not_compared_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else every check would pass."""
+    facts = {"platform": "cpu", "compute": "float32", "device": "a processor", "jaxlib": "1"}
+    monkeypatch.setattr(selftest, "computed", lambda *_: {name: np.array(value) for name, value in facts.items()})
+    monkeypatch.delenv("MOE_JAX_FORMS", raising=False)
+    record: dict[str, Any] = {}
+    (line,) = selftest.lines("nano", record)
+    assert (line.check, line.result, record) == ("facts", "FAIL", {})
+    assert line.detail.startswith("JAX sees no card, only a processor")
 
 
 def test_an_error_names_no_folder() -> None:
