@@ -13,26 +13,29 @@ if TYPE_CHECKING:
     from moe_jax.planning.card import Finding
 
 
-def doctor(run: str = "", gpu: bool = False, test: bool = False, preset: PresetName = "seed-158m") -> int:
+def doctor(
+    run: str = "", gpu: bool = False, test: bool = False, long: bool = False, preset: PresetName = "seed-158m"
+) -> int:
     """Verify every file of every checkpoint of a run; or look at this machine's NVIDIA card.
 
     With --gpu, what JAX needs of the machine is checked step by step. If nothing is missing, the card's products and
     bandwidth are measured, and the command that trains on it is printed. With --test, what the card computes is
-    compared with what the CPU computes, some minutes long, and written into a file. The exit status is 1 if anything is
-    damaged, missing or wrong.
+    compared with what the CPU computes, some minutes long, and written into a file; with --long, a run is killed and
+    resumed, too. The exit status is 1 if anything is damaged, missing or wrong.
 
     Args:
         run: Folder of a run.
         gpu: Look at the card, and not at a run.
         test: With --gpu: compare the card with the CPU.
+        long: With --test: train 200 steps, and again with a kill and a resume.
         preset: With --gpu: the preset that is to be trained on the card.
     """
     if gpu == bool(run):
         raise ConfigError(f"--run {run or 'RUN'}: give either the folder of a run, or --gpu to look at the card")
-    if test and not gpu:
-        raise ConfigError("--test: tests a card; give it with --gpu")
+    if (test and not gpu) or (long and not test):
+        raise ConfigError("--test: tests a card; give it with --gpu, and --long with both")
     if gpu:
-        return _test_card(preset) if test else _examine_card(preset)
+        return _test_card(preset, long) if test else _examine_card(preset)
     folder = run_folder(run)
     if not (folder / "checkpoints").is_dir():
         raise ConfigError(f"--run {run}: is not the folder of a run; it has no folder `checkpoints`")
@@ -60,14 +63,14 @@ def _examine_card(preset: PresetName) -> int:
     return 0 if _said_all_good(card.reached(device, preset)) else 1
 
 
-def _test_card(preset: PresetName) -> int:
+def _test_card(preset: PresetName, long: bool) -> int:
     from moe_jax.planning import card, selftest
 
     if not selftest.on_a_cpu() and not _said_all_good(card.needs()):
         say("put the first missing thing right, and try again")
         return 1
     record, failed = {}, 0
-    for line in selftest.lines(preset, record):
+    for line in selftest.lines(preset, record, [*selftest.CHECKS, *(selftest.LONG if long else ())]):
         say(f"{line.check:<9}  {line.result}  {line.detail}")
         failed += line.result == "FAIL"
     if "checks" in record:

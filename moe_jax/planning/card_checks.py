@@ -11,7 +11,6 @@ import dataclasses
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,6 +20,7 @@ import numpy as np
 
 from moe_jax.config import RunConfig
 from moe_jax.config.presets import preset, with_vocabulary
+from moe_jax.planning.run_checks import TOKENS, Results, loop, memory, resume
 from moe_jax.system.environment import MIB, ask_nvidia_smi, prepare_environment
 
 MODELS = {"nano": {}, "story-cpu": {}, "seed-158m": {"layers": 2}}
@@ -29,10 +29,6 @@ POSITIONS, LEAF = 128, 4096
 """The longest sequence; and how many numbers of a gradient are compared, beside its norm."""
 STEPS = 20
 """Of `steps`."""
-LOOP_STEPS, STORIES, TOKENS = 50, 2000, 50
-"""Of `loop`: steps, stories to train on, tokens to write."""
-
-type Results = dict[str, Any]
 
 
 def model_config(name: str, dtype: str) -> RunConfig:
@@ -204,88 +200,6 @@ def twice(name: str, dtypes: list[str]) -> Results:
     return {"again": count(again), "restored": count(resumed), "arrays": len(first)}
 
 
-def memory(name: str, dtypes: list[str]) -> Results:
-    """MiB of the step, as planned, and the most that the device has counted. Then the settings that a run tries whose
-    first step finds no memory, which is planted."""
-    import jax
-
-    from moe_jax.training.fit import fit, program_mib
-    from moe_jax.training.plan import values_of
-    from moe_jax.training.programs import Programs
-    from moe_jax.training.session import Session
-
-    fitted = fit(with_vocabulary(preset(name))).config
-    programs, rows, count = Programs.of(fitted), fitted.train.batch_size, fitted.train.grad_accum
-    planned = program_mib(programs.compiled_step(rows, count))
-    batch = np.zeros((count, rows, fitted.model.seq_len + 1), np.int32)
-    jax.block_until_ready(programs.step(programs.state(programs.initial_params()), batch))
-    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / MIB
-    opened, tried = Session.open, []
-
-    def no_memory(*_: Any) -> Any:
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: planted by doctor --test")
-
-    def open_session(*arguments: Any) -> Session:
-        session = opened(*arguments)
-        tried.append(str(values_of(session.config)))
-        if len(tried) == 1:
-            vars(session.programs)["step"] = no_memory
-        return session
-
-    setattr(Session, "open", staticmethod(open_session))  # noqa: B010, a planted fault
-    with tempfile.TemporaryDirectory() as folder:
-        real_run(name, Path(folder), 2)
-    return {"planned": planned, "peak": peak, "tried": np.array(tried)}
-
-
-def real_run(name: str, folder: Path, count: int) -> None:
-    """Train a preset for so many steps, with one evaluation at the end."""
-    from moe_jax.training.run import train
-    from moe_jax.training.start import Start
-
-    settings = {"steps": count, "eval_every": count, "save_every": count, "log_every": 1}
-    changed = {("train", key): value for key, value in settings.items()}
-    config = preset(name).override(changed | {("", "out"): str(folder / "run"), ("data", "stories"): STORIES})
-    train(config, Start(config), lambda _: [])
-
-
-def loop(name: str, dtypes: list[str]) -> Results:
-    """The real loop: steps, an evaluation, and texts in 1 and in 16 slots. Rates and seconds, which are not judged."""
-    import jax
-
-    from moe_jax.inference.decode import Decoder
-    from moe_jax.inference.sampling import Sampling
-    from moe_jax.runs.load import open_run
-    from moe_jax.runs.records import read_metrics
-    from moe_jax.training.programs import Programs
-
-    with tempfile.TemporaryDirectory() as folder:
-        jax.config.update("jax_compilation_cache_dir", f"{folder}/programs")
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-        seconds = []
-        for _ in range(2):
-            programs, began = Programs.of(with_vocabulary(preset(name))), time.monotonic()
-            programs.compiled_step(programs.config.train.batch_size, programs.config.train.grad_accum)
-            seconds.append(time.monotonic() - began)
-            jax.clear_caches()
-        real_run(name, Path(folder), LOOP_STEPS)
-        metrics, run = read_metrics(Path(folder) / "run"), open_run(Path(folder) / "run")
-    found = {"compile cold": seconds[0], "compile cached": seconds[1], "loss": metrics["val"][-1]["loss"]}
-    found["train"] = float(np.median([record["tokens_per_second"] for record in metrics["train"][2:]]))
-    for slots in (1, 16):
-        decoder = Decoder(run.writer, run.config.model.seq_len, run.tokenizer.vocab_size, slots)
-        texts = decoder.empty(run.params)
-        for i in range(slots):
-            texts = decoder.place(texts, i, decoder.read(run.params, [0]), (), Sampling(), jax.random.key(i))
-        active, times = np.ones(slots, bool), []
-        for _ in range(TOKENS):
-            began = time.monotonic()
-            texts, *_ = jax.block_until_ready(decoder.step(run.params, texts, active))
-            times.append(time.monotonic() - began)
-        found[f"write {slots}"] = slots / float(np.median(times))
-    return found
-
-
 def text(name: str, dtypes: list[str]) -> Results:
     """The tokens that the model `stories` writes in float32, always the likeliest."""
     import jax
@@ -304,7 +218,8 @@ def text(name: str, dtypes: list[str]) -> Results:
     return {"float32/tokens": np.array(list(drawn))}
 
 
-CHECKS = {check.__name__: check for check in (facts, forms, attention, gradients, steps, twice, memory, loop, text)}
+ALL = (facts, forms, attention, gradients, steps, twice, memory, text, loop, resume)
+CHECKS = {check.__name__: check for check in ALL}
 
 
 def main(name: str, preset_name: str, dtypes: str, result: str) -> int:

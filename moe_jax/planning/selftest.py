@@ -13,11 +13,12 @@ on the CPU.
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,17 +54,27 @@ def on_a_cpu() -> bool:
 
 def computed(check: str, preset: str, dtypes: list[str], limit: float, **environment: str) -> Arrays:
     """What a check gives in a process of its own. Raises Failed."""
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder) / "result.npz"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        result = folder / "result.npz"
         command = [sys.executable, "-m", "moe_jax.planning.card_checks", check, preset, ",".join(dtypes), str(result)]
-        try:
-            ended = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=limit)
-        except subprocess.TimeoutExpired:
-            raise Failed(f"no answer in {limit:,.0f} s") from None
-        if ended.returncode < 0:
-            raise Failed(f"crashed: signal {-ended.returncode}")
-        if ended.returncode or not result.exists():
-            raise Failed(without_paths(next(reversed(ended.stderr.strip().splitlines()), "no error text")))
+        output, env = folder / "output", os.environ | environment
+        with (
+            output.open("w") as text,
+            subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=text, process_group=0) as process,
+        ):
+            try:
+                status = process.wait(limit)
+            except BaseException as error:  # Ctrl-C too: what the check has started ends with it
+                os.killpg(process.pid, signal.SIGKILL)
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
+                raise Failed(f"no answer in {limit:,.0f} s") from None
+        if status < 0:
+            raise Failed(f"crashed: signal {-status}")
+        if status or not result.exists():
+            lines = output.read_text(errors="replace").strip().splitlines()
+            raise Failed(without_paths(lines[-1] if lines else "no error text"))
         with np.load(result) as arrays:
             return dict(arrays)
 
@@ -112,6 +123,14 @@ def same_bits(card: Arrays, _: Arrays) -> tuple[bool, str]:
     return not again + restored, f"{arrays} arrays; other bits in {again} after the step again, in {restored} restored"
 
 
+def same_after_a_kill(card: Arrays, _: Arrays) -> tuple[bool, str]:
+    arrays, differ, step = (int(card[name]) for name in ("arrays", "differ", "resumed from"))
+    return (
+        not differ and step > 0,
+        f"{arrays} arrays; other bits in {differ} after a kill and a resume from step {step}",
+    )
+
+
 def within_the_plan(card: Arrays, _: Arrays) -> tuple[bool, str]:
     """The peak within the plan, and a second setting after the planted error."""
     planned, peak, tried = float(card["planned"]), float(card["peak"]), card["tried"].tolist()
@@ -153,9 +172,11 @@ CHECKS = {
     "text": Check(same_text, 300, ()),
     "loop": Check(rates, 900, None),
 }
+LONG = {"resume": Check(same_after_a_kill, 3600, None)}
+"""What `--long` adds."""
 
 
-def lines(preset: str, record: dict[str, Any], names: tuple[str, ...] = tuple(CHECKS)) -> Iterator[Line]:
+def lines(preset: str, record: dict[str, Any], names: Iterable[str]) -> Iterator[Line]:
     """The line of each check, as soon as it is known. `record` gets the facts and the lines, for a file to send."""
     try:
         facts = {name: value.item() for name, value in computed("facts", preset, ["float32"], 120).items()}
@@ -179,7 +200,7 @@ def lines(preset: str, record: dict[str, Any], names: tuple[str, ...] = tuple(CH
 
 def result(name: str, preset: str, dtypes: list[str]) -> tuple[bool, str]:
     """Whether a check passes, and what it found."""
-    check = CHECKS[name]
+    check = (CHECKS | LONG)[name]
     where = "on the card"
     try:
         dtypes = dtypes[-1:] if name == "steps" else dtypes  # that of training; float32 takes as long again

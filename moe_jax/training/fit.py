@@ -11,6 +11,7 @@ keeps its settings on the same device. On another one the ladder is walked again
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import jax
@@ -25,9 +26,10 @@ from moe_jax.model.costs import least_step_bytes
 from moe_jax.model.precision import choose_policy
 from moe_jax.system.environment import MIB
 from moe_jax.system.errors import is_out_of_memory
-from moe_jax.system.terminal import working
+from moe_jax.system.files import read_json
+from moe_jax.system.terminal import say, working
 from moe_jax.training.evaluate import evaluation_rows
-from moe_jax.training.plan import MARGIN, Plan, chosen, values_of, with_values
+from moe_jax.training.plan import MARGIN, Plan, chosen, compiling_file, named_in_the_folder, values_of, with_values
 from moe_jax.training.programs import Programs
 
 OPTIMIZERS_BY_STATE: tuple[OptimizerKind, ...] = ("adamw", "adamw-bf16", "adamw-8bit", "adafactor")
@@ -62,6 +64,8 @@ class Device(NamedTuple):
     """(jitted program, *arguments or their shapes) -> MiB of the program, compiled for the device."""
     kept_precision: str = ""
     """The precision of a resumed run (`choose_policy`)."""
+    compiling: Callable[[RunConfig], AbstractContextManager[None]] = lambda _: nullcontext()
+    """What surrounds the compilation of a setting."""
 
 
 def program_mib(compiled: Any) -> float:
@@ -138,7 +142,7 @@ def plan_step(config: RunConfig, device: Device, which: str = "") -> Plan:
     plan = Plan(values_of(config), precision, least, {})
     if least > device.budget:
         return plan
-    with working(f"compiling the training step, {plan.name}{which}"):
+    with working(f"compiling the training step, {plan.name}{which}"), device.compiling(config):
         programs = Programs.of(config, device.device, kept_precision=device.kept_precision)
         batch = programs.batch_shapes(config.train.batch_size, config.train.grad_accum)
         memory = device.measure(programs.step, programs.state_shapes, batch)
@@ -197,6 +201,20 @@ def compiled_here(program: Any, *arguments: Any) -> float:
         return math.inf
 
 
+def left_by_a_crash(config: RunConfig) -> RunConfig | None:
+    """The setting whose compilation ended the last process of this run, if there are others to take in its place."""
+    path = compiling_file(config)
+    try:
+        crashed = with_values(config, read_json(path))
+        path.unlink()
+    except (FileNotFoundError, ValueError):
+        return None
+    if crashed not in settings_to_try(config) or not settings_after(config, crashed):
+        return None
+    say(f"the last start ended while it compiled {_named(crashed)}; trying the next setting")
+    return crashed
+
+
 def fit(
     config: RunConfig,
     kept_precision: str = "",
@@ -229,7 +247,8 @@ def fit(
     if device is None and failed is None:
         return Fitted(asked.override({FIT: execution.fit}))
     device = device or Device(jax.devices()[0], math.inf, lambda *_: 0.0, kept_precision)
-    plans = list(plans_until_one_fits(asked, device, failed))
+    device = device._replace(compiling=named_in_the_folder)
+    plans = list(plans_until_one_fits(asked, device, failed or left_by_a_crash(asked)))
     if not plans or not plans[-1].fits(device.budget):
         raise _nothing_fits(asked, plans, device, failed, resumed=saved is not None)
     best = plans[-1]

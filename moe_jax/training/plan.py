@@ -1,9 +1,12 @@
 """A plan: one setting of a run, and the memory of its programs. Nothing is imported that imports jax."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from moe_jax.config import RunConfig
+from moe_jax.system.files import json_text, write_atomically
 
 MARGIN = 0.85
 """Share of JAX's memory that a plan may use. The rest is for memory that XLA's buffer plan leaves out: loaded kernels,
@@ -59,3 +62,20 @@ def with_values(config: RunConfig, values: dict[str, Any]) -> RunConfig:
 def chosen(plans: Sequence[Plan], budget: float) -> Plan:
     """The plan to use, of those that `fit.plans_until_one_fits` gives: the one that fits, or else the smallest."""
     return next((plan for plan in plans if plan.fits(budget)), min(plans, key=lambda plan: plan.total))
+
+
+def compiling_file(config: RunConfig) -> Path:
+    """The file that names the setting whose step is being compiled."""
+    return Path(config.run_dir) / "compiling.json"
+
+
+@contextmanager
+def named_in_the_folder(config: RunConfig) -> Iterator[None]:
+    """`compiling_file`, for this long. It stays if the compiler ends the process, as some do on new cards."""
+    path = compiling_file(config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, json_text(values_of(config)))
+    try:
+        yield
+    finally:
+        path.unlink()

@@ -56,6 +56,8 @@ def test_a_loss_a_token_a_bit_and_the_memory_are_judged() -> None:
     )
     assert selftest.same_bits({"again": 0, "restored": 0, "arrays": 9}, {})[0]
     assert not selftest.same_bits({"again": 0, "restored": 1, "arrays": 9}, {})[0]
+    for differ, step, passes in ((0, 100, True), (1, 100, False), (0, 0, False)):
+        assert selftest.same_after_a_kill({"arrays": 9, "differ": differ, "resumed from": step}, {})[0] == passes
     for peak, tried, passes in ((109, "ab", True), (111, "ab", False), (0, "a", False), (0, "aa", False)):
         plan = {"planned": 100.0, "peak": float(peak), "tried": np.array([*tried])}
         assert selftest.within_the_plan(plan, {})[0] == passes
@@ -67,7 +69,7 @@ def test_a_machine_without_a_card_is_not_compared_with_itself(monkeypatch: pytes
     monkeypatch.setattr(selftest, "computed", lambda *_: {name: np.array(value) for name, value in facts.items()})
     monkeypatch.delenv("MOE_JAX_FORMS", raising=False)
     record: dict[str, Any] = {}
-    (line,) = selftest.lines("nano", record)
+    (line,) = selftest.lines("nano", record, selftest.CHECKS)
     assert (line.check, line.result, record) == ("facts", "FAIL", {})
     assert line.detail.startswith("JAX sees no card, only a processor")
 
@@ -121,10 +123,22 @@ WRONG_PRODUCT = """
 """
 
 
+ANOTHER_BATCH = """
+    import sys
+    import moe_jax.planning.run_checks as runs
+    runs.LONG_STEPS, runs.SAVED_AT, runs.KILLED_AT = 30, 10, 20
+    if "--resume" in sys.argv:
+        import moe_jax.training.session as session
+        own = session.Session.batch
+        session.Session.batch = lambda self, step: own(self, step + 1)
+"""
+
+
 @pytest.mark.reliability
 @pytest.mark.parametrize(
     ("check", "fault", "said"),
     [
+        ("resume", ANOTHER_BATCH, "after a kill and a resume from step"),
         ("attention", CUDNN, "wrong numbers: the output is off by"),
         ("forms", WRONG_PRODUCT, "experts in turn in float32: off by 1.0e-04"),
         ("loop", AT_AN_EVALUATION, "on the card: moe_jax.system.errors.UserError: the device ran out of memory after"),
@@ -156,7 +170,7 @@ def test_the_command_writes_what_can_be_sent(
     planted(tmp_path, monkeypatch, "pass")
     monkeypatch.chdir(tmp_path)
     some = {name: selftest.CHECKS[name] for name in ("forms", "twice", "memory", "text")}
-    monkeypatch.setattr(selftest.lines, "__defaults__", (tuple(some),))
+    monkeypatch.setattr(selftest, "CHECKS", some)
     assert main(run_command, ["doctor", "--gpu", "--test", "--preset", "nano"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in said[1:-1]] == [[name, "pass"] for name in some]

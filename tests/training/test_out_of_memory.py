@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +17,7 @@ from moe_jax.runs.checkpoint import CheckpointStore
 from moe_jax.runs.load import open_run
 from moe_jax.system.errors import is_out_of_memory
 from moe_jax.training import evaluate
-from moe_jax.training.fit import compiled_here
+from moe_jax.training.fit import compiled_here, fit
 from moe_jax.training.run import train
 from moe_jax.training.session import Session
 from moe_jax.training.start import Start
@@ -54,6 +56,22 @@ def test_a_setting_that_cannot_be_compiled_does_not_fit() -> None:
     other = SimpleNamespace(lower=lambda: SimpleNamespace(compile=lambda: jax.jit(lambda: 1 / 0)()))
     with pytest.raises(ZeroDivisionError):
         compiled_here(other)
+
+
+@pytest.mark.runs
+def test_a_compiler_that_ends_the_process_is_not_asked_the_same_again(tmp_path: Path) -> None:
+    """Each start takes the setting after the one at which the last start ended."""
+    crash = f"""
+import os, pathlib
+from moe_jax.training import fit
+from tests.training.test_fit import asked
+fit.compiled_here = lambda *_: os.kill(os.getpid(), 11)
+fit.fit(asked(pathlib.Path({str(tmp_path)!r}), 1000))
+"""
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", crash], cwd=Path.cwd(), capture_output=True).returncode == -11
+    assert setting(fit(asked(tmp_path, 1000)).config) == (16, 2, False)
+    assert setting(fit(asked(tmp_path, 1000)).config) == (32, 1, False), "nothing ended the start before"
 
 
 def test_a_later_step_leaves_what_came_before_and_the_resume_takes_the_next_setting(
